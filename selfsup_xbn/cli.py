@@ -1,0 +1,158 @@
+"""The command line. Torch is imported only when a command runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import Field, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn, get_type_hints
+
+from selfsup_xbn.config import MODES, RECIPES, Config, near, resolved
+from selfsup_xbn.errors import Diverged, Interrupted, UserError
+
+EXIT_CODES = "exit codes: 0 done; 2 the input is at fault; 3 the loss diverged; 75 stopped by a signal, go on with --resume"
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, but a fault is one line, and a mistyped option is answered with the nearest right one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, allow_abbrev=False, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            parser = found.parser
+            known = [option for action in parser._actions for option in action.option_strings]
+            parser.error(f"unknown option {word!r}{near(word, known)}" if word[0] == "-" else f"unexpected {word!r}")
+        return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit code."""
+    try:
+        found = _parser().parse(sys.argv[1:] if argv is None else argv)
+        return int(found.command(found) or 0)
+    except UserError as error:
+        return _fail("error", error, 2)
+    except Diverged as error:
+        return _fail("diverged", error, 3)
+    except Interrupted as error:
+        return _fail("interrupted", error, 75)
+    except KeyboardInterrupt:
+        return _fail("interrupted", "by the keyboard, before training began", 130)
+
+
+def _fail(kind: str, error: object, code: int) -> int:
+    print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="selfsup-xbn", description=__doc__.splitlines()[0], epilog=EXIT_CODES)
+    parser.description = "Contrastive and metric learning with a memory that is kept current by XBN and AXBN."
+    parser.set_defaults(parser=parser, command=lambda found: parser.print_help())
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    help_of = {"pretrain": "self-supervised pretraining with a momentum encoder and a queue (MoCo)"}
+    for mode, kind in MODES.items():
+        _add_training(commands.add_parser(mode, help=help_of[mode], description=help_of[mode], epilog=EXIT_CODES), kind)
+    _add_evaluate(commands.add_parser("evaluate", help="evaluate an encoder", description="Evaluate an encoder."))
+    return parser
+
+
+def _add_training(parser: _Parser, kind: type[Config]) -> None:
+    recipes = [name for name, recipe in RECIPES.items() if type(recipe) is kind]
+    parser.add_argument("--recipe", metavar="NAME", help=f"start from named settings: {', '.join(recipes)}")
+    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if there is one")
+    parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    parser.add_argument("--dry-run", action="store_true", help="print the settings and what they cost, and stop")
+    types = get_type_hints(kind)
+    for item in fields(kind):
+        _add_option(parser, item, types[item.name])
+    parser.set_defaults(parser=parser, command=lambda found: _train(found, kind))
+
+
+def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
+    flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"].replace("%", "%%")
+    if kind is bool:
+        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
+        return
+    shown = "|".join(item.metadata["choices"]) or kind.__name__.upper()
+    help = f"{text} (default: {item.default!r})" if item.default != "" else text
+    parser.add_argument(flag, type=kind, metavar=shown, default=argparse.SUPPRESS, help=help)
+
+
+def config_of(found: argparse.Namespace, kind: type[Config]) -> Config:
+    """The recipe (or, when resuming, the run's own settings) with the options given on top."""
+    given = {item.name: getattr(found, item.name) for item in fields(kind) if hasattr(found, item.name)}
+    recipe = RECIPES.get(found.recipe or "digits") if found.recipe or kind is type(RECIPES["digits"]) else kind()
+    if recipe is None or type(recipe) is not kind:
+        names = [name for name, other in RECIPES.items() if type(other) is kind]
+        raise UserError(f"--recipe: expected one of {', '.join(names)}, got {found.recipe!r}{near(found.recipe, names)}")
+    config = replace(recipe, **given)
+    if found.resume and not found.recipe:
+        from selfsup_xbn.run_log import holds_run, read_config
+
+        folder = Path(config.run_folder)
+        if holds_run(folder) and type(saved := read_config(folder)) is kind:
+            return replace(saved, **given)
+    return config
+
+
+def _train(found: argparse.Namespace, kind: type[Config]) -> None:
+    config = config_of(found, kind)
+    if found.resume and found.overwrite:
+        raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
+    if found.dry_run:
+        from selfsup_xbn.cost import cost_lines
+
+        print(json.dumps(resolved(config), indent=2))
+        print(*cost_lines(config), sep="\n")
+        return
+    from selfsup_xbn.report import result_lines
+    from selfsup_xbn.train import train
+
+    folder = train(config, resume=found.resume, overwrite=found.overwrite)
+    print(*result_lines(folder), sep="\n")
+
+
+def _add_evaluate(parser: _Parser) -> None:
+    parser.set_defaults(parser=parser, command=lambda found: parser.print_help())
+    commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=_Parser)
+    text = "weighted k-NN of a run's encoder, or of one from elsewhere, beside raw pixels and an untrained encoder"
+    knn = commands.add_parser("knn", help=text, description=text)
+    knn.add_argument("--run", metavar="DIR", help="folder of a run")
+    knn.add_argument("--weights", metavar="FILE", help="state dict of an encoder from elsewhere (torchvision, timm, MoCo, lightly)")
+    knn.add_argument("--backbone", metavar="NAME", help="with --weights: the network, as in pretrain")
+    knn.add_argument("--data", metavar="SPEC", help="data set; with --run the run's own unless given")
+    knn.add_argument("--data-root", metavar="DIR", default=None, help="where downloaded data sets are kept (default: data)")
+    knn.add_argument("--image-size", type=int, default=0, metavar="INT", help="side that the network sees; 0: the data set's own")
+    knn.add_argument("--limit-train", type=int, default=None, metavar="INT", help="use only so many bank images; 0: all")
+    knn.add_argument("--k", type=int, default=None, metavar="INT", help="neighbours (default: the run's, else 200)")
+    knn.add_argument("--temperature", type=float, default=None, metavar="FLOAT", help="of the votes (default: the run's, else 0.1)")
+    knn.add_argument("--device", default=None, metavar="NAME", help="auto, cpu, cuda, cuda:N")
+    knn.add_argument("--workers", type=int, default=None, metavar="INT", help="processes that decode images from disk")
+    knn.set_defaults(parser=knn, command=_evaluate_knn)
+
+
+def _evaluate_knn(found: argparse.Namespace) -> None:
+    if bool(found.run) == bool(found.weights):
+        raise UserError("expected one of --run DIR and --weights FILE")
+    if found.weights and not (found.backbone and found.data):
+        raise UserError("--weights needs --backbone NAME and --data SPEC")
+    if found.run and found.backbone:
+        raise UserError("--backbone goes with --weights; a run knows its own")
+    from selfsup_xbn.evaluate import knn_of_run, knn_of_weights
+
+    names = {"data": "data", "data_root": "data_root", "image_size": "image_size", "limit_train": "limit_train"}
+    names |= {"k": "knn_k", "temperature": "knn_temperature", "device": "device", "workers": "workers"}
+    given = {option: getattr(found, name) for name, option in names.items() if getattr(found, name) is not None}
+    lines = knn_of_run(Path(found.run), given) if found.run else knn_of_weights(found.weights, found.backbone, given)
+    print(*lines, sep="\n")

@@ -1,0 +1,174 @@
+"""What a run is made of: one dataclass a mode, whose fields are the options of the command line, and named recipes.
+
+A variant is ``replace(recipe, adaptation="xbn")``: the difference is the claim. This module does not import torch, so
+that the command line can answer at once.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Any, get_type_hints
+
+from selfsup_xbn.errors import UserError
+
+
+def option(
+    default: Any, help: str, *, choices: Iterable[str] = (), least: float | None = None, affects_results: bool = True
+) -> Any:
+    """A field with what the command line says of it and the values that it takes."""
+    metadata = {"help": help, "choices": tuple(choices), "least": least, "affects_results": affects_results}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What both modes have in common. Units: epochs, images, pixels; sizes in rows."""
+
+    # What is learned from
+    data: str = option("digits", "data set: digits, cifar10, cifar100, folder:PATH, ...")
+    data_root: str = option("data", "where downloaded data sets are kept", affects_results=False)
+    limit_train: int = option(0, "use only this many training images, drawn with the seed; 0: all", least=0)
+    image_size: int = option(0, "side of the square that the network sees; 0: the data set's own", least=0)
+
+    # The network
+    backbone: str = option("convnet4", "convnet4, convnet-digits, resnet18-cifar, a torchvision name, or timm:NAME")
+    head: str = option("linear", "what maps features to the embedding: linear, mlp, ...")
+    dim: int = option(128, "dimensions D of the embedding", least=1)
+    weights: str = option("", "state dict that the backbone starts from, or 'imagenet'; '': random")
+
+    # The memory
+    adaptation: str = option("xbn", "what moves the queue each step", choices=("xbm", "xbn", "axbn"))
+    queue_dtype: str = option("float32", "storage of the queue's rows", choices=("float32", "bfloat16", "float16"))
+    kalman_q: float = option(1.0, "axbn: variance of the process", least=0)
+    kalman_r: float = option(0.01, "axbn: variance of an observation of one sample", least=0)
+    kalman_p0: float = option(1.0, "axbn: variance of the first estimate", least=0)
+    gain_interval: int = option(100, "axbn: steps between renewals of the gain", least=1)
+    temperature: float = option(0.1, "T of the loss", least=1e-6)
+
+    # The optimisation
+    epochs: int = option(20, "passes over the training images", least=1)
+    batch_size: int = option(128, "images a step, over all processes", least=2)
+    optimizer: str = option("sgd", "the optimiser", choices=("sgd", "adamw"))
+    lr: float = option(0.03, "learning rate after warm-up", least=0)
+    sgd_momentum: float = option(0.9, "sgd: momentum", least=0)
+    weight_decay: float = option(5e-4, "weight decay", least=0)
+    schedule: str = option("cosine", "learning rate over the epochs", choices=("constant", "cosine", "step"))
+    step_epochs: int = option(15, "schedule step: epochs between two steps", least=1)
+    step_factor: float = option(0.33, "schedule step: factor of each step", least=0)
+    warmup_epochs: float = option(0.0, "epochs of linear warm-up", least=0)
+    seed: int = option(0, "everything random follows from it", least=0)
+
+    # What is measured
+    knn_k: int = option(200, "k-NN: neighbours", least=1)
+    knn_temperature: float = option(0.1, "k-NN: temperature of the votes", least=1e-6)
+    knn_every: int = option(1, "epochs between k-NN evaluations; 0: at the end only", least=0)
+    drift_every: int = option(50, "steps between measurements of feature drift; 0: none", least=0)
+
+    # What should not change results, other than by rounding
+    device: str = option("auto", "auto (cuda, else cpu), cpu, cuda, cuda:1, ...", affects_results=False)
+    precision: str = option(
+        "auto", "of the networks: auto (bf16 on cuda, else fp32)", choices=("auto", "fp32", "bf16"), affects_results=False
+    )
+    compile: bool = option(False, "torch.compile the networks", affects_results=False)
+    workers: int = option(2, "processes that decode images from disk", least=0, affects_results=False)
+    save_every: int = option(1, "epochs between checkpoints", least=1, affects_results=False)
+    out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
+
+    mode = "none"
+
+    def __post_init__(self) -> None:
+        """Checks each field's type, choices and bound.
+
+        Raises:
+            UserError: naming the option, its value and what it takes.
+        """
+        types = get_type_hints(type(self))
+        for item in fields(self):
+            _check(item.name, getattr(self, item.name), types[item.name], item.metadata)
+
+    @property
+    def run_folder(self) -> str:
+        """``out``, or a name made of what sets the run apart."""
+        data = self.data.replace("\\", "/").rstrip("/").replace(":", "-").split("/")[-1]
+        return self.out or f"runs/{self.mode}-{data}-{self.adaptation}-{self.seed}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainConfig(Config):
+    """Self-supervised pretraining with a momentum encoder and a queue (MoCo)."""
+
+    queue_size: int = option(1024, "rows M of the queue", least=1)
+    bn_splits: int = option(1, "parts of a batch that BatchNorm normalises apart", least=1)
+    momentum: float = option(0.99, "m of the key encoder", least=0)
+    momentum_schedule: str = option(
+        "constant", "m over the run: constant, or cosine up to 1", choices=("constant", "cosine")
+    )
+    order: str = option(
+        "union", "union: adapt, enqueue, loss; classic: adapt, loss, enqueue", choices=("union", "classic")
+    )
+    moments: str = option("unit", "match the moments of unit keys, or of raw ones", choices=("unit", "raw"))
+    symmetric: bool = option(False, "each view is query and key in turn")
+
+    mode = "pretrain"
+
+
+def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
+    flag = "--" + name.replace("_", "-")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if type(value) is not kind:
+        raise UserError(f"{flag}: expected {kind.__name__}, got {value!r}")
+    if metadata["choices"] and value not in metadata["choices"]:
+        raise UserError(f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}")
+    least = metadata["least"]
+    if least is not None and not least <= value < float("inf"):
+        raise UserError(f"{flag}: expected a number of at least {least:g}, got {value}")
+
+
+def near(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the choice nearest to the word, or nothing."""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
+
+
+def resolved(config: Config) -> dict[str, Any]:
+    """All fields by name, with the mode: what ``config.json`` holds."""
+    return {"mode": config.mode, **asdict(config)}
+
+
+def from_resolved(values: dict[str, Any]) -> Config:
+    """The config of a ``config.json``; keys that are no options (versions, commit) are passed over.
+
+    Raises:
+        UserError: no such mode, a missing option, or a value that the option does not take.
+    """
+    if not isinstance(values, dict) or values.get("mode") not in MODES:
+        raise UserError("expected a config with a mode, " + " or ".join(MODES))
+    kind = MODES[values["mode"]]
+    names = {item.name for item in fields(kind)}
+    missing = names - set(values)
+    if missing:
+        raise UserError(f"expected the option {sorted(missing)[0]!r} in the config, found none")
+    return kind(**{name: values[name] for name in names})
+
+
+def differences(a: Config, b: Config) -> list[str]:
+    """``name: value of a, value of b`` for each field that changes results and differs."""
+    pairs = [(item.name, getattr(a, item.name), getattr(b, item.name)) for item in fields(a) if item.metadata["affects_results"]]
+    return [f"{name}: {left!r}, {right!r}" for name, left, right in pairs if left != right]
+
+
+MODES: dict[str, type[Config]] = {"pretrain": PretrainConfig}
+
+_DIGITS = PretrainConfig(backbone="convnet-digits", epochs=30, lr=0.1, knn_k=20)
+_CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size=4096, epochs=200)
+
+# Fig. 2 of arXiv 2303.17127: PML's MoCo notebook for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP, SplitBatchNorm of 8,
+# queue 4096, T 0.1, m 0.99, SGD 0.03 with a cosine), at batch size 128.
+RECIPES: dict[str, Config] = {
+    "digits": _DIGITS,
+    "cifar10-fig2": _CIFAR10_FIG2,
+    "cifar100-fig2": replace(_CIFAR10_FIG2, data="cifar100"),
+}

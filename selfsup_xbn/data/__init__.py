@@ -1,0 +1,56 @@
+"""Image data sets, one file each, and the way from their files to batches of views."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import os
+
+from ..errors import UserError
+from .base import ImageData, Split, limit
+from .loader import Batch, Batches, eval_batches, raw_pixels
+from .sampler import ClassBalancedBatches, RandomBatches, seed_for
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "ClassBalancedBatches",
+    "ImageData",
+    "RandomBatches",
+    "Split",
+    "eval_batches",
+    "limit",
+    "load_data",
+    "raw_pixels",
+    "seed_for",
+]
+
+DATA_SETS = {
+    "digits": "digits",
+    "cifar10": "cifar",
+    "cifar100": "cifar",
+    "folder": "folder",
+}
+"""The module of each data set. Its ``load(name, path, *, root, cache_bytes, workers)`` makes the data."""
+
+
+def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, workers: int | None = None) -> ImageData:
+    """The data set that ``spec`` names: ``"digits"``, ``"cifar10"``, ``"folder:PATH"``...
+
+    Args:
+        spec: a name, or ``name:PATH`` for files that are elsewhere than under ``root``.
+        root: folder of the data sets that have their own files; downloads go there.
+        cache_bytes: images of one size are kept in memory if all of them take no more than this.
+        workers: processes that read files; ``None``: one a core, at most 8.
+
+    Raises:
+        UserError: no such data set, or its files are missing or broken.
+    """
+    name, _, path = spec.partition(":")
+    if name not in DATA_SETS:
+        nearest = difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0.0)[0]
+        raise UserError(f"no data set {name!r}; did you mean {nearest!r}? Choose from {', '.join(DATA_SETS)}")
+    module = importlib.import_module(f".{DATA_SETS[name]}", __name__)
+    workers = min(8, os.cpu_count() or 1) if workers is None else workers
+    data: ImageData = module.load(name, path, root=root, cache_bytes=cache_bytes, workers=workers)
+    return data

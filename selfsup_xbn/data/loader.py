@@ -1,0 +1,151 @@
+"""From a split to batches of views: on the device where images are in memory, by worker processes where they are files.
+
+Everything random in a batch is a pure function of (seed, epoch, step, position in the batch, view). So a run that
+resumes at any step, with any number of workers, sees the very same views.
+
+Axis legend: B batch, C channels, N samples, S the view's side, F features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from ..errors import UserError
+from .base import ImageData, Split
+from .files import EvalFile, RandomFile, SmallFile, fit
+from .image_ops import normalize
+from .parallel import ParallelReader
+from .sampler import Sampler, seed_for
+from .views import memory_views
+
+RAW_SIDE = 32
+PIECE = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """One step's input, on the device: views of the same B samples, their labels, and their numbers in the split."""
+
+    views: tuple[Float[Tensor, "B C S S"], ...]
+    labels: Int64[Tensor, "B"]
+    index: Int64[Tensor, "B"]
+
+
+class Batches:
+    """Batches of random views, epoch after epoch.
+
+    Args:
+        split: the samples; in memory they are kept on ``device`` as bytes.
+        augmentation: family of views; in memory see ``memory_views``, for files ``RandomFile``.
+        data: says the views' side and normalisation.
+        views: random views of each sample.
+        sampler: which samples make up each batch.
+        workers: processes that read files; in memory unused.
+        shard: (rank, world): of each batch only the rank's contiguous part of B / world samples, with the same views
+            as in the whole batch.
+
+    Raises:
+        UserError: no such family, or B is no multiple of world.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        augmentation: str,
+        *,
+        data: ImageData,
+        views: int,
+        sampler: Sampler,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        workers: int = 0,
+        shard: tuple[int, int] = (0, 1),
+    ) -> None:
+        self.sampler, self.views, self.device, self.seed = sampler, views, torch.device(device), seed
+        self.labels = split.labels.to(self.device)
+        self.part = _part(sampler.batch_size, shard)
+        if split.images is None:
+            function = RandomFile(split, augmentation, data, seed, views)
+            self._read = ParallelReader(function, workers, pin_memory=self.device.type == "cuda")
+        else:
+            self.images = split.images.to(self.device)
+            self._family = memory_views(augmentation, data)
+            self._generator = torch.Generator(self.device)
+        self._from_files = split.images is None
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of an epoch, counted from 0, from step ``start`` on."""
+        plan = self.sampler.epoch(self.seed, epoch)[:, self.part]
+        index = plan.to(self.device)
+        views = self._file_views(plan, epoch, start) if self._from_files else self._memory_views(index, epoch, start)
+        for step, tensors in enumerate(views, start):
+            yield Batch(tensors, self.labels[index[step]], index[step])
+
+    def _memory_views(self, index: Int64[Tensor, "steps B"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        shape = self.views, self.sampler.batch_size, self._family.numbers
+        for step in range(start, len(index)):
+            self._generator.manual_seed(seed_for(self.seed, epoch, step))
+            uniform = torch.rand(shape, generator=self._generator, device=self.device)[:, self.part].flatten(0, 1)
+            images = self.images[index[step]].repeat(self.views, 1, 1, 1)
+            # On a CPU, pieces that fit its cache take half the time.
+            piece = PIECE if self.device.type == "cpu" else len(images)
+            pieces = zip(images.split(piece), uniform.split(piece), strict=True)
+            yield torch.cat([self._family(*part) for part in pieces]).chunk(self.views)
+
+    def _file_views(self, plan: Int64[Tensor, "steps B"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        first = self.part.start
+        keys = (
+            [(sample, epoch, step, first + place) for place, sample in enumerate(plan[step].tolist())]
+            for step in range(start, len(plan))
+        )
+        for views in self._read(keys):
+            yield tuple(view.to(self.device, non_blocking=True) for view in views)
+
+
+def _part(batch_size: int, shard: tuple[int, int]) -> slice:
+    rank, world = shard
+    if batch_size % world:
+        raise UserError(f"batch size {batch_size} cannot be shared by {world} processes; choose a multiple of {world}")
+    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
+
+
+def eval_batches(
+    split: Split, data: ImageData, *, device: torch.device | str = "cpu", batch_size: int = 256, workers: int = 0
+) -> Iterator[Float[Tensor, "B C S S"]]:
+    """All samples in order, without randomness, normalised; the last batch may be smaller.
+
+    Images of another size than ``data.image_size`` have their shorter side resized to S / 0.875 and the middle S x S
+    cut out, torchvision's and timm's convention; boxes are cut out first.
+    """
+    device = torch.device(device)
+    ranges = [range(first, min(first + batch_size, len(split))) for first in range(0, len(split), batch_size)]
+    if split.images is not None:
+        for keys in ranges:
+            images = split.images[keys.start : keys.stop].to(device)
+            yield normalize(fit(images.float() / 255, data.image_size), data.mean, data.std)
+    else:
+        read = ParallelReader(EvalFile(split, data.image_size), workers, pin_memory=device.type == "cuda")
+        for images in read(ranges):
+            yield normalize(images.to(device, non_blocking=True).float() / 255, data.mean, data.std)
+
+
+def raw_pixels(split: Split, *, workers: int = 0) -> Float[Tensor, "N F"]:
+    """The pixels themselves in [0, 1] as features, at most 32 x 32 of them: what an encoder must beat."""
+    if split.images is None:
+        keys = [range(first, min(first + 256, len(split))) for first in range(0, len(split), 256)]
+        images = torch.cat(list(ParallelReader(SmallFile(split, RAW_SIDE), workers)(keys)))
+        return images.flatten(1).float() / 255
+    if max(split.images.shape[2:]) <= RAW_SIDE:
+        return split.images.flatten(1).float() / 255
+    side = [RAW_SIDE, RAW_SIDE]
+    chunks = [F.interpolate(part.float() / 255, side, mode="bilinear", antialias=True) for part in split.images.split(256)]
+    return torch.cat(chunks).flatten(1)

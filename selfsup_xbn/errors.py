@@ -1,0 +1,13 @@
+"""What a run may end with besides success, and the exit code that the command line gives each."""
+
+
+class UserError(ValueError):
+    """A fault in the user's input; exit code 2. The message is one line that names the value and the cure."""
+
+
+class Diverged(RuntimeError):
+    """The loss is no longer finite; exit code 3. The message names step, learning rate and the last checkpoint."""
+
+
+class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to stop, and saved itself)
+    """SIGTERM or SIGINT came, the step was finished and a checkpoint written; exit code 75, try again later."""

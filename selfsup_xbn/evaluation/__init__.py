@@ -1,0 +1,23 @@
+"""What frozen features are worth: k-NN accuracy, retrieval metrics, and how they drift during training.
+
+The functions are pure: features and labels in, numbers out. How features are computed, on one device or gathered from
+several, is the caller's choice.
+"""
+
+from __future__ import annotations
+
+from selfsup_xbn.evaluation.drift import Drift, FeatureDrift, MomentGap, moment_gap
+from selfsup_xbn.evaluation.features import extract_features
+from selfsup_xbn.evaluation.knn import knn_classify
+from selfsup_xbn.evaluation.retrieval import recall_at_k, retrieval_metrics
+
+__all__ = [
+    "Drift",
+    "FeatureDrift",
+    "MomentGap",
+    "extract_features",
+    "knn_classify",
+    "moment_gap",
+    "recall_at_k",
+    "retrieval_metrics",
+]

@@ -1,0 +1,82 @@
+"""Weighted k-nearest-neighbour classification of frozen features.
+
+Axis legend: N queries, G bank rows, D dimensions, C classes.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from jaxtyping import Float, Int, Int64
+from torch import Tensor
+
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.evaluation.neighbours import similarity_blocks, top_k, unit_rows
+
+
+@torch.no_grad()
+def knn_classify(
+    queries: Float[Tensor, "N D"],
+    bank: Float[Tensor, "G D"],
+    labels: Int[Tensor, "G"],
+    num_classes: int,
+    k: int = 200,
+    temperature: float = 0.1,
+    exclude_self: bool = False,
+) -> Int64[Tensor, "N"]:
+    """Predict each query's class from its ``k`` most similar bank rows.
+
+    A neighbour at cosine similarity s votes for its class with weight exp(s / temperature) (Wu et al., "Unsupervised
+    Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4). Rows are normalised here. Memory
+    beyond the features does not grow with N or G. Of equal votes the lower class wins.
+
+    Args:
+        queries: features to classify.
+        bank: features of known class, on the same device.
+        labels: class of each bank row, in [0, num_classes).
+        num_classes: C.
+        k: neighbours that vote; as many as the bank has, with a warning, where it has fewer.
+        temperature: of the weights, in units of cosine similarity.
+        exclude_self: ``queries`` is the bank itself; no row votes for itself.
+
+    Raises:
+        UserError: features that do not fit together or are not finite, a label outside the classes, k < 1 or
+            temperature <= 0.
+    """
+    _check(queries, bank, labels, num_classes, k, temperature, exclude_self)
+    k = _clamp(k, len(bank) - exclude_self)
+    queries, bank, labels = unit_rows(queries, "queries"), unit_rows(bank, "bank"), labels.long().to(bank.device)
+    predicted = labels.new_empty(len(queries))
+    for rows, similarities in similarity_blocks(queries, bank):
+        if exclude_self:
+            similarities.diagonal(rows.start).fill_(-torch.inf)
+        nearest = top_k(similarities, k)
+        # softmax: the weights up to a factor per query, which no vote depends on, and without overflow
+        weights = (nearest.values / temperature).softmax(dim=1)
+        votes = weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels[nearest.columns], weights)
+        predicted[rows] = votes.argmax(dim=1)
+    return predicted
+
+
+def _check(
+    queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, exclude_self: bool
+) -> None:
+    if queries.shape[1] != bank.shape[1]:
+        raise UserError(f"queries have {queries.shape[1]} dimensions and the bank {bank.shape[1]}; use one encoder")
+    if len(labels) != len(bank):
+        raise UserError(f"expected a label for each of the {len(bank)} bank rows, got {len(labels)}")
+    if exclude_self and len(queries) != len(bank):
+        raise UserError(f"exclude_self: the queries must be the bank, got {len(queries)} and {len(bank)} rows")
+    if len(bank) <= exclude_self:
+        raise UserError(f"bank: {len(bank)} rows leave no neighbour; expected more")
+    if not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < num_classes:
+        raise UserError(f"expected labels in [0, {num_classes}), got {low if low < 0 else high}")
+    if k < 1 or temperature <= 0:
+        raise UserError(f"expected k >= 1 and temperature > 0, got k={k} and temperature={temperature}")
+
+
+def _clamp(k: int, neighbours: int) -> int:
+    if k > neighbours:
+        warnings.warn(f"k={k} is more than the bank offers; using k={neighbours}", stacklevel=3)
+    return min(k, neighbours)

@@ -1,0 +1,77 @@
+"""Cosine similarities of queries to a gallery, a block of queries at a time, and the largest of them.
+
+Axis legend: N queries, G gallery rows, D dimensions, B queries of one block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Float32, Int64
+from torch import Tensor
+
+from selfsup_xbn.errors import UserError
+
+BLOCK = 2**25  # similarities that exist at one time: 128 MiB
+MAX_ROWS = 1024  # more rows make the product no faster
+
+
+class Largest(NamedTuple):
+    """The k largest entries of each row, in descending order, and their columns."""
+
+    values: Float[Tensor, "B k"]
+    columns: Int64[Tensor, "B k"]
+
+
+def unit_rows(features: Float[Tensor, "N D"], name: str) -> Float32[Tensor, "N D"]:
+    """``features`` as float32 rows of length 1; rows of zeros stay zeros.
+
+    Raises:
+        UserError: there are no rows, or one is not finite (or its length overflows float32).
+    """
+    if not len(features):
+        raise UserError(f"{name}: no rows; expected at least one feature vector")
+    features = features.float()
+    norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    if not norms.isfinite().all():
+        row = int((~norms.isfinite()).int().argmax())
+        raise UserError(f"{name}: row {row} is not finite; drop it, or look for a diverged encoder")
+    return features / torch.where(norms > 0, norms, 1)
+
+
+def similarity_blocks(
+    queries: Float32[Tensor, "N D"], gallery: Float32[Tensor, "G D"]
+) -> Iterator[tuple[slice, Float32[Tensor, "B G"]]]:
+    """Yield (which queries, their inner products with the gallery), at most ``BLOCK`` products at a time.
+
+    The consumer may write into a block; the next one overwrites it. Blocks are of equal size to a row: a product
+    with a single row would take another path in BLAS, where equal gallery rows can differ in the last bit.
+    """
+    rows = min(max(BLOCK // len(gallery), 2), MAX_ROWS)
+    blocks = queries.tensor_split(-(-len(queries) // rows))
+    buffer = queries.new_empty(len(blocks[0]), len(gallery))
+    start = 0
+    for block in blocks:
+        stop = start + len(block)
+        yield slice(start, stop), torch.mm(block, gallery.T, out=buffer[: len(block)])
+        start = stop
+
+
+def top_k(values: Float[Tensor, "B G"], k: int, groups: int = 10) -> Largest:
+    """The same as ``values.topk(k)``, in half the time on a CPU for k much smaller than G.
+
+    The columns are dealt into sets of ``groups``. The k largest entries lie in the k sets with the largest maxima, so
+    only those are searched. Which of equal entries is taken at the k-th place is not specified.
+    """
+    rows, width = len(values), values.shape[1] // groups
+    if width <= k:
+        return Largest(*values.topk(k, dim=1))
+    dealt = values[:, : groups * width].unflatten(1, (groups, width))
+    best = dealt.amax(1).topk(k, dim=1, sorted=False).indices
+    offsets = torch.arange(0, groups * width, width, device=values.device)
+    remainder = torch.arange(groups * width, values.shape[1], device=values.device)
+    columns = torch.cat([(offsets[:, None] + best[:, None]).flatten(1), remainder.expand(rows, -1)], dim=1)
+    top = values.gather(1, columns).topk(k, dim=1)
+    return Largest(top.values, columns.gather(1, top.indices))

@@ -1,0 +1,350 @@
+"""The memory: a ring of past embeddings whose moments are moved to a target at each step, at a cost free of its size.
+
+XBN (Eq. 6 of arXiv 2303.17127) moves all M rows of a queue R to the moments of the batch B::
+
+    R <- (R - mean(R)) / std(R) * std(B) + mean(B)
+
+The map is the same affine for every row, so no row is touched: rows are stored in a canonical frame, and the adapted
+row is ``row * scale + shift`` with ``scale, shift`` [D] composed anew at each step. The queue's own moments are known
+without reading it: those of the stored rows change only by the B rows that come and go (Chan's formula), and the frame
+takes them to those of the adapted rows. So a step costs O(B D) however large M is.
+
+**Two turns.** Composed for ever, scale would leave the range in which float32 is exact, and errors of the moments would
+grow with it. So each turn of the ring has a frame and moments of its own. Slots before the pointer were written in
+this turn and belong to ``scale[0], shift[0], mean[0], sum_squares[0]``; slots from the pointer on were written in the
+turn before and belong to entry 1. When the pointer passes the end, this turn becomes the last one, whose rows are all
+gone by then, and a new frame starts with the queue's moments, in which rows are standardised (which also suits storage
+in bfloat16). No frame and no rounding error outlives two turns, nothing is ever rewritten, and pointer, count and all
+decisions stay on the device: no step waits for it.
+
+Axis legend: B batch, M queue rows, D dimensions, n filled rows, b rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Float64, Int64
+from torch import Tensor, nn
+
+from selfsup_xbn.adaptation import Adaptation, Moments, batch_moments, make_adaptation
+from selfsup_xbn.errors import UserError
+
+
+class Frame(NamedTuple):
+    """The map between stored rows and adapted rows. The only place that knows its form."""
+
+    scale: Float[Tensor, "*b D"]
+    shift: Float[Tensor, "*b D"]
+
+    def decode(self, stored: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        """Adapted rows of stored ones."""
+        return torch.addcmul(self.shift, stored, self.scale)
+
+    def encode(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        """Stored rows of adapted ones."""
+        return (features - self.shift) / self.scale
+
+    def to(self, dtype: torch.dtype) -> Frame:
+        """The same map in another precision."""
+        return Frame(self.scale.to(dtype), self.shift.to(dtype))
+
+    @staticmethod
+    def where(condition: Bool[Tensor, "b"], a: Frame, b: Frame) -> Frame:
+        """A map for each row: ``a`` where the condition holds, ``b`` elsewhere."""
+        choose = condition[:, None]
+        return Frame(torch.where(choose, a.scale, b.scale), torch.where(choose, a.shift, b.shift))
+
+
+class Group(NamedTuple):
+    """Number, mean and sum of squared deviations of some rows (Chan, Golub and LeVeque, 1979), in float64."""
+
+    n: Float64[Tensor, ""]
+    mean: Float64[Tensor, "D"]
+    sum_squares: Float64[Tensor, "D"]
+
+    def add(self, other: Group) -> Group:
+        """Both together."""
+        n, gap = (self.n + other.n).clamp(min=1), other.mean - self.mean
+        squares = self.sum_squares + other.sum_squares + gap.square() * (self.n * other.n / n)
+        return Group(self.n + other.n, self.mean + gap * (other.n / n), squares)
+
+    def remove(self, other: Group) -> Group:
+        """What is left without ``other``, which is part of this one."""
+        n, gap = self.n - other.n, other.mean - self.mean
+        share = other.n / n.clamp(min=1)
+        squares = (self.sum_squares - other.sum_squares - gap.square() * (share * self.n)).clamp(min=0)
+        return Group(n, torch.where(n > 0, self.mean - gap * share, 0.0), torch.where(n > 0, squares, 0.0))
+
+
+class Block(NamedTuple):
+    """Consecutive slots of the queue as a loss reads them: adapted, not normalised, ``features`` valid until the next
+    block is asked for. ``filled`` is None where every slot of the block holds a row."""
+
+    start: int
+    features: Float[Tensor, "b D"]
+    labels: Int64[Tensor, "b"] | None
+    filled: Bool[Tensor, "b"] | None
+
+
+class FeatureQueue(nn.Module):
+    """First-in-first-out memory of M embeddings, adapted to each batch (arXiv 2303.17127; DESIGN: the one idea).
+
+    A step in the paper's order is ``adapt(batch)``, ``slots = enqueue(batch, labels)``, then a loss of
+    the batch against the queue with each anchor's own slot left out. All state is in ``state_dict()``.
+
+    Args:
+        size: number of rows M.
+        dim: dimensions D of an embedding.
+        adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``, of which a copy is kept.
+        labels: keep an int64 label for each row.
+        dtype: storage of the rows; float32, bfloat16, float16 or float64. Statistics are float64 at all times, and
+            neither autocast nor ``module.half()`` changes either.
+        device: where the queue lives; ``.to(device)`` moves it.
+
+    Raises:
+        UserError: a size or dim below 1, or a name that is no adaptation.
+    """
+
+    rows: Tensor
+    labels: Tensor | None
+    pointer: Tensor
+    count: Tensor
+    skipped: Tensor
+    scale: Tensor
+    shift: Tensor
+    mean: Tensor
+    sum_squares: Tensor
+
+    def __init__(
+        self,
+        size: int,
+        dim: int,
+        adaptation: str | Adaptation = "xbn",
+        *,
+        labels: bool = False,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if size < 1 or dim < 1:
+            raise UserError(f"expected a queue of at least 1 row and 1 dimension, got size={size}, dim={dim}")
+        if not dtype.is_floating_point:
+            raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
+        self.size, self.dim = size, dim
+        self.adaptation = make_adaptation(adaptation).to(device)
+        self.adaptation.reset(dim)
+        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype, device=device))
+        self.register_buffer("labels", torch.zeros(size, dtype=torch.int64, device=device) if labels else None)
+        for name in ("pointer", "count", "skipped"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("scale", torch.ones(2, dim, dtype=torch.float64, device=device))
+        self.register_buffer("shift", torch.zeros(2, dim, dtype=torch.float64, device=device))
+        self.register_buffer("mean", torch.zeros(2, dim, dtype=torch.float64, device=device))
+        self.register_buffer("sum_squares", torch.zeros(2, dim, dtype=torch.float64, device=device))
+
+    # ---------------------------------------------------------------------------------------------------- the step
+
+    @torch.no_grad()
+    def adapt(self, batch: Float[Tensor, "B D"]) -> None:
+        """Moves the queue's moments to the target that the adaptation makes of the batch (Eqs. 6 and 23).
+
+        Nothing moves for a batch of one row, a queue of fewer than two, or a batch that is not finite. A dimension
+        that is constant in the queue or in the target is shifted, not scaled.
+        """
+        self._check(batch)
+        if len(batch) < 2:
+            return
+        observed = batch_moments(batch)
+        finite = observed.std.isfinite().all()
+        target = self.adaptation(observed, len(batch), finite)
+        if self.adaptation.moves_queue:
+            self._move_to(target, finite & (self.count >= 2))
+
+    @torch.no_grad()
+    def enqueue(self, batch: Float[Tensor, "B D"], labels: Int64[Tensor, "B"] | None = None) -> Int64[Tensor, "B"]:
+        """Writes the batch over the oldest rows; of a batch larger than M the last M rows are kept.
+
+        A batch with a non-finite value is left out as a whole and counted in ``skipped``.
+
+        Returns:
+            The slot of each row of the batch, -1 for a row that was not kept.
+        """
+        self._check(batch, labels)
+        if (labels is None) != (self.labels is None):
+            raise ValueError("expected labels if, and only if, the queue was made with labels=True")
+        surplus = max(0, len(batch) - self.size)
+        values = batch.detach()[surplus:].double()
+        position = self.pointer + torch.arange(len(values), device=values.device)
+        slots, next_turn = position % self.size, position >= self.size
+        this_frame, next_frame = self._frame(0), self._next_frame()
+        stored = Frame.where(next_turn, next_frame, this_frame).encode(values).to(self.rows.dtype)
+        finite = stored.isfinite().all()
+        turned = finite & (position[-1] + 1 >= self.size)
+        replaced = self.rows[slots]
+
+        self._update_moments(stored, replaced, slots < self.count, next_turn, finite, turned)
+        self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
+        if self.labels is not None:
+            assert labels is not None
+            kept = labels[surplus:].to(self.labels)
+            self.labels.index_copy_(0, slots, torch.where(finite, kept, self.labels[slots]))
+        _assign(self.scale, torch.stack([next_frame.scale, this_frame.scale]), turned)
+        _assign(self.shift, torch.stack([next_frame.shift, this_frame.shift]), turned)
+        _assign(self.pointer, (self.pointer + len(values)) % self.size, finite)
+        _assign(self.count, (self.count + len(values)).clamp(max=self.size), finite)
+        self.skipped.add_(~finite)
+        slots = torch.where(finite, slots, -1)
+        return torch.cat([slots.new_full((surplus,), -1), slots]) if surplus else slots
+
+    # --------------------------------------------------------------------------------------------------- reading
+
+    def __len__(self) -> int:
+        """Number of filled rows n. Waits for the device."""
+        return int(self.count)
+
+    def moments(self) -> Moments:
+        """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
+        n = torch.stack([self.pointer, self.count - self.pointer]).double()[:, None]  # rows of this turn, of the last
+        mean = self.mean * self.scale + self.shift
+        total = n.sum(0).clamp(min=1)
+        squares = (self.sum_squares * self.scale.square()).sum(0) + (mean[0] - mean[1]).square() * n.prod(0) / total
+        return Moments((n * mean).sum(0) / total, (squares / (total - 1).clamp(min=1)).sqrt())
+
+    @torch.no_grad()
+    def features(self) -> Float[Tensor, "n D"]:
+        """The filled rows, adapted, in the order of their slots. Waits for the device."""
+        parts = [block.features.clone() for block in self._turns(self.size)]
+        return torch.cat(parts) if parts else self.rows.new_zeros(0, self.dim, dtype=self._read_dtype)
+
+    @torch.no_grad()
+    def blocks(self, block_rows: int) -> Iterator[Block]:
+        """All filled slots in blocks of at most ``block_rows``, adapted as they are read.
+
+        On an accelerator, and when compiled, the number of filled rows is not known here without waiting: all M slots
+        are read and ``filled`` says which count.
+        """
+        if self.rows.device.type == "cpu" and not torch.compiler.is_compiling():
+            yield from self._turns(block_rows)
+            return
+        this_frame, last_frame = self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
+        for start in range(0, self.size, block_rows):
+            stop = min(start + block_rows, self.size)
+            slots = torch.arange(start, stop, device=self.rows.device)
+            frame = Frame.where(slots < self.pointer, this_frame, last_frame)
+            features = frame.decode(self.rows[start:stop].to(self._read_dtype))
+            yield Block(start, features, self._labels(start, stop), slots < self.count)
+
+    def reset(self) -> None:
+        """Empties the queue and forgets what its adaptation observed."""
+        for buffer in self.buffers(recurse=False):
+            buffer.zero_()
+        self.scale.fill_(1)
+        self.adaptation.reset(self.dim)
+
+    def extra_repr(self) -> str:
+        """Size, dimensions and storage, for ``print(module)``."""
+        return f"size={self.size}, dim={self.dim}, dtype={self.rows.dtype}, labels={self.labels is not None}"
+
+    # --------------------------------------------------------------------------------------------------- internals
+
+    @property
+    def _read_dtype(self) -> torch.dtype:
+        return torch.promote_types(self.rows.dtype, torch.float32)
+
+    def _frame(self, turn: int) -> Frame:
+        """Frame of this turn of the ring (0) or of the one before (1)."""
+        return Frame(self.scale[turn], self.shift[turn])
+
+    def _next_frame(self) -> Frame:
+        """The frame that a new turn starts with: rows standardised by the queue's moments, or as they are (XBM)."""
+        mean, std = self.moments()
+        if not self.adaptation.moves_queue:
+            return Frame(torch.ones_like(std), torch.zeros_like(mean))
+        return Frame(torch.where(_varies(mean, std), std, 1.0), mean)
+
+    def _labels(self, start: int, stop: int) -> Int64[Tensor, "b"] | None:
+        return None if self.labels is None else self.labels[start:stop]
+
+    def _turns(self, block_rows: int) -> Iterator[Block]:
+        """The filled slots, last turn's after this turn's: each block has one frame and is decoded in one pass."""
+        pointer, count = int(self.pointer), int(self.count)
+        dtype = self._read_dtype
+        scratch = self.rows.new_empty(min(block_rows, self.size), self.dim, dtype=dtype)
+        for turn, first, end in ((0, 0, pointer), (1, pointer, count)):
+            scale, shift = self._frame(turn).to(dtype)
+            for start in range(first, end, block_rows):
+                stop = min(start + block_rows, end)
+                features = scratch[: stop - start]
+                torch.addcmul(shift, self.rows[start:stop].to(dtype), scale, out=features)
+                yield Block(start, features, self._labels(start, stop), None)
+
+    def _move_to(self, target: Moments, allowed: Bool[Tensor, ""]) -> None:
+        """Composes the map that takes the queue's moments to the target's onto both frames."""
+        mean, std = self.moments()
+        varies = _varies(mean, std) & _varies(target.mean, target.std)
+        factor = torch.where(varies & allowed, target.std / std, 1.0)
+        offset = torch.where(allowed, target.mean - factor * mean, 0.0)
+        self.scale.mul_(factor)
+        self.shift.mul_(factor).add_(offset)
+
+    def _update_moments(
+        self,
+        stored: Float[Tensor, "b D"],
+        replaced: Float[Tensor, "b D"],
+        was_filled: Bool[Tensor, "b"],
+        next_turn: Bool[Tensor, "b"],
+        finite: Bool[Tensor, ""],
+        turned: Bool[Tensor, ""],
+    ) -> None:
+        """Moments of each turn's stored rows after ``stored`` took the place of ``replaced``.
+
+        Rows up to the end of the ring enter this turn in place of the last turn's; rows past the end enter the
+        next turn in place of this one's.
+        """
+        entering, entering_next = _groups(stored.double(), next_turn, torch.ones_like(next_turn))
+        leaving_last, leaving = _groups(replaced.double(), next_turn, was_filled)
+        n_this, n_last = self.pointer.double(), (self.count - self.pointer).double()
+        this = Group(n_this, self.mean[0], self.sum_squares[0]).add(entering)
+        last = Group(n_last, self.mean[1], self.sum_squares[1]).remove(leaving_last)
+        for name in ("mean", "sum_squares"):
+            stay = torch.stack([getattr(this, name), getattr(last, name)])
+            turn = torch.stack([getattr(entering_next, name), getattr(this.remove(leaving), name)])
+            _assign(getattr(self, name), torch.where(turned, turn, stay), finite)
+
+    def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:
+        if batch.ndim != 2 or batch.shape[1] != self.dim or len(batch) == 0:
+            raise ValueError(f"expected a batch of shape [B, {self.dim}], got {list(batch.shape)}")
+        if labels is not None and labels.shape != batch.shape[:1]:
+            raise ValueError(f"expected labels of shape [{len(batch)}], got {list(labels.shape)}")
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
+        """Moves with the model, but keeps its precision: ``model.half()`` must not round the moments."""
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        super()._apply(move, recurse)
+        return self
+
+
+def _groups(rows: Float64[Tensor, "b D"], second: Bool[Tensor, "b"], counts: Bool[Tensor, "b"]) -> list[Group]:
+    """The rows that count, apart: those not in the second group, those in it."""
+    weights = (torch.stack([~second, second]) & counts).double()  # [2, b]
+    n = weights.sum(1)
+    mean = weights @ rows / n.clamp(min=1)[:, None]
+    squares = weights @ (rows - torch.where(second[:, None], mean[1], mean[0])).square()
+    return [Group(n[i], mean[i], squares[i]) for i in range(2)]
+
+
+def _varies(mean: Float64[Tensor, "D"], std: Float64[Tensor, "D"]) -> Bool[Tensor, "D"]:
+    """Whether a dimension is more than a constant with float32's rounding."""
+    return std > 1e-6 * mean.abs() + 1e-12
+
+
+def _assign(buffer: Tensor, value: Tensor, condition: Bool[Tensor, ""]) -> None:
+    """``buffer[...] = value`` where the condition, which lives on the device, holds."""
+    buffer.copy_(torch.where(condition, value, buffer))

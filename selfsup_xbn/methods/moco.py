@@ -1,0 +1,110 @@
+"""MoCo (He et al., arXiv 1911.05722) whose queue is adapted at each step (arXiv 2303.17127, Sec. 5.3).
+
+Axis legend: B batch, C channels, S side of an image, D dimensions.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from selfsup_xbn.feature_queue import FeatureQueue
+from selfsup_xbn.losses import info_nce
+
+
+class MoCo(nn.Module):
+    """Query encoder, key encoder that follows it, and the queue of keys.
+
+    Args:
+        encoder: maps images [B, C, S, S] to embeddings [B, D] of any length; the key encoder starts as its copy.
+        queue: FeatureQueue of D dimensions.
+        temperature: T of InfoNCE.
+        momentum: m; each step the key encoder's parameters become ``m * key + (1 - m) * query``. Buffers (running
+            statistics) are each encoder's own.
+        momentum_schedule: ``"constant"``, or ``"cosine"``: from m up to 1 over the run (BYOL, arXiv 2006.07733).
+        order: ``"union"``: adapt, enqueue, loss, so that the batch's keys are negatives of one another;
+            ``"classic"``: adapt, loss, enqueue.
+        moments: ``"unit"``: keys are L2-normalised before their moments are matched and they are enqueued; ``"raw"``: as
+            the encoder gives them (similarities are cosines in either case).
+        symmetric: both views are queries and keys; the queue takes both sets of keys, once a step.
+    """
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        queue: FeatureQueue,
+        *,
+        temperature: float = 0.1,
+        momentum: float = 0.99,
+        momentum_schedule: str = "constant",
+        order: str = "union",
+        moments: str = "unit",
+        symmetric: bool = False,
+    ) -> None:
+        super().__init__()
+        self.encoder_q = encoder
+        self.encoder_k = copy.deepcopy(encoder).requires_grad_(False)
+        self.queue = queue
+        self.temperature, self.momentum, self.momentum_schedule = temperature, momentum, momentum_schedule
+        self.order, self.moments, self.symmetric = order, moments, symmetric
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The encoder that is evaluated and kept."""
+        return self.encoder_q
+
+    def forward(
+        self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"], progress: float = 0.0
+    ) -> Float[Tensor, ""]:
+        """The loss of a step; moves the key encoder and the queue.
+
+        Args:
+            views: two random views of each image: queries, keys.
+            labels: not used.
+            progress: fraction of the run that is done, in [0, 1).
+        """
+        view_q, view_k = views
+        q = self.encoder_q(view_q)
+        self.update_key_encoder(self.momentum_at(progress))
+        k = self.keys(view_k)
+        if not self.symmetric:
+            return self.contrast([(q, k)])
+        return self.contrast([(q, k), (self.encoder_q(view_k), self.keys(view_q))])
+
+    def contrast(self, pairs: list[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]]) -> Float[Tensor, ""]:
+        """InfoNCE of each (queries, keys) against the queue, in the order that was asked for; the mean over pairs."""
+        keys = torch.cat([k for _, k in pairs])
+        self.queue.adapt(keys)
+        own = None
+        if self.order == "union":
+            # An image meets none of its own keys as a negative: [B, pairs] slots.
+            own = torch.stack(self.queue.enqueue(keys).chunk(len(pairs)), dim=1)
+        loss = torch.stack([info_nce(q, k, self.queue, self.temperature, own) for q, k in pairs]).mean()
+        if self.order == "classic":
+            self.queue.enqueue(keys)
+        return loss
+
+    @torch.no_grad()
+    def keys(self, view: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
+        """Keys of a view, embedded in shuffled order so that BatchNorm's splits do not tell which query is whose."""
+        order = torch.randperm(len(view), device=view.device)
+        k = self.encoder_k(view[order])[order.argsort()].float()
+        return F.normalize(k, dim=1) if self.moments == "unit" else k
+
+    @torch.no_grad()
+    def update_key_encoder(self, momentum: float) -> None:
+        """``key <- m * key + (1 - m) * query`` for all parameters at once (Eq. 2 of arXiv 1911.05722)."""
+        key, query = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
+        get_ema_multi_avg_fn(momentum)(key, query, None)
+
+    def momentum_at(self, progress: float) -> float:
+        """m at a fraction of the run."""
+        if self.momentum_schedule == "constant":
+            return self.momentum
+        return 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2

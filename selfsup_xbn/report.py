@@ -1,0 +1,75 @@
+"""Pictures of a run, made from its ``metrics.jsonl`` alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from selfsup_xbn.run_log import read_config, read_metrics
+
+PANELS = (
+    ("loss", {"loss": "loss"}),
+    (
+        "k-NN top-1 (%)",
+        {
+            "knn_top1": "projection",
+            "knn_top1_backbone": "backbone",
+            "knn_top1_untrained": "projection, untrained",
+            "knn_top1_backbone_untrained": "backbone, untrained",
+            "knn_top1_raw_pixels": "raw pixels",
+        },
+    ),
+    ("feature drift (Eq. 5)", {"drift": "mean", "drift_max": "maximum"}),
+    ("Kalman gain", {"gain": "gain"}),
+)
+
+
+def draw_curves(folder: Path) -> Path:
+    """Draws ``curves.png``: loss, k-NN with its baselines, drift and gain by epoch, as far as they were logged."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    config, records = read_config(folder), read_metrics(folder)
+    panels = [(title, keys) for title, keys in PANELS if any(key in record for key in keys for record in records)]
+    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    figure.suptitle(f"{config.mode} on {config.data}, {config.adaptation}, seed {config.seed}")
+    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        for color, (key, label) in enumerate(keys.items()):
+            _curve(axes, [(record["epoch"], record[key]) for record in records if key in record], label, f"C{color}")
+        axes.set(title=title, xlabel="epoch")
+        axes.grid(alpha=0.3)
+        if len(keys) > 1:
+            axes.legend(fontsize="small")
+    path = folder / "curves.png"
+    figure.savefig(path, dpi=110)
+    return path
+
+
+def _curve(axes: Any, points: list[tuple[int, float]], label: str, color: str) -> None:
+    """A curve; a baseline, measured before the first epoch only, is a dashed line across."""
+    if len(points) == 1 and points[0][0] == 0:
+        axes.axhline(points[0][1], label=label, color=color, linestyle="--", linewidth=1)
+    elif points:
+        axes.plot(*zip(*points, strict=True), label=label, color=color, marker="." if len(points) < 40 else None)
+
+
+def knn_table(found: dict[str, float]) -> list[str]:
+    """Rows raw pixels, untrained encoder, trained encoder; columns projection and backbone, as far as measured."""
+    rows = (
+        ("raw pixels", "knn_top1_raw_pixels", "knn_top1_raw_pixels"),
+        ("untrained encoder", "knn_top1_untrained", "knn_top1_backbone_untrained"),
+        ("trained encoder", "knn_top1", "knn_top1_backbone"),
+    )
+    lines = [f"{'k-NN top-1 (%)':<20}{'projection':>12}{'backbone':>12}"]
+    for name, *keys in rows:
+        lines.append(f"{name:<20}" + "".join(f"{found[key]:>12.2f}" if key in found else f"{'-':>12}" for key in keys))
+    return lines
+
+
+def result_lines(folder: Path) -> list[str]:
+    """What a finished run found, and where it is."""
+    found: dict[str, Any] = {}
+    for record in read_metrics(folder):
+        found |= record
+    return ["", *knn_table(found), "", f"run folder: {folder}  (curves.png, metrics.jsonl, config.json, checkpoint.pt)"]

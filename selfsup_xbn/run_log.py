@@ -1,0 +1,142 @@
+"""The folder of a run: ``config.json``, ``metrics.jsonl`` (one object a line), ``checkpoint.pt``, pictures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from selfsup_xbn.config import Config, differences, from_resolved, resolved
+from selfsup_xbn.errors import UserError
+
+CONFIG, METRICS = "config.json", "metrics.jsonl"
+OWN_FILES = (CONFIG, METRICS, "checkpoint.pt", "checkpoint.pt.tmp", "curves.png")
+
+
+def read_config(folder: Path) -> Config:
+    """The config of a run.
+
+    Raises:
+        UserError: the folder holds no run, or its ``config.json`` is damaged.
+    """
+    path = folder / CONFIG
+    try:
+        return from_resolved(json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"no run in {folder}: found no {CONFIG} there") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The objects of ``metrics.jsonl``, oldest first.
+
+    Raises:
+        UserError: there is no such file, or a line is damaged.
+    """
+    path = folder / METRICS
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    records = []
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}") from None
+    return records
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a run was started in the folder."""
+    return (folder / CONFIG).exists()
+
+
+def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
+    """Refuses a folder that the run may not use, before anything is written.
+
+    Raises:
+        UserError: a run is there and neither ``resume`` nor ``overwrite`` was asked for, it was made with another
+            configuration, or the path is no folder.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: give another --out")
+    if not holds_run(folder) or overwrite:
+        return
+    if not resume:
+        raise UserError(f"{folder} already holds a run: go on with --resume, replace it with --overwrite, or give --out")
+    saved = read_config(folder)
+    if saved.mode != config.mode:
+        raise UserError(f"{folder} holds a run of mode {saved.mode}, not {config.mode}: give another --out")
+    if found := differences(saved, config):
+        raise UserError(f"{folder} was run with another configuration ({found[0]}): drop the option, or give another --out")
+
+
+class RunFolder:
+    """A run's files, open for writing.
+
+    Args:
+        folder: made if it is not there.
+        config: written to ``config.json`` with versions, machine and git commit.
+        keep_bytes: what of ``metrics.jsonl`` is kept when the run goes on; 0 for a new run, whose folder is cleared of an
+            earlier run's files.
+    """
+
+    def __init__(self, folder: Path, config: Config, keep_bytes: int = 0) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        if not keep_bytes:
+            for name in OWN_FILES:
+                (folder / name).unlink(missing_ok=True)
+        text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
+        self._metrics.truncate(keep_bytes)
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Adds one line to ``metrics.jsonl``; numbers keep six digits."""
+        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
+        self._metrics.write(json.dumps(rounded) + "\n")
+        self._metrics.flush()
+
+    @property
+    def position(self) -> int:
+        """Bytes of ``metrics.jsonl`` as yet; what a checkpoint remembers, flushed to the disk."""
+        self._metrics.flush()
+        os.fsync(self._metrics.fileno())
+        return os.fstat(self._metrics.fileno()).st_size
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._metrics.close()
+
+
+def environment() -> dict[str, str]:
+    """Versions, machine and commit that a result may depend on."""
+    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    for name in ("selfsup-xbn", "torch", "torchvision", "lightly", "pytorch-metric-learning", "timm", "scikit-learn"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            found[name] = "not installed"
+    found["commit"] = git_commit()
+    return found
+
+
+def git_commit() -> str:
+    """Commit of the checkout that the package runs from, with ``+`` if files differ from it; ``"none"`` outside of one."""
+    here = Path(__file__).resolve().parent
+    try:
+        if not (here.parent / ".git").exists():
+            return "none"
+        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "none"
