@@ -10,16 +10,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selfsup_xbn.adaptation import AXBN, XBM, XBN
+    from selfsup_xbn.compat.lightly import MemoryBankModule, NTXentLoss
     from selfsup_xbn.feature_queue import FeatureQueue
 
 __version__ = "0.1.0"
-__all__ = ["AXBN", "XBM", "XBN", "FeatureQueue"]
+__all__ = ["AXBN", "XBM", "XBN", "FeatureQueue", "MemoryBankModule", "NTXentLoss"]
 
 _HOME = {
     "FeatureQueue": "selfsup_xbn.feature_queue",
     "XBM": "selfsup_xbn.adaptation",
     "XBN": "selfsup_xbn.adaptation",
     "AXBN": "selfsup_xbn.adaptation",
+    "NTXentLoss": "selfsup_xbn.compat.lightly",
+    "MemoryBankModule": "selfsup_xbn.compat.lightly",
 }
 
 

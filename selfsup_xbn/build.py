@@ -55,13 +55,17 @@ def check_sizes(config: Config, images: int) -> None:
         UserError: naming the option, its value and the largest that the data allow.
     """
     if config.batch_size > images:
-        raise UserError(f"--batch-size {config.batch_size} is more than the {images} training images; give at most {images}")
+        raise UserError(
+            f"--batch-size {config.batch_size} is more than the {images} training images; give at most {images}"
+        )
     queue_size = getattr(config, "queue_size", 0)
     if isinstance(queue_size, int) and queue_size > images:
         raise UserError(f"--queue-size {queue_size} is more than the {images} training images; give at most {images}")
 
 
-def random_encoder(config: Config, channels: int, image_size: int, weights: Literal["imagenet"] | None = None) -> Encoder:
+def random_encoder(
+    config: Config, channels: int, image_size: int, weights: Literal["imagenet"] | None = None
+) -> Encoder:
     """The config's network for images of ``channels`` and ``image_size``, from random weights or ImageNet's."""
     return build_encoder(
         config.backbone,

@@ -13,14 +13,16 @@ from typing import Any, NoReturn, get_type_hints
 from selfsup_xbn.config import MODES, RECIPES, Config, near, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
 
-EXIT_CODES = "exit codes: 0 done; 2 the input is at fault; 3 the loss diverged; 75 stopped by a signal, go on with --resume"
+EXIT_CODES = (
+    "exit codes: 0 done; 2 the input is at fault; 3 the loss diverged; 75 stopped by a signal, go on with --resume"
+)
 
 
 class _Parser(argparse.ArgumentParser):
     """argparse, but a fault is one line, and a mistyped option is answered with the nearest right one."""
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, allow_abbrev=False, **kwargs)
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
@@ -56,8 +58,8 @@ def _fail(kind: str, error: object, code: int) -> int:
 
 
 def _parser() -> _Parser:
-    parser = _Parser(prog="selfsup-xbn", description=__doc__.splitlines()[0], epilog=EXIT_CODES)
-    parser.description = "Contrastive and metric learning with a memory that is kept current by XBN and AXBN."
+    text = "Contrastive and metric learning with a memory that is kept current by XBN and AXBN."
+    parser = _Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
     parser.set_defaults(parser=parser, command=lambda found: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     help_of = {"pretrain": "self-supervised pretraining with a momentum encoder and a queue (MoCo)"}
@@ -70,7 +72,9 @@ def _parser() -> _Parser:
 def _add_training(parser: _Parser, kind: type[Config]) -> None:
     recipes = [name for name, recipe in RECIPES.items() if type(recipe) is kind]
     parser.add_argument("--recipe", metavar="NAME", help=f"start from named settings: {', '.join(recipes)}")
-    parser.add_argument("--resume", action="store_true", help="go on from the run folder's last checkpoint, if there is one")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run folder's last checkpoint, if there is one"
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     parser.add_argument("--dry-run", action="store_true", help="print the settings and what they cost, and stop")
     types = get_type_hints(kind)
@@ -95,7 +99,9 @@ def config_of(found: argparse.Namespace, kind: type[Config]) -> Config:
     recipe = RECIPES.get(found.recipe or "digits") if found.recipe or kind is type(RECIPES["digits"]) else kind()
     if recipe is None or type(recipe) is not kind:
         names = [name for name, other in RECIPES.items() if type(other) is kind]
-        raise UserError(f"--recipe: expected one of {', '.join(names)}, got {found.recipe!r}{near(found.recipe, names)}")
+        raise UserError(
+            f"--recipe: expected one of {', '.join(names)}, got {found.recipe!r}{near(found.recipe, names)}"
+        )
     config = replace(recipe, **given)
     if found.resume and not found.recipe:
         from selfsup_xbn.run_log import holds_run, read_config
@@ -129,14 +135,24 @@ def _add_evaluate(parser: _Parser) -> None:
     text = "weighted k-NN of a run's encoder, or of one from elsewhere, beside raw pixels and an untrained encoder"
     knn = commands.add_parser("knn", help=text, description=text)
     knn.add_argument("--run", metavar="DIR", help="folder of a run")
-    knn.add_argument("--weights", metavar="FILE", help="state dict of an encoder from elsewhere (torchvision, timm, MoCo, lightly)")
+    knn.add_argument(
+        "--weights", metavar="FILE", help="state dict of an encoder from elsewhere (torchvision, timm, MoCo, lightly)"
+    )
     knn.add_argument("--backbone", metavar="NAME", help="with --weights: the network, as in pretrain")
     knn.add_argument("--data", metavar="SPEC", help="data set; with --run the run's own unless given")
-    knn.add_argument("--data-root", metavar="DIR", default=None, help="where downloaded data sets are kept (default: data)")
-    knn.add_argument("--image-size", type=int, default=0, metavar="INT", help="side that the network sees; 0: the data set's own")
-    knn.add_argument("--limit-train", type=int, default=None, metavar="INT", help="use only so many bank images; 0: all")
+    knn.add_argument(
+        "--data-root", metavar="DIR", default=None, help="where downloaded data sets are kept (default: data)"
+    )
+    knn.add_argument(
+        "--image-size", type=int, default=0, metavar="INT", help="side that the network sees; 0: the data set's own"
+    )
+    knn.add_argument(
+        "--limit-train", type=int, default=None, metavar="INT", help="use only so many bank images; 0: all"
+    )
     knn.add_argument("--k", type=int, default=None, metavar="INT", help="neighbours (default: the run's, else 200)")
-    knn.add_argument("--temperature", type=float, default=None, metavar="FLOAT", help="of the votes (default: the run's, else 0.1)")
+    knn.add_argument(
+        "--temperature", type=float, default=None, metavar="FLOAT", help="of the votes (default: the run's, else 0.1)"
+    )
     knn.add_argument("--device", default=None, metavar="NAME", help="auto, cpu, cuda, cuda:N")
     knn.add_argument("--workers", type=int, default=None, metavar="INT", help="processes that decode images from disk")
     knn.set_defaults(parser=knn, command=_evaluate_knn)

@@ -7,7 +7,7 @@ that the command line can answer at once.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
@@ -15,7 +15,12 @@ from selfsup_xbn.errors import UserError
 
 
 def option(
-    default: Any, help: str, *, choices: Iterable[str] = (), least: float | None = None, affects_results: bool = True
+    default: Any,
+    help: str,
+    *,
+    choices: Iterable[str] = (),
+    least: int | float | None = None,
+    affects_results: bool = True,
 ) -> Any:
     """A field with what the command line says of it and the values that it takes."""
     metadata = {"help": help, "choices": tuple(choices), "least": least, "affects_results": affects_results}
@@ -69,7 +74,10 @@ class Config:
     # What should not change results, other than by rounding
     device: str = option("auto", "auto (cuda, else cpu), cpu, cuda, cuda:1, ...", affects_results=False)
     precision: str = option(
-        "auto", "of the networks: auto (bf16 on cuda, else fp32)", choices=("auto", "fp32", "bf16"), affects_results=False
+        "auto",
+        "of the networks: auto (bf16 on cuda, else fp32)",
+        choices=("auto", "fp32", "bf16"),
+        affects_results=False,
     )
     compile: bool = option(False, "torch.compile the networks", affects_results=False)
     workers: int = option(2, "processes that decode images from disk", least=0, affects_results=False)
@@ -114,14 +122,14 @@ class PretrainConfig(Config):
     mode = "pretrain"
 
 
-def _check(name: str, value: Any, kind: type, metadata: Any) -> None:
+def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
     flag = "--" + name.replace("_", "-")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        value = float(value)
-    if type(value) is not kind:
+    if type(value) is not kind and not (kind is float and type(value) is int):
         raise UserError(f"{flag}: expected {kind.__name__}, got {value!r}")
     if metadata["choices"] and value not in metadata["choices"]:
-        raise UserError(f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}")
+        raise UserError(
+            f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}"
+        )
     least = metadata["least"]
     if least is not None and not least <= value < float("inf"):
         raise UserError(f"{flag}: expected a number of at least {least:g}, got {value}")
@@ -138,13 +146,13 @@ def resolved(config: Config) -> dict[str, Any]:
     return {"mode": config.mode, **asdict(config)}
 
 
-def from_resolved(values: dict[str, Any]) -> Config:
+def from_resolved(values: Any) -> Config:
     """The config of a ``config.json``; keys that are no options (versions, commit) are passed over.
 
     Raises:
         UserError: no such mode, a missing option, or a value that the option does not take.
     """
-    if not isinstance(values, dict) or values.get("mode") not in MODES:
+    if not isinstance(values, dict) or values.get("mode") not in tuple(MODES):
         raise UserError("expected a config with a mode, " + " or ".join(MODES))
     kind = MODES[values["mode"]]
     names = {item.name for item in fields(kind)}
@@ -156,7 +164,11 @@ def from_resolved(values: dict[str, Any]) -> Config:
 
 def differences(a: Config, b: Config) -> list[str]:
     """``name: value of a, value of b`` for each field that changes results and differs."""
-    pairs = [(item.name, getattr(a, item.name), getattr(b, item.name)) for item in fields(a) if item.metadata["affects_results"]]
+    pairs = [
+        (item.name, getattr(a, item.name), getattr(b, item.name))
+        for item in fields(a)
+        if item.metadata["affects_results"]
+    ]
     return [f"{name}: {left!r}, {right!r}" for name, left, right in pairs if left != right]
 
 

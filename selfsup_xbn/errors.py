@@ -5,7 +5,7 @@ class UserError(ValueError):
     """A fault in the user's input; exit code 2. The message is one line that names the value and the cure."""
 
 
-class Diverged(RuntimeError):
+class Diverged(RuntimeError):  # noqa: N818
     """The loss is no longer finite; exit code 3. The message names step, learning rate and the last checkpoint."""
 
 

@@ -72,7 +72,9 @@ def knn_of_weights(weights: str, backbone: str, given: dict[str, Any]) -> list[s
     untrained = build.random_encoder(config, data.channels, data.image_size)
     trained = copy.deepcopy(untrained)
     report = load_weights(trained.backbone, weights)
-    found = {key: top1 for key, top1 in _compare(probe, trained, untrained).items() if "backbone" in key or "raw" in key}
+    found = {
+        key: top1 for key, top1 in _compare(probe, trained, untrained).items() if "backbone" in key or "raw" in key
+    }
     title = f"k-NN on {config.data}, k {probe.k}, T {config.knn_temperature:g}, {backbone} from {weights}"
     return [*data.notes, *report.lines(), title, *knn_table(found)]
 

@@ -181,7 +181,7 @@ class FeatureQueue(nn.Module):
         slots, next_turn = position % self.size, position >= self.size
         this_frame, next_frame = self._frame(0), self._next_frame()
         stored = Frame.where(next_turn, next_frame, this_frame).encode(values).to(self.rows.dtype)
-        finite = stored.isfinite().all()
+        finite = stored.isfinite().all() & batch.isfinite().all()
         turned = finite & (position[-1] + 1 >= self.size)
         replaced = self.rows[slots]
 

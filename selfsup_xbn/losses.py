@@ -1,6 +1,6 @@
-"""Losses of a batch against a queue, block by block: InfoNCE, and supervised contrastive with a pair margin miner.
+"""Losses of a batch against a queue, block by block: InfoNCE, and SupCon and NT-Xent with a pair margin miner.
 
-Both are log-sum-exps over similarities to the queue. Their gradient by the anchors is attention with the values equal
+All are log-sum-exps over similarities to the queue. Their gradient by the anchors is attention with the values equal
 to the keys, so one pass over the queue gives value and gradient, as in flash attention: a block of rows is
 adapted, normalised, multiplied, reduced and forgotten. Nothing of size M x D or B x M ever exists, and no gradient
 reaches the queue.
@@ -65,7 +65,15 @@ class Scan(NamedTuple):
     logsumexp: Float[Tensor, "B"]  # of the logits that count; -inf where none does
     positive_sum: Float[Tensor, "B"]  # of the positive logits
     positives: Float[Tensor, "B"]  # how many there are
-    any_negative: Bool[Tensor, ""]  # whether any anchor has a negative
+    negatives: Int64[Tensor, ""]  # how many all anchors have together; 0 where nothing selects pairs
+
+
+class PairLoss(NamedTuple):
+    """A loss, and how many pairs it is made of."""
+
+    value: Float[Tensor, ""]
+    positives: Int64[Tensor, ""]
+    negatives: Int64[Tensor, ""]
 
 
 def select_pairs(
@@ -103,11 +111,12 @@ def scan_queue(
     """
     if temperature <= 0:
         raise UserError(f"expected a temperature above 0, got {temperature}")
-    if own_slots is not None and own_slots.ndim == 1:
-        own_slots = own_slots[:, None]
     with torch.autocast(anchors.device.type, enabled=False):
-        unit = F.normalize(anchors.to(torch.promote_types(anchors.dtype, torch.float32)), dim=1)
-        return Scan(*_QueueScan.apply(unit, queue, temperature, own_slots, select))
+        return Scan(*_QueueScan.apply(_unit(anchors), queue, temperature, own_slots, select))
+
+
+def _unit(anchors: Tensor) -> Tensor:
+    return F.normalize(anchors.to(torch.promote_types(anchors.dtype, torch.float32)), dim=1)
 
 
 class _QueueScan(torch.autograd.Function):
@@ -126,19 +135,14 @@ class _QueueScan(torch.autograd.Function):
         peak = unit.new_full((B,), torch.finfo(unit.dtype).min / 2)
         total, attended = unit.new_zeros(B), unit.new_zeros(B, D)
         positives = _Positives(unit)
-        any_negative = torch.ones((), dtype=torch.bool, device=unit.device) if select is None else None
+        negatives = torch.zeros((), dtype=torch.int64, device=unit.device)
 
         for block in queue.blocks(BLOCK_ROWS):
-            rows = _normalize_(block.features).to(unit.dtype)
-            logits = unit @ rows.T  # [B, b], cosines as yet
-            counts = _may_count(block, own_slots, logits)
-            pairs = None if select is None else select(logits, block)
-            logits.div_(temperature)
+            rows, logits, counts, pairs = _meet(unit, block, temperature, own_slots, select)
             if pairs is not None:
-                positive, negative = pairs if counts is None else (pairs.positive & counts, pairs.negative & counts)
-                positives.add(positive, logits, rows)
-                any_negative = negative.any() if any_negative is None else any_negative | negative.any()
-                counts = positive | negative
+                positives.add(pairs.positive, logits, rows)
+                negatives.add_(pairs.negative.count_nonzero())
+                counts = pairs.positive | pairs.negative
             if counts is not None:
                 logits.masked_fill_(~counts, -torch.inf)
             new_peak = torch.maximum(peak, logits.amax(1))
@@ -148,40 +152,97 @@ class _QueueScan(torch.autograd.Function):
             attended.mul_(shrink[:, None]).addmm_(weights, rows)
             peak = new_peak
 
-        if any_negative is None:  # the queue is empty
-            any_negative = torch.zeros((), dtype=torch.bool, device=unit.device)
         attended.div_(total.clamp(min=torch.finfo(unit.dtype).tiny)[:, None])
         ctx.save_for_backward(attended, positives.rows)
         ctx.temperature = temperature
-        ctx.mark_non_differentiable(positives.count, any_negative)
-        return peak + total.log(), positives.sum, positives.count, any_negative
+        ctx.mark_non_differentiable(positives.count, negatives)
+        return peak + total.log(), positives.sum, positives.count, negatives
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         attended, positive_rows = ctx.saved_tensors
         by_logsumexp, by_positive_sum = grads[0], grads[1]
         grad = by_logsumexp[:, None] * attended + by_positive_sum[:, None] * positive_rows
         return grad / ctx.temperature, None, None, None, None
 
 
-class _Positives:
-    """Sum, number and sum of rows of each anchor's positive pairs."""
+class _PositivePairs(torch.autograd.Function):
+    """Sum of ``softplus(negatives - logit)`` over each anchor's positive pairs, in one more pass over the queue."""
 
-    def __init__(self, unit: Tensor) -> None:
-        self.sum, self.count, self.rows = unit.new_zeros(len(unit)), unit.new_zeros(len(unit)), torch.zeros_like(unit)
+    @staticmethod
+    def forward(
+        ctx: Any,
+        unit: Tensor,
+        negatives: Tensor,
+        queue: FeatureQueue,
+        temperature: float,
+        own_slots: Tensor | None,
+        select: Select,
+    ) -> tuple[Tensor, Tensor]:
+        positives = _Positives(unit, negatives)
+        for block in queue.blocks(BLOCK_ROWS):
+            rows, logits, _, pairs = _meet(unit, block, temperature, own_slots, select)
+            assert pairs is not None
+            positives.add(pairs.positive, logits, rows)
+        ctx.save_for_backward(positives.slope, positives.rows)
+        ctx.temperature = temperature
+        ctx.mark_non_differentiable(positives.count)
+        return positives.sum, positives.count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        slope, rows = ctx.saved_tensors
+        by_unit = grads[0][:, None] * rows / ctx.temperature
+        return by_unit, -grads[0] * slope, None, None, None, None
+
+
+class _Positives:
+    """Sums over each anchor's positive pairs: their number, their losses, and the rows times the losses' slopes.
+
+    A pair's loss is its logit s, or softplus(negatives - s) where the log-sum-exp of the anchor's negatives is given.
+    """
+
+    def __init__(self, unit: Tensor, negatives: Tensor | None = None) -> None:
+        self.negatives, self.rows = negatives, torch.zeros_like(unit)
+        self.count, self.sum, self.slope = unit.new_zeros(3, len(unit)).unbind()
 
     def add(self, positive: Tensor, logits: Tensor, rows: Tensor) -> None:
-        if _may_wait(rows):
-            anchor, row = positive.nonzero(as_tuple=True)  # few: a product over the whole block would cost more
-            if len(anchor):
-                self.sum.index_add_(0, anchor, logits[anchor, row])
-                self.count.index_add_(0, anchor, torch.ones_like(anchor, dtype=rows.dtype))
-                self.rows.index_add_(0, anchor, rows[row])
+        if _may_wait(rows):  # few pairs: their losses alone, and a sparse product
+            anchor, row = pairs = positive.nonzero().T
+            loss, slope = self._loss(logits[anchor, row], anchor)
+            self.count.index_add_(0, anchor, torch.ones_like(slope))
+            self.sum.index_add_(0, anchor, loss)
+            self.slope.index_add_(0, anchor, slope)
+            self.rows.add_(
+                torch.sparse_coo_tensor(pairs, slope, positive.shape, is_coalesced=True, check_invariants=False) @ rows
+            )
             return
-        mask = positive.to(rows.dtype)
-        self.sum.add_((mask * logits).sum(1))
-        self.count.add_(mask.sum(1))
-        self.rows.addmm_(mask, rows)
+        loss, slope = self._loss(logits, torch.arange(len(logits), device=logits.device)[:, None])
+        slope = slope * positive
+        self.count.add_(positive.sum(1))
+        self.sum.add_((loss * positive).sum(1))
+        self.slope.add_(slope.sum(1))
+        self.rows.addmm_(slope, rows)
+
+    def _loss(self, logits: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and slope of some pairs, of which the anchors are given."""
+        if self.negatives is None:
+            return logits, torch.ones_like(logits)
+        gap = self.negatives[anchor] - logits
+        return F.softplus(gap, threshold=40), -gap.sigmoid()
+
+
+def _meet(
+    unit: Tensor, block: Block, temperature: float, own_slots: Tensor | None, select: Select | None
+) -> tuple[Tensor, Tensor, Tensor | None, Pairs | None]:
+    """The block's rows at unit length, their logits [B, b], which of those count, and the selected pairs that do."""
+    rows = _normalize_(block.features).to(unit.dtype)
+    logits = unit @ rows.T  # cosines as yet
+    counts = _may_count(block, own_slots, logits)
+    pairs = None if select is None else select(logits, block)
+    if pairs is not None and counts is not None:
+        pairs = Pairs(pairs.positive & counts, pairs.negative & counts)
+    return rows, logits.div_(temperature), counts, pairs
 
 
 def _may_wait(tensor: Tensor) -> bool:
@@ -201,7 +262,7 @@ def _may_count(block: Block, own_slots: Tensor | None, logits: Tensor) -> Tensor
     if own_slots is None:
         return filled
     width = logits.shape[1]
-    local = own_slots - block.start
+    local = own_slots.view(len(logits), -1) - block.start
     inside = (local >= 0) & (local < width)
     if _may_wait(logits) and not inside.any():
         return filled
@@ -224,7 +285,7 @@ def scan_references(
         positive, negative = select(cosine.detach())
         logits = cosine / temperature
         kept = logits.masked_fill(~(positive | negative), torch.finfo(dtype).min / 2)
-        return Scan(kept.logsumexp(1), (logits * positive).sum(1), positive.sum(1).to(dtype), negative.any())
+        return Scan(kept.logsumexp(1), (logits * positive).sum(1), positive.sum(1).to(dtype), negative.count_nonzero())
 
 
 def info_nce(
@@ -272,7 +333,7 @@ def sup_con(
     Args:
         embeddings: z, of any length.
         labels: class of each embedding.
-        queue: a queue with labels; None: the batch itself is the reference (self left out), with gradient to both sides.
+        queue: a queue with labels; None: the batch itself is the reference, self left out, gradient to both sides.
         temperature: T > 0.
         miner: which pairs count; None for all.
         own_slots: where the batch itself stands in the queue, if it does; -1 for none.
@@ -285,19 +346,85 @@ def sup_con(
             return Pairs(pairs.positive & others, pairs.negative & others)
 
         return _sup_con(scan_references(embeddings, embeddings, temperature, select))
-    if queue.labels is None:
-        raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
+    return sup_con_pairs(embeddings, labels, queue, temperature=temperature, miner=miner, own_slots=own_slots).value
 
-    def select_in_block(cosine: Tensor, block: Block) -> Pairs:
-        assert block.labels is not None
-        return select_pairs(cosine, labels, block.labels, miner)
 
-    return _sup_con(scan_queue(embeddings, queue, temperature, own_slots, select_in_block))
+def sup_con_pairs(
+    embeddings: Float[Tensor, "B D"],
+    labels: Int64[Tensor, "B"],
+    queue: FeatureQueue,
+    *,
+    temperature: float = 0.1,
+    miner: PairMargin | None = None,
+    own_slots: Int64[Tensor, "B *E"] | None = None,
+) -> PairLoss:
+    """``sup_con`` against a queue, with the number of its pairs."""
+    scan = scan_queue(embeddings, queue, temperature, own_slots, _by_label(labels, queue, miner))
+    return PairLoss(_sup_con(scan), scan.positives.sum().long(), scan.negatives)
 
 
 def _sup_con(scan: Scan) -> Float[Tensor, ""]:
     has_positive = scan.positives > 0
     logsumexp = torch.where(has_positive, scan.logsumexp, 0.0)
     losses = logsumexp - scan.positive_sum / scan.positives.clamp(min=1)
-    counts = has_positive & (losses > 0) & scan.any_negative
+    counts = has_positive & (losses > 0) & (scan.negatives > 0)
     return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp(min=1)
+
+
+def nt_xent(
+    embeddings: Float[Tensor, "B D"],
+    labels: Int64[Tensor, "B"],
+    queue: FeatureQueue,
+    *,
+    temperature: float = 0.07,
+    miner: PairMargin | None = None,
+    own_slots: Int64[Tensor, "B *E"] | None = None,
+) -> Float[Tensor, ""]:
+    """NT-Xent of labelled embeddings against the queue: each positive pair alone among its anchor's negatives.
+
+    The mean over the kept positive pairs (i, p), with N(i) the kept negatives of i, of::
+
+        log(1 + exp(n_i - s_ip)),        n_i = logsumexp_{a in N(i)} s_ia,        s = cos / T
+
+    and 0 where there is no positive or no negative pair: value and gradient are those of PML's NTXentLoss, which makes
+    a matrix of positive pairs x negative pairs. Here the queue is read twice, for n and for the pairs.
+
+    Args: those of ``sup_con``.
+    """
+    return nt_xent_pairs(embeddings, labels, queue, temperature=temperature, miner=miner, own_slots=own_slots).value
+
+
+def nt_xent_pairs(
+    embeddings: Float[Tensor, "B D"],
+    labels: Int64[Tensor, "B"],
+    queue: FeatureQueue,
+    *,
+    temperature: float = 0.07,
+    miner: PairMargin | None = None,
+    own_slots: Int64[Tensor, "B *E"] | None = None,
+) -> PairLoss:
+    """``nt_xent`` with the number of its pairs."""
+    select = _by_label(labels, queue, miner)
+
+    def negatives_alone(cosine: Tensor, block: Block) -> Pairs:
+        negative = select(cosine, block).negative
+        return Pairs(torch.zeros_like(negative), negative)
+
+    scan = scan_queue(embeddings, queue, temperature, own_slots, negatives_alone)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        unit = _unit(embeddings)
+        losses, count = _PositivePairs.apply(unit, scan.logsumexp, queue, temperature, own_slots, select)
+        positives = count.sum()
+        return PairLoss(losses.sum() / positives.clamp(min=1), positives.long(), scan.negatives)
+
+
+def _by_label(labels: Int64[Tensor, "B"], queue: FeatureQueue, miner: PairMargin | None) -> Select:
+    """Selects pairs of a block by its labels."""
+    if queue.labels is None:
+        raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
+
+    def select(cosine: Tensor, block: Block) -> Pairs:
+        assert block.labels is not None
+        return select_pairs(cosine, labels, block.labels, miner)
+
+    return select

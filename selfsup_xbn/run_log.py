@@ -71,12 +71,16 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     if not holds_run(folder) or overwrite:
         return
     if not resume:
-        raise UserError(f"{folder} already holds a run: go on with --resume, replace it with --overwrite, or give --out")
+        raise UserError(
+            f"{folder} already holds a run: go on with --resume, replace it with --overwrite, or give --out"
+        )
     saved = read_config(folder)
     if saved.mode != config.mode:
         raise UserError(f"{folder} holds a run of mode {saved.mode}, not {config.mode}: give another --out")
     if found := differences(saved, config):
-        raise UserError(f"{folder} was run with another configuration ({found[0]}): drop the option, or give another --out")
+        raise UserError(
+            f"{folder} holds a run with other settings ({found[0]}): drop the option, or give another --out"
+        )
 
 
 class RunFolder:
@@ -85,8 +89,8 @@ class RunFolder:
     Args:
         folder: made if it is not there.
         config: written to ``config.json`` with versions, machine and git commit.
-        keep_bytes: what of ``metrics.jsonl`` is kept when the run goes on; 0 for a new run, whose folder is cleared of an
-            earlier run's files.
+        keep_bytes: what of ``metrics.jsonl`` is kept when the run goes on; 0 for a new run, for which an earlier run's
+            files are removed.
     """
 
     def __init__(self, folder: Path, config: Config, keep_bytes: int = 0) -> None:
@@ -131,7 +135,7 @@ def environment() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Commit of the checkout that the package runs from, with ``+`` if files differ from it; ``"none"`` outside of one."""
+    """Commit of the checkout that the package runs from, ``+`` after it if files differ; ``"none"`` outside of one."""
     here = Path(__file__).resolve().parent
     try:
         if not (here.parent / ".git").exists():

@@ -228,7 +228,7 @@ class Run:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
 
 
-def _queue_record(queue: FeatureQueue | None) -> dict[str, float]:
+def _queue_record(queue: FeatureQueue | None) -> dict[str, int | float]:
     if queue is None:
         return {}
     gain = getattr(queue.adaptation, "gain", None)

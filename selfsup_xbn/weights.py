@@ -1,8 +1,8 @@
 """Encoders from elsewhere: fit the tensors of a checkpoint to an encoder by name and shape.
 
-One rule serves every source. All tensors of the file, however deeply nested, get a dotted name. Wrappers (``state_dict``,
-``module.``, ``encoder_q.``, ``backbone.``, ...) are prefixes of those names; the prefix and the naming under which most
-tensors fit is the one that is read.
+One rule serves every source. All tensors of the file, however deeply nested, get a dotted name. Wrappers
+(``state_dict``, ``module.``, ``encoder_q.``, ``backbone.``, ...) are prefixes of those names; the prefix and the naming
+under which most tensors fit is the one that is read.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
     """Read what fits of the checkpoint ``path`` into ``model``, and say what did and what did not.
 
     Known by test: torchvision and timm state dicts, MoCo checkpoints (``module.encoder_q.*``), lightly's
-    (``backbone.*``, with the names of the ResNet or with the numbers of an ``nn.Sequential`` of its children), Lightning's,
-    and this project's ``checkpoint.pt``. Where a file holds two encoders that fit alike the first one is read: the
+    (``backbone.*``, with the names of the ResNet's children or their numbers in an ``nn.Sequential``), Lightning's, and
+    this project's ``checkpoint.pt``. Where a file holds two encoders that fit alike the first one is read: the
     query encoder. No code in the file is run.
 
     Args:
@@ -81,7 +81,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
     under = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     found = {names[alias]: tensor for alias, tensor in under.items() if alias in names}
     fitting = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
-    if not fitting:
+    if not any(tensor.ndim for tensor in fitting.values()):  # a BatchNorm's step count fits anything
         raise UserError(_nothing_fits(path, tensors, own))
     model.load_state_dict(fitting, strict=False)
     return LoadReport(
@@ -148,7 +148,7 @@ def _namings(model: nn.Module) -> list[dict[str, str]]:
 
 
 def _numberings(backbone: nn.Module) -> list[dict[str, str]]:
-    """Names in an ``nn.Sequential`` of the backbone's children: all of them, or without identities (a dropped max-pool)."""
+    """Names in an ``nn.Sequential`` of the backbone's children: of all, or without identities (a dropped max-pool)."""
     children = list(backbone.named_children())
     kept = [(name, child) for name, child in children if not isinstance(child, nn.Identity)]
     return [

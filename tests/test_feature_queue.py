@@ -55,13 +55,16 @@ def saved_and_loaded(queue):
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_equals_the_literal_equations_over_2000_random_steps(adaptation):
+def test_equals_the_literal_equations_over_2000_random_steps(adaptation, unchecked):
     size, dim, rng = 37, 5, np.random.default_rng(0)
     queue, reference = FeatureQueue(size, dim, adaptation, labels=True), ReferenceQueue(size, adaptation)
     for step in range(2000):
         rows = int(rng.integers(1, size + 1)) if step % 3 else int(rng.integers(1, 6))
         batch, labels = random_batch(rng, rows, dim), rng.integers(0, 9, rows)
-        for memory, given in ((queue, (torch.tensor(batch), torch.tensor(labels))), (reference, (batch, labels.tolist()))):
+        for memory, given in (
+            (queue, (torch.tensor(batch), torch.tensor(labels))),
+            (reference, (batch, labels.tolist())),
+        ):
             memory.adapt(given[0])
             memory.enqueue(*given)
         if step % 97 == 0:
@@ -74,7 +77,7 @@ def test_equals_the_literal_equations_over_2000_random_steps(adaptation):
 
 
 @pytest.mark.parametrize("adaptation", MOVING)
-def test_does_not_drift_over_100000_steps(adaptation):
+def test_does_not_drift_over_100000_steps(adaptation, unchecked):
     size, dim, steps, rng = 16, 2, 100_000, np.random.default_rng(0)
     queue, reference = FeatureQueue(size, dim, adaptation), ReferenceQueue(size, adaptation)
     # Drawn at once: the loop is long.

@@ -30,6 +30,13 @@ DATA_SETS = {
     "cifar10": "cifar",
     "cifar100": "cifar",
     "folder": "folder",
+    "digits-disjoint": "digits_disjoint",
+    "sop": "sop",
+    "inshop": "inshop",
+    "deepfashion2": "deepfashion2",
+    "cars196": "cars196",
+    "cub200": "cub200",
+    "omniglot": "omniglot",
 }
 """The module of each data set. Its ``load(name, path, *, root, cache_bytes, workers)`` makes the data."""
 

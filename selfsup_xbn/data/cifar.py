@@ -21,12 +21,13 @@ SETS = {
 
 
 def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
-    """50,000 training and 10,000 test images of 32 x 32 pixels.
+    """50,000 training and 10,000 test images of 32 x 32 pixels, from the files under ``path`` or else ``root``.
 
     Raises:
-        UserError: the files are not under ``root`` and cannot be downloaded.
+        UserError: the files are not there and cannot be downloaded.
     """
     make, folder, archive = SETS[name]
+    root = path or root
     try:
         train, test = (make(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:

@@ -6,6 +6,7 @@ import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from ..errors import UserError
 from .base import ImageData, Split
 
 TEST_IMAGES = 360
@@ -13,7 +14,13 @@ SPLIT_SEED = 0
 
 
 def load(name: str, path: str, **_: object) -> ImageData:
-    """1,437 training and 360 test images, stratified by class and always the same."""
+    """1,437 training and 360 test images, stratified by class and always the same.
+
+    Raises:
+        UserError: a path is given.
+    """
+    if path:
+        raise UserError(f"{name}:{path}: {name} come with scikit-learn and have no path; write {name}")
     digits = load_digits()
     # Grey levels 0..16 become bytes; one channel.
     images = torch.from_numpy((digits.images * 255 / 16).round()).to(torch.uint8)[:, None]

@@ -34,7 +34,7 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
     """
     if not path:
         raise UserError("folder: names no path; write folder:PATH")
-    train, test = (class_files(Path(path) / part) for part in ("train", "test"))
+    train, test = (class_files(Path(path).expanduser() / part) for part in ("train", "test"))
     numbers = {label: number for number, label in enumerate([*train, *(label for label in test if label not in train)])}
     splits = [_split(part, numbers) for part in (train, test)]
     splits, side = _opened(splits, cache_bytes, workers)

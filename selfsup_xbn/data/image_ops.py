@@ -50,16 +50,15 @@ def crop_resize(images: Shaped[Tensor, "B C H W"], crop: Crop, size: int) -> Flo
     """
     B, C, H, W = images.shape
     rows = _resize_matrix(crop.top, crop.height, H, size)
-    columns = _resize_matrix(crop.left, crop.width, W, size)
-    columns = torch.where(crop.flip[:, None, None], columns.flip(1), columns)
+    columns = _resize_matrix(crop.left, crop.width, W, size, flip=crop.flip)
     if images.dtype == torch.uint8:
-        columns = columns / 255
+        columns.div_(255)
     wide = torch.bmm(images.float().view(B, C * H, W), columns.transpose(1, 2))
     return rows[:, None] @ wide.view(B, C, H, size)
 
 
 def _resize_matrix(
-    start: Float[Tensor, "B"], length: Float[Tensor, "B"], side: int, size: int
+    start: Float[Tensor, "B"], length: Float[Tensor, "B"], side: int, size: int, flip: Bool[Tensor, "B"] | None = None
 ) -> Float[Tensor, "B S H"]:
     """Weights of the ``side`` source pixels in each of ``size`` output pixels that cover [start, start + length).
 
@@ -69,11 +68,12 @@ def _resize_matrix(
     ratio = length / size
     output = torch.arange(0.5, size, device=start.device)
     pixel = torch.arange(0.5, side, device=start.device)
-    centre = torch.addcmul(start[:, None], ratio[:, None], output)
+    place = output.expand(len(start), size) if flip is None else torch.where(flip[:, None], size - output, output)
+    centre = torch.addcmul(start[:, None], ratio[:, None], place)
     inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
-    distance = (pixel - centre[:, :, None]).abs_() / ratio.clamp(min=1)[:, None, None]
-    weight = distance.neg_().add_(1).clamp_(min=0) * inside[:, None, :]
-    return weight / weight.sum(2, keepdim=True)
+    weight = (pixel - centre[:, :, None]).abs_().div_(-ratio.clamp(min=1)[:, None, None]).add_(1).clamp_(min=0)
+    weight.mul_(inside[:, None, :])
+    return weight.div_(weight.sum(2, keepdim=True))
 
 
 def gaussian_blur(images: Float[Tensor, "B C S S"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B C S S"]:
@@ -117,7 +117,7 @@ def color_jitter(images: Float[Tensor, "B 3 N"], jitter: Jitter) -> Float[Tensor
         if place == 3:
             images = shift_hue(images, jitter.hue)
         offset = torch.bmm(mean_maps[:, place], images.mean(2, keepdim=True))
-        images = torch.baddbmm(offset, pixel_maps[:, place], images).clamp_(0, 1)
+        images = torch.bmm(pixel_maps[:, place], images).add_(offset).clamp_(0, 1)
     return images
 
 
@@ -159,7 +159,7 @@ def gray_and_normalize(
     device = images.device
     deviation = constant(std, device)[:, None]
     colour = torch.where(gray[:, None, None], constant(LUMA, device).expand(3, 3), torch.eye(3, device=device))
-    return torch.baddbmm(-constant(mean, device)[:, None] / deviation, colour / deviation, images)
+    return torch.bmm(colour / deviation, images).sub_(constant(mean, device)[:, None] / deviation)
 
 
 def normalize(

@@ -25,7 +25,7 @@ from .sampler import Sampler, seed_for
 from .views import memory_views
 
 RAW_SIDE = 32
-PIECE = 64
+PIECE = 128
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Batches:
             self._generator.manual_seed(seed_for(self.seed, epoch, step))
             uniform = torch.rand(shape, generator=self._generator, device=self.device)[:, self.part].flatten(0, 1)
             images = self.images[index[step]].repeat(self.views, 1, 1, 1)
-            # On a CPU, pieces that fit its cache take half the time.
+            # On a CPU, pieces that fit its cache save a third of the time.
             piece = PIECE if self.device.type == "cpu" else len(images)
             pieces = zip(images.split(piece), uniform.split(piece), strict=True)
             yield torch.cat([self._family(*part) for part in pieces]).chunk(self.views)
@@ -147,5 +147,7 @@ def raw_pixels(split: Split, *, workers: int = 0) -> Float[Tensor, "N F"]:
     if max(split.images.shape[2:]) <= RAW_SIDE:
         return split.images.flatten(1).float() / 255
     side = [RAW_SIDE, RAW_SIDE]
-    chunks = [F.interpolate(part.float() / 255, side, mode="bilinear", antialias=True) for part in split.images.split(256)]
+    chunks = [
+        F.interpolate(part.float() / 255, side, mode="bilinear", antialias=True) for part in split.images.split(256)
+    ]
     return torch.cat(chunks).flatten(1)

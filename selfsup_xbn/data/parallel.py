@@ -75,7 +75,8 @@ class ParallelReader:
         self._keys.batches = batches
         for result in self._loader:
             if isinstance(result, UserError):
-                raise result
+                # A new one: raising ``result`` would tie it to this frame in a cycle, and the workers with it.
+                raise type(result)(*result.args)
             yield result
 
 

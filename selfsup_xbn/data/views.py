@@ -117,7 +117,7 @@ class ColorViews:
 
 @dataclass(frozen=True)
 class AffineViews:
-    """Small rotations, shears, scalings and shifts on a black ground, no flip: for digits and drawings.
+    """Rotations, shears, scalings and shifts on a black ground, no flip: for digits and drawings.
 
     Args:
         degrees: largest rotation and largest shear to either side.
@@ -128,8 +128,8 @@ class AffineViews:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    degrees: float = 15.0
-    zoom: tuple[float, float] = (0.8, 1.2)
+    degrees: float = 25.0
+    zoom: tuple[float, float] = (0.6, 1.4)
     shift: float = 0.1
     numbers: ClassVar[int] = 5
 

@@ -25,11 +25,11 @@ from selfsup_xbn.evaluation.neighbours import similarity_blocks, top_k, unit_row
 
 
 class _Ranking(NamedTuple):
-    """Similarities of a block of queries, matches apart from the rest; minus infinity where there is none."""
+    """Similarities of a block of queries, minus infinity where there is none, and the number of matches of each."""
 
     matches: Float32[Tensor, "B S"]
     others: Float32[Tensor, "B G"]
-    count: Int64[Tensor, "B"]
+    relevant: Int64[Tensor, "B"]
 
 
 @torch.no_grad()
@@ -95,7 +95,9 @@ def _rankings(
     kept = (stop - first > own_copies).nonzero().flatten()
     if not len(kept):
         raise UserError("no query has a match; expected a class with a second member, or one that the gallery holds")
-    for rows, similarities in similarity_blocks(unit_queries[kept], unit_gallery):
+    if len(kept) < len(labels):
+        unit_queries = unit_queries[kept]
+    for rows, similarities in similarity_blocks(unit_queries, unit_gallery):
         own = kept[rows]
         if own_copies:
             similarities.scatter_(1, own[:, None], -torch.inf)
@@ -108,7 +110,7 @@ def _sorted_by_class(features: Tensor, labels: Tensor, name: str) -> tuple[Tenso
     return unit_rows(features, name)[order], labels
 
 
-def _split(similarities: Tensor, first: Tensor, stop: Tensor, count: Tensor) -> _Ranking:
+def _split(similarities: Tensor, first: Tensor, stop: Tensor, relevant: Tensor) -> _Ranking:
     """Take the matches, columns [first, stop) of each row, out of ``similarities``."""
     low, high = int(first[0]), int(stop[-1])
     column = torch.arange(low, high, device=similarities.device)
@@ -116,7 +118,7 @@ def _split(similarities: Tensor, first: Tensor, stop: Tensor, count: Tensor) -> 
     of_these_classes = similarities[:, low:high]
     matches = of_these_classes.masked_fill(~match, -torch.inf)
     of_these_classes.masked_fill_(match, -torch.inf)
-    return _Ranking(matches, similarities, count)
+    return _Ranking(matches, similarities, relevant)
 
 
 def _gallery(
@@ -144,14 +146,14 @@ def _before_first_match(block: _Ranking) -> Float32[Tensor, "B"]:
 
 def _at_r(block: _Ranking) -> tuple[Tensor, Tensor]:
     """R-precision and average precision at R of each query."""
-    count, most = block.count[:, None], int(block.count.max())
+    relevant, most = block.relevant[:, None], int(block.relevant.max())
     matches = block.matches.topk(most, dim=1).values
     others = top_k(block.others, most).values
     position = torch.arange(1, most + 1, device=matches.device)
     # negated for an ascending order; right: ties count against the query
     rank = position + torch.searchsorted(-others, -matches, right=True)
-    hit = (rank <= count).double()
-    return hit.sum(1) / count[:, 0], (hit * position / rank).sum(1) / count[:, 0]
+    hit = (rank <= relevant).double()
+    return hit.sum(1) / block.relevant, (hit * position / rank).sum(1) / block.relevant
 
 
 def _recalls(before: Tensor, ks: Sequence[int]) -> dict[int, float]:

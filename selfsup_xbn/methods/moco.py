@@ -16,13 +16,14 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.losses import info_nce
+from selfsup_xbn.models import Encoder
 
 
 class MoCo(nn.Module):
     """Query encoder, key encoder that follows it, and the queue of keys.
 
     Args:
-        encoder: maps images [B, C, S, S] to embeddings [B, D] of any length; the key encoder starts as its copy.
+        encoder: the query encoder; its embeddings [B, D] may have any length. The key encoder starts as its copy.
         queue: FeatureQueue of D dimensions.
         temperature: T of InfoNCE.
         momentum: m; each step the key encoder's parameters become ``m * key + (1 - m) * query``. Buffers (running
@@ -30,14 +31,14 @@ class MoCo(nn.Module):
         momentum_schedule: ``"constant"``, or ``"cosine"``: from m up to 1 over the run (BYOL, arXiv 2006.07733).
         order: ``"union"``: adapt, enqueue, loss, so that the batch's keys are negatives of one another;
             ``"classic"``: adapt, loss, enqueue.
-        moments: ``"unit"``: keys are L2-normalised before their moments are matched and they are enqueued; ``"raw"``: as
-            the encoder gives them (similarities are cosines in either case).
+        moments: ``"unit"``: keys are L2-normalised, then matched and enqueued; ``"raw"``: they are so
+            as the encoder gives them (similarities are cosines in either case).
         symmetric: both views are queries and keys; the queue takes both sets of keys, once a step.
     """
 
     def __init__(
         self,
-        encoder: nn.Module,
+        encoder: Encoder,
         queue: FeatureQueue,
         *,
         temperature: float = 0.1,
@@ -55,7 +56,7 @@ class MoCo(nn.Module):
         self.order, self.moments, self.symmetric = order, moments, symmetric
 
     @property
-    def encoder(self) -> nn.Module:
+    def encoder(self) -> Encoder:
         """The encoder that is evaluated and kept."""
         return self.encoder_q
 
@@ -94,7 +95,8 @@ class MoCo(nn.Module):
     def keys(self, view: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
         """Keys of a view, embedded in shuffled order so that BatchNorm's splits do not tell which query is whose."""
         order = torch.randperm(len(view), device=view.device)
-        k = self.encoder_k(view[order])[order.argsort()].float()
+        k = self.encoder_k(view[order])[order.argsort()]
+        k = k.to(torch.promote_types(k.dtype, torch.float32))  # bfloat16 under autocast
         return F.normalize(k, dim=1) if self.moments == "unit" else k
 
     @torch.no_grad()

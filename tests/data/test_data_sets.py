@@ -52,6 +52,11 @@ def test_an_unknown_data_set_is_refused_with_the_nearest_name(spec, nearest):
         load_data(spec)
 
 
+def test_digits_take_no_path():
+    with pytest.raises(UserError, match=r"digits:/x: .* write digits"):
+        load_data("digits:/x")
+
+
 def test_cifar_without_network_or_files_says_where_it_looked(tmp_path, monkeypatch):
     def offline(*_, **__):
         raise OSError("no route to host")

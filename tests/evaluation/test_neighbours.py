@@ -15,7 +15,7 @@ from selfsup_xbn.evaluation.neighbours import similarity_blocks, top_k, unit_row
     rows=st.integers(1, 5),
     columns=st.integers(1, 300),
     k=st.integers(1, 40),
-    groups=st.integers(1, 12),
+    groups=st.integers(2, 12),
     levels=st.sampled_from([3, 50, 10_000]),
     seed=st.integers(0, 10_000),
 )

@@ -1,0 +1,189 @@
+"""The blockwise losses against plain matrices in float64, lightly and PML."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightly.loss import NTXentLoss
+from pytorch_metric_learning.distances import CosineSimilarity
+from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
+from pytorch_metric_learning.miners import PairMarginMiner
+
+from selfsup_xbn import FeatureQueue, losses
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.losses import PairMargin, info_nce, sup_con
+
+CENTRES = torch.randn(6, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+
+
+@pytest.fixture(autouse=True, params=[7, 1024], ids=["small blocks", "one block"])
+def _block_rows(request, monkeypatch):
+    monkeypatch.setattr(losses, "BLOCK_ROWS", request.param)
+
+
+@pytest.fixture(params=[False, True], ids=["sparse", "fixed shapes"])
+def fixed_shapes(request, monkeypatch):
+    """The path of an accelerator, where no shape may depend on values, and the path of a CPU."""
+    if request.param:
+        monkeypatch.setattr(losses, "_may_wait", lambda tensor: False)
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+
+
+def draw(n, dtype=torch.float64, noise=0.7):
+    labels = torch.randint(0, len(CENTRES), (n,))
+    return (CENTRES[labels] + noise * torch.randn(n, 12, dtype=torch.float64)).to(dtype), labels
+
+
+def gradient(loss, *inputs):
+    return torch.autograd.grad(loss, inputs, allow_unused=True)
+
+
+def filled_queue(rows, size=60, adaptation="xbm", labels=True, dtype=torch.float64):
+    queue = FeatureQueue(size, 12, adaptation, labels=labels, dtype=dtype)
+    for _ in range(rows // 15):
+        z, y = draw(15)
+        queue.adapt(z)
+        queue.enqueue(z, y if labels else None)
+    return queue
+
+
+@pytest.mark.parametrize("rows", [0, 45, 60, 90])
+@pytest.mark.parametrize("adaptation", ["xbm", "xbn"])
+def test_info_nce_equals_cross_entropy_over_the_whole_matrix(rows, adaptation, fixed_shapes):
+    queue = filled_queue(rows, adaptation=adaptation, labels=False)
+    q, k = torch.randn(2, 10, 12, dtype=torch.float64).requires_grad_().unbind()
+    queue.adapt(k)
+    slots = queue.enqueue(k.detach())
+    found = info_nce(q, k, queue, 0.2, slots)
+    logits = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.2  # own key's column is the positive
+    expected = F.cross_entropy(logits.detach().clone().requires_grad_(), slots)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    logits = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.2
+    torch.testing.assert_close(gradient(found, q), gradient(F.cross_entropy(logits, slots), q), rtol=1e-8, atol=1e-10)
+
+
+def test_info_nce_leaves_out_all_of_an_anchors_own_slots(fixed_shapes):
+    queue = filled_queue(45, labels=False)
+    q, k = torch.randn(2, 4, 12, dtype=torch.float64).unbind()
+    own = torch.stack([queue.enqueue(k), queue.enqueue(torch.randn(4, 12, dtype=torch.float64))], dim=1)
+    own[2, 1] = -1
+    cosine = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.1
+    for anchor, slot in itertools.product(range(4), range(2)):
+        if own[anchor, slot] >= 0:
+            cosine[anchor, own[anchor, slot]] = -torch.inf
+    positive = F.cosine_similarity(q, k) / 0.1
+    expected = F.cross_entropy(torch.cat([positive[:, None], cosine], dim=1), torch.zeros(4, dtype=torch.int64))
+    torch.testing.assert_close(info_nce(q, k, queue, 0.1, own), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+def test_info_nce_with_xbm_equals_lightlys_with_the_same_bank(temperature):
+    theirs = NTXentLoss(temperature, memory_bank_size=(64, 12))
+    queue = FeatureQueue(64, 12, "xbm")
+    queue.enqueue(theirs.memory_bank.bank)
+    q, k = torch.randn(16, 12, requires_grad=True), torch.randn(16, 12, requires_grad=True)
+    found, expected = info_nce(q, k, queue, temperature), theirs(q, k)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient(found, q, k), gradient(expected, q, k), rtol=1e-5, atol=1e-6)
+
+
+MINERS = {
+    "none": (None, None),
+    "euclidean": (PairMargin(0.7, 1.1), PairMarginMiner(0.7, 1.1)),
+    "paper": (PairMargin(), PairMarginMiner(0.2, 0.8)),
+    "cosine": (PairMargin(0.7, 0.3, "cosine"), PairMarginMiner(0.7, 0.3, distance=CosineSimilarity())),
+}
+
+
+def peers_loss(queue, miner, z, y, batch):
+    """PML's loss on a copy of the queue, whose rows at the end it writes again with the very same values."""
+    memory = CrossBatchMemory(SupConLoss(0.1), 12, queue.size, miner=miner)
+    memory.embedding_memory, memory.label_memory = queue.features().clone(), queue.labels[: len(queue)].clone()
+    memory.embedding_memory = F.pad(memory.embedding_memory, (0, 0, 0, queue.size - len(queue)))
+    memory.label_memory = F.pad(memory.label_memory, (0, queue.size - len(queue)))
+    memory.queue_idx, memory.has_been_filled = (int(queue.pointer) - batch) % queue.size, len(queue) == queue.size
+    return memory(z, y)
+
+
+@pytest.mark.parametrize("miner", MINERS)
+@pytest.mark.parametrize("rows", [0, 15, 45, 60, 90])
+def test_sup_con_equals_pmls_value_and_gradient(rows, miner, fixed_shapes):
+    ours, theirs = MINERS[miner]
+    for lonely in (False, True):
+        queue = filled_queue(rows)
+        z, y = draw(15)
+        if lonely:  # single-member classes and anchors without positives
+            y[:4] = torch.arange(100, 104)
+        slots = queue.enqueue(z, y)
+        z.requires_grad_()
+        expected = peers_loss(queue, theirs, z, y, 15)
+        found = sup_con(z, y, queue, temperature=0.1, miner=ours, own_slots=slots)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("miner", MINERS)
+def test_sup_con_in_the_batch_equals_pmls_with_gradient_to_both_sides(miner):
+    ours, theirs = MINERS[miner]
+    z, y = draw(20)
+    z.requires_grad_()
+    expected = SupConLoss(0.1)(z, y, theirs(z, y) if theirs else None)
+    found = sup_con(z, y, temperature=0.1, miner=ours)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
+
+
+def test_sup_con_is_zero_with_a_finite_gradient_where_there_is_nothing_to_learn(fixed_shapes):
+    for labels in (torch.zeros(8, dtype=torch.int64), torch.arange(8)):  # no negatives; no positives
+        queue = FeatureQueue(8, 12, "xbm", labels=True)
+        z = torch.randn(8, 12, requires_grad=True)
+        loss = sup_con(z, labels, queue, own_slots=queue.enqueue(z, labels))
+        (found,) = gradient(loss, z)
+        assert loss.item() == 0
+        assert torch.equal(found, torch.zeros_like(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_embeddings_and_autocast_give_the_float32_loss_of_the_same_values(dtype):
+    queue = filled_queue(60, adaptation="xbn", dtype=torch.float32)
+    z, y = draw(15, dtype)
+    z.requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = sup_con(z, y, queue), info_nce(z, z.detach().flip(0), queue)
+    exact = z.detach().float().requires_grad_()
+    expected = sup_con(exact, y, queue), info_nce(exact, exact.detach().flip(0), queue)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(gradient(a, z)[0].float(), gradient(b, exact)[0], rtol=2e-2, atol=2e-3)
+
+
+def test_small_temperatures_neither_overflow_nor_vanish():
+    queue = filled_queue(60, labels=False)
+    q, k = torch.randn(2, 5, 12, dtype=torch.float64).unbind()
+    logits = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 1e-3
+    positive = F.cosine_similarity(q, k) / 1e-3
+    expected = (torch.cat([positive[:, None], logits], dim=1).logsumexp(1) - positive).mean()
+    found = info_nce(q.float(), k.float(), queue, 1e-3)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_the_gradient_passes_gradcheck():
+    queue = filled_queue(60, adaptation="xbn")
+    z, y = draw(6)
+    k = z + 1
+    z.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: sup_con(z, y, queue, temperature=0.3), (z,))
+    assert torch.autograd.gradcheck(lambda z: info_nce(z, k, queue, 0.3), (z,))
+
+
+def test_bad_settings_are_named():
+    queue = filled_queue(60)
+    z, y = draw(4)
+    with pytest.raises(UserError, match=r"temperature above 0, got 0\.0"):
+        info_nce(z, z, queue, 0.0)
+    with pytest.raises(UserError, match="'manhattan'"):
+        sup_con(z, y, queue, miner=PairMargin(distance="manhattan"))
+    with pytest.raises(ValueError, match="labels=True"):
+        sup_con(z, y, filled_queue(15, labels=False))
