@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from selfsup_xbn.adaptation import AXBN, XBM, XBN
     from selfsup_xbn.compat.lightly import MemoryBankModule, NTXentLoss
+    from selfsup_xbn.compat.pytorch_metric_learning import CrossBatchMemory
     from selfsup_xbn.feature_queue import FeatureQueue
 
 __version__ = "0.1.0"
-__all__ = ["AXBN", "XBM", "XBN", "FeatureQueue", "MemoryBankModule", "NTXentLoss"]
+__all__ = ["AXBN", "XBM", "XBN", "CrossBatchMemory", "FeatureQueue", "MemoryBankModule", "NTXentLoss"]
 
 _HOME = {
     "FeatureQueue": "selfsup_xbn.feature_queue",
@@ -23,6 +24,7 @@ _HOME = {
     "AXBN": "selfsup_xbn.adaptation",
     "NTXentLoss": "selfsup_xbn.compat.lightly",
     "MemoryBankModule": "selfsup_xbn.compat.lightly",
+    "CrossBatchMemory": "selfsup_xbn.compat.pytorch_metric_learning",
 }
 
 
