@@ -9,16 +9,18 @@ import torch
 from torch import nn
 
 from selfsup_xbn.adaptation import AXBN, Adaptation, make_adaptation
-from selfsup_xbn.config import Config, PretrainConfig
-from selfsup_xbn.data import Batches, ImageData, RandomBatches, limit, load_data
+from selfsup_xbn.config import Config, PretrainConfig, SuperviseConfig, numbers, queue_rows
+from selfsup_xbn.data import Batches, ClassBalancedBatches, ImageData, RandomBatches, limit, load_data
+from selfsup_xbn.data.sampler import Sampler
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation.probe import KnnProbe
+from selfsup_xbn.evaluation.probe import KnnProbe, Probe, RetrievalProbe
 from selfsup_xbn.feature_queue import FeatureQueue
+from selfsup_xbn.methods.metric_learning import MetricLearning, make_loss
 from selfsup_xbn.methods.moco import MoCo
 from selfsup_xbn.models import Encoder, build_encoder
 from selfsup_xbn.weights import load_weights
 
-VIEWS = {"pretrain": 2}
+Method = MoCo | MetricLearning
 
 
 def device_of(name: str) -> torch.device:
@@ -58,8 +60,8 @@ def check_sizes(config: Config, images: int) -> None:
         raise UserError(
             f"--batch-size {config.batch_size} is more than the {images} training images; give at most {images}"
         )
-    queue_size = getattr(config, "queue_size", 0)
-    if isinstance(queue_size, int) and queue_size > images:
+    queue_size = queue_rows(config, images)
+    if queue_size > images:
         raise UserError(f"--queue-size {queue_size} is more than the {images} training images; give at most {images}")
 
 
@@ -94,11 +96,20 @@ def adaptation_of(config: Config) -> Adaptation:
     return make_adaptation(config.adaptation)
 
 
-def method_of(config: Config, encoder: Encoder) -> MoCo:
-    """The method of the config's mode."""
+def method_of(config: Config, encoder: Encoder, images: int) -> Method:
+    """The method of the config's mode, for a training set of so many images."""
+    rows, dtype, labels = queue_rows(config, images), getattr(torch, config.queue_dtype), config.mode == "supervise"
+    queue = FeatureQueue(rows, config.dim, adaptation_of(config), labels=labels, dtype=dtype) if rows else None
+    if isinstance(config, SuperviseConfig):
+        return MetricLearning(
+            encoder,
+            queue,
+            make_loss(config),
+            batch_loss_weight=config.batch_loss_weight,
+            memory_start=config.memory_start,
+        )
     assert isinstance(config, PretrainConfig)
-    dtype = getattr(torch, config.queue_dtype)
-    queue = FeatureQueue(config.queue_size, config.dim, adaptation_of(config), dtype=dtype)
+    assert queue is not None
     return MoCo(
         encoder,
         queue,
@@ -119,20 +130,29 @@ def optimizer_of(config: Config, module: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
 
 
-def batches_of(config: Config, data: ImageData, device: torch.device) -> Batches:
-    """Random views of the training images."""
+def batches_of(config: Config, data: ImageData, device: torch.device, shard: tuple[int, int] = (0, 1)) -> Batches:
+    """Random views of the training images: two for pretraining, one for supervised learning."""
+    sampler: Sampler = RandomBatches(len(data.train), config.batch_size)
+    augmentation, views = data.augmentation, 2
+    if isinstance(config, SuperviseConfig):
+        sampler = ClassBalancedBatches(data.train.labels, config.batch_size, config.images_per_class)
+        own = "digits" if data.augmentation == "digits" else "supervised"
+        augmentation, views = config.augmentation or own, 1
     return Batches(
         data.train,
-        data.augmentation,
+        augmentation,
         data=data,
-        views=VIEWS[config.mode],
-        sampler=RandomBatches(len(data.train), config.batch_size),
+        views=views,
+        sampler=sampler,
         device=device,
         seed=config.seed,
         workers=config.workers,
+        shard=shard,
     )
 
 
-def probe_of(config: Config, data: ImageData, device: torch.device) -> KnnProbe:
+def probe_of(config: Config, data: ImageData, device: torch.device) -> Probe:
     """The evaluator of the config's mode."""
+    if isinstance(config, SuperviseConfig):
+        return RetrievalProbe(data, numbers(config.recall_ks, "--recall-ks"), device=device, workers=config.workers)
     return KnnProbe(data, k=config.knn_k, temperature=config.knn_temperature, device=device, workers=config.workers)

@@ -11,26 +11,26 @@ import torch
 
 from selfsup_xbn.errors import UserError
 
-NAME = "checkpoint.pt"
+NAME, BEST = "checkpoint.pt", "best.pt"
 
 
-def save(state: dict[str, Any], folder: Path) -> None:
-    """Writes ``checkpoint.pt`` atomically: to a temporary file, flushed to the disk, then renamed over the old one."""
-    temporary = folder / (NAME + ".tmp")
+def save(state: dict[str, Any], folder: Path, name: str = NAME) -> None:
+    """Writes a checkpoint atomically: to a temporary file, flushed to the disk, then renamed over the old one."""
+    temporary = folder / (name + ".tmp")
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, folder / NAME)
+    os.replace(temporary, folder / name)
 
 
-def load(folder: Path) -> dict[str, Any]:
-    """The state in ``checkpoint.pt``, on the CPU; a pickle that would run code is refused.
+def load(folder: Path, name: str = NAME) -> dict[str, Any]:
+    """The state in a run's checkpoint, on the CPU; a pickle that would run code is refused.
 
     Raises:
         UserError: there is none, it is damaged, or it is none of this package's.
     """
-    path = folder / NAME
+    path = folder / name
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:

@@ -10,7 +10,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from selfsup_xbn.config import MODES, RECIPES, Config, near, resolved
+from selfsup_xbn.config import DEFAULT_RECIPES, MODES, RECIPES, Config, near, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
 
 EXIT_CODES = (
@@ -62,9 +62,9 @@ def _parser() -> _Parser:
     parser = _Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
     parser.set_defaults(parser=parser, command=lambda found: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    help_of = {"pretrain": "self-supervised pretraining with a momentum encoder and a queue (MoCo)"}
     for mode, kind in MODES.items():
-        _add_training(commands.add_parser(mode, help=help_of[mode], description=help_of[mode], epilog=EXIT_CODES), kind)
+        text = (kind.__doc__ or "").split("(")[0].strip().rstrip(".")
+        _add_training(commands.add_parser(mode, help=text, description=kind.__doc__, epilog=EXIT_CODES), kind)
     _add_evaluate(commands.add_parser("evaluate", help="evaluate an encoder", description="Evaluate an encoder."))
     return parser
 
@@ -96,7 +96,7 @@ def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
 def config_of(found: argparse.Namespace, kind: type[Config]) -> Config:
     """The recipe (or, when resuming, the run's own settings) with the options given on top."""
     given = {item.name: getattr(found, item.name) for item in fields(kind) if hasattr(found, item.name)}
-    recipe = RECIPES.get(found.recipe or "digits") if found.recipe or kind is type(RECIPES["digits"]) else kind()
+    recipe = RECIPES.get(found.recipe or DEFAULT_RECIPES[kind.mode])
     if recipe is None or type(recipe) is not kind:
         names = [name for name, other in RECIPES.items() if type(other) is kind]
         raise UserError(
@@ -129,46 +129,43 @@ def _train(found: argparse.Namespace, kind: type[Config]) -> None:
     print(*result_lines(folder), sep="\n")
 
 
+EVALUATIONS = {
+    "knn": "weighted k-NN of a run's encoder, or of one from elsewhere, beside raw pixels and an untrained encoder",
+    "retrieval": "Recall@K, R-precision and MAP@R of a run's encoder, or of one from elsewhere, beside the same",
+}
+
+
 def _add_evaluate(parser: _Parser) -> None:
     parser.set_defaults(parser=parser, command=lambda found: parser.print_help())
     commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=_Parser)
-    text = "weighted k-NN of a run's encoder, or of one from elsewhere, beside raw pixels and an untrained encoder"
-    knn = commands.add_parser("knn", help=text, description=text)
-    knn.add_argument("--run", metavar="DIR", help="folder of a run")
-    knn.add_argument(
-        "--weights", metavar="FILE", help="state dict of an encoder from elsewhere (torchvision, timm, MoCo, lightly)"
-    )
-    knn.add_argument("--backbone", metavar="NAME", help="with --weights: the network, as in pretrain")
-    knn.add_argument("--data", metavar="SPEC", help="data set; with --run the run's own unless given")
-    knn.add_argument(
-        "--data-root", metavar="DIR", default=None, help="where downloaded data sets are kept (default: data)"
-    )
-    knn.add_argument(
-        "--image-size", type=int, default=0, metavar="INT", help="side that the network sees; 0: the data set's own"
-    )
-    knn.add_argument(
-        "--limit-train", type=int, default=None, metavar="INT", help="use only so many bank images; 0: all"
-    )
-    knn.add_argument("--k", type=int, default=None, metavar="INT", help="neighbours (default: the run's, else 200)")
-    knn.add_argument(
-        "--temperature", type=float, default=None, metavar="FLOAT", help="of the votes (default: the run's, else 0.1)"
-    )
-    knn.add_argument("--device", default=None, metavar="NAME", help="auto, cpu, cuda, cuda:N")
-    knn.add_argument("--workers", type=int, default=None, metavar="INT", help="processes that decode images from disk")
-    knn.set_defaults(parser=knn, command=_evaluate_knn)
+    options = {item.name: item for item in fields(Config)}
+    types = get_type_hints(Config)
+    for kind, text in EVALUATIONS.items():
+        own = ["knn_k", "knn_temperature"] if kind == "knn" else ["recall_ks"]
+        evaluation = commands.add_parser(kind, help=text, description=text)
+        evaluation.add_argument("--run", metavar="DIR", help="folder of a run, whose own settings hold unless given")
+        evaluation.add_argument(
+            "--weights", metavar="FILE", help="an encoder from elsewhere: torchvision, timm, MoCo, lightly"
+        )
+        evaluation.add_argument("--backbone", metavar="NAME", help="with --weights: the network")
+        for name in ["data", "data_root", "image_size", "limit_train", *own, "device", "workers"]:
+            _add_option(evaluation, options[name], types[name])
+        evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
 
 
-def _evaluate_knn(found: argparse.Namespace) -> None:
+def _evaluate(found: argparse.Namespace) -> None:
+    given = {item.name: getattr(found, item.name) for item in fields(Config) if hasattr(found, item.name)}
+    given = {name: value for name, value in given.items() if name not in ("weights", "backbone")}
     if bool(found.run) == bool(found.weights):
         raise UserError("expected one of --run DIR and --weights FILE")
-    if found.weights and not (found.backbone and found.data):
+    if found.weights and not (found.backbone and "data" in given):
         raise UserError("--weights needs --backbone NAME and --data SPEC")
     if found.run and found.backbone:
         raise UserError("--backbone goes with --weights; a run knows its own")
-    from selfsup_xbn.evaluate import knn_of_run, knn_of_weights
+    from selfsup_xbn.evaluate import evaluate_run, evaluate_weights
 
-    names = {"data": "data", "data_root": "data_root", "image_size": "image_size", "limit_train": "limit_train"}
-    names |= {"k": "knn_k", "temperature": "knn_temperature", "device": "device", "workers": "workers"}
-    given = {option: getattr(found, name) for name, option in names.items() if getattr(found, name) is not None}
-    lines = knn_of_run(Path(found.run), given) if found.run else knn_of_weights(found.weights, found.backbone, given)
+    if found.run:
+        lines = evaluate_run(found.kind, Path(found.run), given)
+    else:
+        lines = evaluate_weights(found.kind, found.weights, found.backbone, given)
     print(*lines, sep="\n")

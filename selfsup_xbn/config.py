@@ -6,6 +6,7 @@ that the command line can answer at once.
 
 from __future__ import annotations
 
+import ast
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -66,9 +67,10 @@ class Config:
     seed: int = option(0, "everything random follows from it", least=0)
 
     # What is measured
+    eval_every: int = option(1, "epochs between evaluations; 0: at the end only", least=0)
     knn_k: int = option(200, "k-NN: neighbours", least=1)
+    recall_ks: str = option("1,10", "retrieval: K of Recall@K, with commas")
     knn_temperature: float = option(0.1, "k-NN: temperature of the votes", least=1e-6)
-    knn_every: int = option(1, "epochs between k-NN evaluations; 0: at the end only", least=0)
     drift_every: int = option(50, "steps between measurements of feature drift; 0: none", least=0)
 
     # What should not change results, other than by rounding
@@ -95,6 +97,7 @@ class Config:
         types = get_type_hints(type(self))
         for item in fields(self):
             _check(item.name, getattr(self, item.name), types[item.name], item.metadata)
+        numbers(self.recall_ks, "--recall-ks")
 
     @property
     def run_folder(self) -> str:
@@ -122,9 +125,96 @@ class PretrainConfig(Config):
     mode = "pretrain"
 
 
+@dataclass(frozen=True, kw_only=True)
+class SuperviseConfig(Config):
+    """Supervised metric learning with a cross-batch memory (Sec. 5.1 of arXiv 2303.17127)."""
+
+    data: str = option(
+        "digits-disjoint", "data set: digits-disjoint, sop:ROOT, inshop:ROOT, deepfashion2:ROOT, folder:PATH, ..."
+    )
+    augmentation: str = option("", "family of random views; '': the data set's own for supervised learning")
+    images_per_class: int = option(4, "images of a class in a batch", least=1)
+    head: str = option("l2", "the embedding: l2, l2+ln or l2+bn (Table 3)")
+    queue_size: str = option("100%", "rows M of the memory, or P% of the training images; 0: no memory")
+    memory_start: int = option(0, "steps before the memory is used, while it fills", least=0)
+    batch_loss_weight: float = option(0.0, "weight of the loss in the batch, beside that against the memory", least=0)
+    loss: str = option("SupConLoss", "SupConLoss, or another loss of pytorch-metric-learning by name")
+    loss_args: str = option("", "its arguments: name=value,name=value")
+    miner: str = option("PairMarginMiner", "PairMarginMiner, none, or another miner of pytorch-metric-learning by name")
+    miner_args: str = option("pos_margin=0.2,neg_margin=0.8", "its arguments: name=value,name=value")
+    miner_distance: str = option(
+        "euclidean", "what PairMarginMiner's margins are measured in", choices=("euclidean", "cosine")
+    )
+    head_epochs: int = option(0, "epochs before the others in which the head alone is trained", least=0)
+    head_lr: float = option(0.001, "their learning rate (SGD)", least=0)
+
+    mode = "supervise"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.batch_size % self.images_per_class:
+            raise UserError(
+                f"--batch-size {self.batch_size}: expected a multiple of --images-per-class {self.images_per_class}"
+            )
+        queue_rows(self, 100)
+        arguments(self.loss_args, "--loss-args")
+        arguments(self.miner_args, "--miner-args")
+
+
+def queue_rows(config: Config, images: int) -> int:
+    """Rows of the queue for a training set of so many images: ``queue_size``, or its percentage of them.
+
+    Raises:
+        UserError: it is neither a whole number nor a percentage of at most 100.
+    """
+    text = str(getattr(config, "queue_size", 0)).strip()
+    try:
+        if not text.endswith("%"):
+            rows = int(text)
+        elif 0 <= float(text[:-1]) <= 100:
+            rows = round(images * float(text[:-1]) / 100)
+        else:
+            rows = -1
+    except ValueError:
+        rows = -1
+    if rows < 0:
+        raise UserError(f"--queue-size: expected a number of rows or a percentage up to 100%, got {text!r}")
+    return rows
+
+
+def numbers(text: str, flag: str) -> tuple[int, ...]:
+    """Whole numbers from 1 on, with commas between.
+
+    Raises:
+        UserError: anything else.
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise UserError(f"{flag}: expected whole numbers from 1 on with commas between, got {text!r}")
+    return tuple(int(part) for part in parts)
+
+
+def arguments(text: str, flag: str) -> dict[str, Any]:
+    """``name=value,name=value`` as keyword arguments; values are Python literals or, failing that, words.
+
+    Raises:
+        UserError: a part without a name or a value.
+    """
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (name.isidentifier() and equals and value):
+            raise UserError(f"{flag}: expected name=value,name=value, got {text!r}")
+        try:
+            found[name] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            found[name] = value
+    return found
+
+
 def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
     flag = "--" + name.replace("_", "-")
-    if type(value) is not kind and not (kind is float and type(value) is int):
+    if type(value) not in ((float, int) if kind is float else (kind,)):
         raise UserError(f"{flag}: expected {kind.__name__}, got {value!r}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise UserError(
@@ -172,15 +262,43 @@ def differences(a: Config, b: Config) -> list[str]:
     return [f"{name}: {left!r}, {right!r}" for name, left, right in pairs if left != right]
 
 
-MODES: dict[str, type[Config]] = {"pretrain": PretrainConfig}
+MODES: dict[str, type[Config]] = {"pretrain": PretrainConfig, "supervise": SuperviseConfig}
 
 _DIGITS = PretrainConfig(backbone="convnet-digits", epochs=30, lr=0.1, knn_k=20)
 _CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size=4096, epochs=200)
 
-# Fig. 2 of arXiv 2303.17127: PML's MoCo notebook for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP, SplitBatchNorm of 8,
-# queue 4096, T 0.1, m 0.99, SGD 0.03 with a cosine), at batch size 128.
+# Tables 1 to 3 of arXiv 2303.17127. The paths are where the official archives unpack to, below --data-root.
+_PAPER = SuperviseConfig(
+    backbone="resnet50",
+    weights="imagenet",
+    dim=512,
+    batch_size=64,
+    queue_size="50%",
+    optimizer="adamw",
+    lr=1e-4,
+    schedule="step",
+    epochs=50,
+    head_epochs=2,
+    recall_ks="1,10,100,1000",
+    workers=8,
+)
+_SMALL = SuperviseConfig(
+    backbone="convnet4", batch_size=64, optimizer="adamw", lr=1e-3, schedule="constant", epochs=3, knn_k=20
+)
+
 RECIPES: dict[str, Config] = {
+    # Fig. 2: PML's MoCo notebook for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP, SplitBatchNorm of 8, queue 4096,
+    # T 0.1, m 0.99, SGD 0.03 with a cosine), at batch size 128.
     "digits": _DIGITS,
     "cifar10-fig2": _CIFAR10_FIG2,
     "cifar100-fig2": replace(_CIFAR10_FIG2, data="cifar100"),
+    "digits-disjoint": replace(
+        _SMALL, data="digits-disjoint", backbone="convnet-digits", batch_size=60, images_per_class=12, epochs=20
+    ),
+    "omniglot": replace(_SMALL, data="omniglot:omniglot", queue_size="6000"),
+    "cars196": replace(_PAPER, data="cars196:cars196", queue_size="100%"),
+    "sop": replace(_PAPER, data="sop:Stanford_Online_Products"),
+    "inshop": replace(_PAPER, data="inshop:inshop"),
+    "deepfashion2": replace(_PAPER, data="deepfashion2:deepfashion2", queue_size="100%", gain_interval=10),
 }
+DEFAULT_RECIPES = {"pretrain": "digits", "supervise": "digits-disjoint"}

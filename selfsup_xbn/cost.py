@@ -6,6 +6,7 @@ import torch
 
 from selfsup_xbn import build
 from selfsup_xbn.config import Config
+from selfsup_xbn.feature_queue import FeatureQueue
 
 DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}  # training images, known without fetching them
 
@@ -23,14 +24,19 @@ def cost_lines(config: Config) -> list[str]:
     images = min(images, config.limit_train or images)
     build.check_sizes(config, images)
     with torch.device("meta"):
-        method = build.method_of(config, build.random_encoder(config, channels, size))
-    queue = method.queue
+        method = build.method_of(config, build.random_encoder(config, channels, size), images)
     steps = images // config.batch_size
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())
-    queue_bytes = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers())
     return [
         f"training images  {images:,} of {size} x {size} pixels, {channels} channels",
         f"steps            {steps:,} an epoch, {steps * config.epochs:,} in all",
         f"parameters       {trained:,} in the encoder {config.backbone}",
-        f"queue            {queue.size:,} rows of {queue.dim}, {queue_bytes / 2**20:.1f} MiB",
+        f"queue            {_queue_line(method.queue)}",
     ]
+
+
+def _queue_line(queue: FeatureQueue | None) -> str:
+    if queue is None:
+        return "none"
+    size = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers())
+    return f"{queue.size:,} rows of {queue.dim}, {size / 2**20:.1f} MiB"

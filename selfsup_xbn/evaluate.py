@@ -8,13 +8,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import nn
 
 from selfsup_xbn import build, checkpoint
-from selfsup_xbn.config import Config, PretrainConfig, from_resolved
+from selfsup_xbn.config import Config, PretrainConfig, from_resolved, numbers
+from selfsup_xbn.data import ImageData
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation.probe import KnnProbe
+from selfsup_xbn.evaluation.probe import KnnProbe, Probe, RetrievalProbe, baselines
 from selfsup_xbn.models import Encoder
-from selfsup_xbn.report import knn_table
+from selfsup_xbn.report import comparison_table
 from selfsup_xbn.run_log import read_config
 from selfsup_xbn.weights import load_weights
 
@@ -47,8 +49,8 @@ def open_run(folder: Path) -> TrainedRun:
     return TrainedRun(config, network["image_size"], network["channels"], trained, untrained)
 
 
-def knn_of_run(folder: Path, given: dict[str, Any]) -> list[str]:
-    """k-NN table of a run's encoder, with the options ``given`` in place of the run's own."""
+def evaluate_run(kind: str, folder: Path, given: dict[str, Any]) -> list[str]:
+    """Table of a run's encoder, with the options ``given`` in place of the run's own."""
     run = open_run(folder)
     own = replace(run.config, image_size=run.image_size, limit_train=0 if "data" in given else run.config.limit_train)
     config = replace(own, **given)
@@ -58,28 +60,40 @@ def knn_of_run(folder: Path, given: dict[str, Any]) -> list[str]:
             f"--data {config.data} has {data.channels} channels, and the run's network takes {run.channels}: "
             "evaluate it on images like those that it was trained on"
         )
-    probe = build.probe_of(config, data, build.device_of(config.device))
-    title = f"k-NN on {config.data}, k {probe.k}, T {config.knn_temperature:g}, encoder of {folder}"
-    return [*data.notes, title, *knn_table(_compare(probe, run.trained, run.untrained))]
+    probe = _probe(kind, config, data)
+    title = f"{_title(kind, config)}, encoder of {folder}"
+    return [*data.notes, title, *comparison_table(_compare(probe, run.trained, run.untrained, config))]
 
 
-def knn_of_weights(weights: str, backbone: str, given: dict[str, Any]) -> list[str]:
-    """k-NN table of a backbone whose weights come from a file, and how well the file fitted."""
+def evaluate_weights(kind: str, weights: str, backbone: str, given: dict[str, Any]) -> list[str]:
+    """Table of a backbone whose weights come from a file, and how well the file fitted."""
     config = PretrainConfig(**({"backbone": backbone} | given))
     data = build.data_of(config)
-    probe = build.probe_of(config, data, build.device_of(config.device))
     torch.manual_seed(config.seed)
     untrained = build.random_encoder(config, data.channels, data.image_size)
+    untrained = Encoder(untrained.backbone, nn.Identity(), untrained.feature_dim, untrained.feature_dim)
     trained = copy.deepcopy(untrained)
     report = load_weights(trained.backbone, weights)
-    found = {
-        key: top1 for key, top1 in _compare(probe, trained, untrained).items() if "backbone" in key or "raw" in key
-    }
-    title = f"k-NN on {config.data}, k {probe.k}, T {config.knn_temperature:g}, {backbone} from {weights}"
-    return [*data.notes, *report.lines(), title, *knn_table(found)]
+    found = _compare(_probe(kind, config, data), trained, untrained, config)
+    shown = {name: value for name, value in found.items() if not name.startswith("knn_top1_backbone")}
+    title = f"{_title(kind, config)}, features of {backbone} from {weights}"
+    return [*data.notes, *report.lines(), title, *comparison_table(shown)]
 
 
-def _compare(probe: KnnProbe, trained: Encoder, untrained: Encoder) -> dict[str, float]:
-    found = {"knn_top1_raw_pixels": probe.raw_pixels()}
-    found |= probe.encoder(untrained.to(probe.device), "_untrained")
-    return found | probe.encoder(trained.to(probe.device))
+def _probe(kind: str, config: Config, data: ImageData) -> Probe:
+    device = build.device_of(config.device)
+    if kind == "knn":
+        return KnnProbe(data, k=config.knn_k, temperature=config.knn_temperature, device=device, workers=config.workers)
+    ks = numbers(config.recall_ks, "--recall-ks")
+    return RetrievalProbe(data, ks, device=device, workers=config.workers)
+
+
+def _title(kind: str, config: Config) -> str:
+    if kind == "knn":
+        return f"k-NN on {config.data}, k {config.knn_k}, T {config.knn_temperature:g}"
+    return f"retrieval on {config.data}"
+
+
+def _compare(probe: Probe, trained: Encoder, untrained: Encoder, config: Config) -> dict[str, float]:
+    device = build.device_of(config.device)
+    return baselines(probe, untrained.to(device)) | probe.encoder(trained.to(device))

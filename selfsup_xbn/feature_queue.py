@@ -89,6 +89,14 @@ class Block(NamedTuple):
     filled: Bool[Tensor, "b"] | None
 
 
+class Trace(NamedTuple):
+    """What the last ``adapt`` saw: moments of the batch, and of the queue before and after."""
+
+    batch: Moments
+    before: Moments
+    after: Moments
+
+
 class FeatureQueue(nn.Module):
     """First-in-first-out memory of M embeddings, adapted to each batch (arXiv 2303.17127; DESIGN: the one idea).
 
@@ -134,6 +142,7 @@ class FeatureQueue(nn.Module):
         if not dtype.is_floating_point:
             raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
         self.size, self.dim = size, dim
+        self.trace: Trace | None = None
         self.adaptation = make_adaptation(adaptation).to(device)
         self.adaptation.reset(dim)
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype, device=device))
@@ -160,8 +169,11 @@ class FeatureQueue(nn.Module):
         observed = batch_moments(batch)
         finite = observed.std.isfinite().all()
         target = self.adaptation(observed, len(batch), finite)
+        before = after = self.moments()
         if self.adaptation.moves_queue:
-            self._move_to(target, finite & (self.count >= 2))
+            self._move(before, target, finite & (self.count >= 2))
+            after = target
+        self.trace = Trace(observed, before, after)
 
     @torch.no_grad()
     def enqueue(self, batch: Float[Tensor, "B D"], labels: Int64[Tensor, "B"] | None = None) -> Int64[Tensor, "B"]:
@@ -281,9 +293,9 @@ class FeatureQueue(nn.Module):
                 torch.addcmul(shift, self.rows[start:stop].to(dtype), scale, out=features)
                 yield Block(start, features, self._labels(start, stop), None)
 
-    def _move_to(self, target: Moments, allowed: Bool[Tensor, ""]) -> None:
-        """Composes the map that takes the queue's moments to the target's onto both frames."""
-        mean, std = self.moments()
+    def _move(self, current: Moments, target: Moments, allowed: Bool[Tensor, ""]) -> None:
+        """Composes the map that takes the current moments to the target onto both frames."""
+        mean, std = current
         varies = _varies(mean, std) & _varies(target.mean, target.std)
         factor = torch.where(varies & allowed, target.std / std, 1.0)
         offset = torch.where(allowed, target.mean - factor * mean, 0.0)

@@ -19,7 +19,15 @@ PANELS = (
             "knn_top1_raw_pixels": "raw pixels",
         },
     ),
+    (
+        "Recall@1 (%)",
+        {"recall@1": "trained", "recall@1_untrained": "untrained", "recall@1_raw_pixels": "raw pixels"},
+    ),
     ("feature drift (Eq. 5)", {"drift": "mean", "drift_max": "maximum"}),
+    (
+        "moments: queue against batch (std)",
+        {"gap_mean_before": "mean, before", "gap_mean_after": "mean, after"},
+    ),
     ("Kalman gain", {"gain": "gain"}),
 )
 
@@ -54,16 +62,27 @@ def _curve(axes: Any, points: list[tuple[int, float]], label: str, color: str) -
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker="." if len(points) < 40 else None)
 
 
-def knn_table(found: dict[str, Any]) -> list[str]:
-    """Rows raw pixels, untrained encoder, trained encoder; columns projection and backbone, as far as measured."""
-    rows = (
-        ("raw pixels", "knn_top1_raw_pixels", "knn_top1_raw_pixels"),
-        ("untrained encoder", "knn_top1_untrained", "knn_top1_backbone_untrained"),
-        ("trained encoder", "knn_top1", "knn_top1_backbone"),
-    )
-    lines = [f"{'k-NN top-1 (%)':<20}{'projection':>12}{'backbone':>12}"]
-    for name, *keys in rows:
-        lines.append(f"{name:<20}" + "".join(f"{found[key]:>12.2f}" if key in found else f"{'-':>12}" for key in keys))
+COLUMNS = {
+    "knn_top1": "k-NN, projection",
+    "knn_top1_backbone": "k-NN, backbone",
+    "recall@1": "Recall@1",
+    "recall@10": "Recall@10",
+    "recall@100": "Recall@100",
+    "recall@1000": "Recall@1000",
+    "r_precision": "R-precision",
+    "map@r": "MAP@R",
+}
+"""Values that a probe may give, as a reader knows them; all in percent."""
+
+
+def comparison_table(found: dict[str, Any]) -> list[str]:
+    """Rows raw pixels, untrained encoder, trained encoder; a column for each value that was measured, in percent."""
+    names = [name for name in COLUMNS if name in found]
+    lines = [f"{'percent':<20}" + "".join(f"{COLUMNS[name]:>18}" for name in names)]
+    for row, suffix in (("raw pixels", "_raw_pixels"), ("untrained encoder", "_untrained"), ("trained encoder", "")):
+        # Pixels have no projection apart from a backbone: their one k-NN stands in both columns.
+        values = [found.get(name + suffix, found.get(name.removesuffix("_backbone") + suffix)) for name in names]
+        lines.append(f"{row:<20}" + "".join(f"{'-':>18}" if v is None else f"{v:>18.2f}" for v in values))
     return lines
 
 
@@ -72,4 +91,5 @@ def result_lines(folder: Path) -> list[str]:
     found: dict[str, Any] = {}
     for record in read_metrics(folder):
         found |= record
-    return ["", *knn_table(found), "", f"run folder: {folder}  (curves.png, metrics.jsonl, config.json, checkpoint.pt)"]
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
+    return ["", *comparison_table(found), "", f"run folder: {folder}  ({files})"]

@@ -14,7 +14,16 @@ from selfsup_xbn.config import Config, differences, from_resolved, resolved
 from selfsup_xbn.errors import UserError
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
-OWN_FILES = (CONFIG, METRICS, "checkpoint.pt", "checkpoint.pt.tmp", "curves.png")
+OWN_FILES = (
+    CONFIG,
+    METRICS,
+    "checkpoint.pt",
+    "checkpoint.pt.tmp",
+    "best.pt",
+    "best.pt.tmp",
+    "curves.png",
+    "retrieval.png",
+)
 
 
 def read_config(folder: Path) -> Config:

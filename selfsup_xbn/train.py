@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import signal
-import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +14,16 @@ from selfsup_xbn import build, checkpoint
 from selfsup_xbn.config import Config, differences, from_resolved, resolved
 from selfsup_xbn.data import Batch, eval_batches, limit
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
-from selfsup_xbn.evaluation.drift import Drift, FeatureDrift
+from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
+from selfsup_xbn.evaluation.probe import baselines
 from selfsup_xbn.feature_queue import FeatureQueue
+from selfsup_xbn.meter import Meter
+from selfsup_xbn.methods.metric_learning import MetricLearning
 from selfsup_xbn.progress import Progress
 from selfsup_xbn.report import draw_curves
 from selfsup_xbn.run_log import RunFolder, check_folder
 from selfsup_xbn.schedules import learning_rate
+from selfsup_xbn.signals import stop_signals
 
 DRIFT_IMAGES = 128
 
@@ -46,7 +46,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     if state:
         run.load_state_dict(state)
     with (
-        _signals() as asked_to_stop,
+        stop_signals() as asked_to_stop,
         contextlib.closing(RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)) as log,
     ):
         if not state:
@@ -58,9 +58,9 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
 
 def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
     config = run.config
-    progress = Progress(run.steps * config.epochs, run.steps * run.epoch + run.step)
+    progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step)
     with contextlib.closing(progress):
-        while run.epoch < config.epochs:
+        while run.epoch < run.epochs:
             for batch in run.batches.epoch(run.epoch, start=run.step):
                 run.train_step(batch)
                 if progress.step():
@@ -70,49 +70,15 @@ def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
                     raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; go on with --resume")
             record = run.end_epoch()
             log.log(record)
-            progress.epoch(run.epoch, config.epochs, record)
-            if run.epoch % config.save_every == 0 or run.epoch == config.epochs:
+            progress.epoch(run.epoch, run.epochs, record)
+            if run.is_best(record) and config.mode == "supervise":
+                checkpoint.save(run.state_dict(), log.folder, checkpoint.BEST)
+            if run.epoch % config.save_every == 0 or run.epoch == run.epochs:
                 _save(run, log)
 
 
 def _save(run: Run, log: RunFolder) -> None:
     checkpoint.save(run.state_dict() | {"log_bytes": log.position}, log.folder)
-
-
-class Meter:
-    """Sums over an epoch, on the device until they are asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # loss, drift, largest drift
-        self.steps = self.drifts = 0
-        self.seconds = 0.0
-        self._since = time.perf_counter()
-
-    def add(self, loss: Tensor, drift: Drift | None) -> None:
-        """Counts a step."""
-        self.steps += 1
-        self.sums[0] += loss.detach()
-        if drift is not None:
-            self.drifts += 1
-            self.sums[1] += drift.mean
-            self.sums[2] = torch.maximum(self.sums[2], drift.maximum)
-
-    def record(self, batch_size: int) -> dict[str, float]:
-        """Means over the epoch, and images a second end to end. Waits for the device."""
-        loss, drift, largest = self.sums.tolist()
-        seconds = self.seconds + time.perf_counter() - self._since
-        found = {"loss": loss / self.steps, "images_per_second": self.steps * batch_size / seconds}
-        return found | ({"drift": drift / self.drifts, "drift_max": largest} if self.drifts else {})
-
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint in the middle of an epoch needs."""
-        seconds = self.seconds + time.perf_counter() - self._since
-        return {"sums": self.sums, "steps": self.steps, "drifts": self.drifts, "seconds": seconds}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there."""
-        self.sums.copy_(state["sums"])
-        self.steps, self.drifts, self.seconds = state["steps"], state["drifts"], state["seconds"]
 
 
 class Run:
@@ -123,15 +89,19 @@ class Run:
         self.data = build.data_of(config)
         build.check_sizes(config, len(self.data.train))
         torch.manual_seed(config.seed)
-        self.method = build.method_of(config, build.encoder_of(config, self.data)).to(self.device)
-        self.optimizer = build.optimizer_of(config, self.method)
+        encoder = build.encoder_of(config, self.data)
+        self.method = build.method_of(config, encoder, len(self.data.train)).to(self.device)
         self.batches = build.batches_of(config, self.data, self.device)
         self.probe = build.probe_of(config, self.data, self.device)
         fixed = limit(self.data.train, DRIFT_IMAGES, config.seed)
         images = next(eval_batches(fixed, self.data, device=self.device, batch_size=DRIFT_IMAGES))
         self.drift = FeatureDrift(self.method.encoder, images)
+        self.head_epochs = getattr(config, "head_epochs", 0)
+        self.epochs, self.steps = self.head_epochs + config.epochs, len(self.batches)
         self.epoch = self.step = 0
+        self.best = -math.inf
         self.meter = Meter(self.device)
+        self.optimizer = self._make_optimizer()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.method.to(memory_format=self.layout)
@@ -140,31 +110,60 @@ class Run:
                 module.compile()
 
     @property
-    def steps(self) -> int:
-        """Steps of an epoch."""
-        return len(self.batches)
+    def head_stage(self) -> bool:
+        """Whether the head alone is trained as yet."""
+        return self.epoch < self.head_epochs
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
-        return learning_rate(self.config, self.epoch, self.step / self.steps)
+        if self.head_stage:
+            return getattr(self.config, "head_lr", 0.0)
+        return learning_rate(self.config, self.epoch - self.head_epochs, self.step / self.steps)
 
     def train_step(self, batch: Batch) -> None:
         """One step; nothing here waits for the device."""
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
-        progress = (self.epoch + self.step / self.steps) / self.config.epochs
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
         measured = self.config.drift_every and self.step % self.config.drift_every == 0
         if measured:
             self.drift.update()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self.method(views, batch.labels, progress)
+            loss = self._loss(views, batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
         self.optimizer.step()
         self.step += 1
-        self.meter.add(loss, self.drift.update() if measured else None)
+        self.meter.add("loss", loss)
+        if measured:
+            self._measure()
+
+    def _loss(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        if self.head_stage:
+            assert isinstance(self.method, MetricLearning)
+            return self.method.head_loss(views, labels)
+        step = (self.epoch - self.head_epochs) * self.steps + self.step
+        return self.method(views, labels, step, self.config.epochs * self.steps)
+
+    def _measure(self) -> None:
+        """Drift over the last step (Eq. 5), and what adapting made of the gap between queue and batch."""
+        drift = self.drift.update()
+        assert drift is not None
+        self.meter.add("drift", drift.mean)
+        self.meter.add_maximum("drift_max", drift.maximum)
+        trace = None if self.method.queue is None else self.method.queue.trace
+        if trace is not None and self.epoch + self.step > 1:  # the very first step meets an empty queue
+            for when, moments in (("before", trace.before), ("after", trace.after)):
+                gap = moment_gap(moments, trace.batch)
+                self.meter.add(f"gap_mean_{when}", gap.mean)
+                self.meter.add(f"gap_std_{when}", gap.std)
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        if self.head_stage:
+            head = self.method.encoder.head.parameters()
+            return torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
+        return build.optimizer_of(self.config, self.method)
 
     def mean_loss(self) -> float:
         """Mean loss of the epoch as yet. Waits for the device.
@@ -172,7 +171,7 @@ class Run:
         Raises:
             Diverged: it is not finite.
         """
-        loss = self.meter.sums[0].item() / max(1, self.meter.steps)
+        loss = self.meter.mean("loss")
         if not math.isfinite(loss):
             last = Path(self.config.run_folder) / checkpoint.NAME
             kept = f"the last good state is {last}" if last.exists() else "no checkpoint was written yet"
@@ -188,14 +187,23 @@ class Run:
         record: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": self.lr}
         record |= self.meter.record(self.config.batch_size) | _queue_record(self.method.queue)
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.device)
-        every = self.config.knn_every
-        if self.epoch == self.config.epochs or (every and self.epoch % every == 0):
+        if self.epoch == self.head_epochs:
+            self.optimizer = self._make_optimizer()
+        every = self.config.eval_every
+        if self.epoch == self.epochs or (every and self.epoch % every == 0):
             record |= self.probe.encoder(self.method.encoder)
         return record
 
+    def is_best(self, record: dict[str, Any]) -> bool:
+        """Whether the record's evaluation, if it has one, is the best as yet; remembers it."""
+        value = record.get(self.probe.main, -math.inf)
+        better = value > self.best
+        self.best = max(self.best, value)
+        return better
+
     def baselines(self) -> dict[str, float]:
         """What an encoder must beat: raw pixels, and its own random start."""
-        return {"knn_top1_raw_pixels": self.probe.raw_pixels()} | self.probe.encoder(self.method.encoder, "_untrained")
+        return baselines(self.probe, self.method.encoder)
 
     def state_dict(self) -> dict[str, Any]:
         """All that going on needs."""
@@ -206,6 +214,7 @@ class Run:
             "optimizer": self.optimizer.state_dict(),
             "epoch": self.epoch,
             "step": self.step,
+            "best": self.best,
             "meter": self.meter.state_dict(),
             "random": torch.get_rng_state(),
             "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
@@ -219,10 +228,11 @@ class Run:
         """
         if found := differences(from_resolved(state["config"]), self.config):
             raise UserError(f"the checkpoint is of another configuration ({found[0]}): drop the option")
+        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.method.load_state_dict(state["method"])
+        self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
         self.meter.load_state_dict(state["meter"])
-        self.epoch, self.step = state["epoch"], state["step"]
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
@@ -233,25 +243,3 @@ def _queue_record(queue: FeatureQueue | None) -> dict[str, int | float]:
         return {}
     gain = getattr(queue.adaptation, "gain", None)
     return {"skipped_batches": int(queue.skipped)} | ({} if gain is None else {"gain": gain.item()})
-
-
-@contextlib.contextmanager
-def _signals() -> Iterator[list[int]]:
-    """A list that gets the number of a SIGTERM or SIGINT; a second one ends the process at once."""
-    received: list[int] = []
-
-    def note(number: int, frame: object) -> None:
-        if received:
-            signal.signal(number, signal.SIG_DFL)
-            signal.raise_signal(number)
-        received.append(number)
-
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

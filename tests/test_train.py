@@ -109,7 +109,7 @@ def test_resuming_a_finished_run_changes_nothing_and_resuming_none_starts_one(tm
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
-    options = [*SMALL, "--epochs", "9", "--save-every", "2", "--knn-every", "0", "--drift-every", "0"]
+    options = [*SMALL, "--epochs", "9", "--save-every", "2", "--eval-every", "0", "--drift-every", "0"]
     command = [sys.executable, "-m", "selfsup_xbn", "pretrain", *options, "--out", str(tmp_path / "parts")]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums of other lengths round otherwise
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
@@ -123,7 +123,7 @@ def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
 
 
 def test_digits_beat_raw_pixels_and_the_untrained_encoder(tmp_path, capsys):
-    assert main(["pretrain", "--epochs", "12", "--knn-every", "0", "--out", str(tmp_path)]) == 0
+    assert main(["pretrain", "--epochs", "12", "--eval-every", "0", "--out", str(tmp_path)]) == 0
     found = {key: value for record in read_metrics(tmp_path) for key, value in record.items()}
     assert found["knn_top1_backbone"] > found["knn_top1_raw_pixels"]
     assert found["knn_top1_backbone"] > found["knn_top1_backbone_untrained"]

@@ -1,7 +1,7 @@
 """The retrieval benchmarks' files as their archives lay them out, at any share of the official size.
 
-``write_sop(folder, scale)`` and its like make the annotation files, with as many images and classes as the official ones
-at scale 1, and a file for each image: empty, or what ``image`` holds. All of it is determined by the scale.
+``write_sop(folder, scale)`` and its like make the annotation files, at scale 1 with as many images and classes as the
+official ones, and a file for each image: empty, or what ``image`` holds. All of it is determined by the scale.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def write_inshop(folder: Path, scale: float, image: bytes = b"") -> None:
 
 
 def write_cub200(folder: Path, scale: float, image: bytes = b"") -> None:
-    """CUB-200-2011: all 200 classes as long as there are as many images."""
+    """CUB-200-2011: all 200 classes where the images suffice."""
     species = [number * 100 // scaled(5_864, scale) for number in range(scaled(5_864, scale))]
     species += [100 + number * 100 // scaled(5_924, scale) for number in range(scaled(5_924, scale))]
     paths = [f"{label + 1:03}.Bird/Bird_{number:04}.jpg" for number, label in enumerate(species, 1)]
@@ -72,7 +72,7 @@ def write_cub200(folder: Path, scale: float, image: bytes = b"") -> None:
 
 
 def write_cars196(folder: Path, scale: float, image: bytes = b"") -> None:
-    """Cars196 with all images in one folder and one annotation file; all 196 classes as long as there are as many images."""
+    """Cars196 with all images in one folder and one annotation file; all 196 classes where the images suffice."""
     import numpy as np
     from scipy.io import savemat
 

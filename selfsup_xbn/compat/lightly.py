@@ -131,7 +131,7 @@ class NTXentLoss(lightly.loss.NTXentLoss):
         ValueError: lightly's own, for a temperature near 0 and for torch without distributed support.
     """
 
-    memory_bank: MemoryBankModule  # type: ignore[assignment]
+    memory_bank: MemoryBankModule
 
     def __init__(
         self,

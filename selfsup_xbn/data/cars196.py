@@ -1,8 +1,8 @@
 """Cars196 (Krause et al., 2013) for retrieval (Song et al., 2016): classes 1 to 98 train, 99 to 196 test.
 
-Three layouts: ``cars_annos.mat`` with ``car_ims``; ``devkit`` and ``cars_test_annos_withlabels.mat`` with ``cars_train``
-and ``cars_test``, as torchvision's StanfordCars has them; or image folders ``train/CLASS`` and ``test/CLASS``. Whole
-images, without the bounding boxes. Test images are searched among themselves.
+Three layouts: ``cars_annos.mat`` with ``car_ims``; as torchvision's StanfordCars has it, ``devkit`` and
+``cars_test_annos_withlabels.mat`` with ``cars_train`` and ``cars_test``; or image folders ``train/CLASS`` and
+``test/CLASS``. Whole images, without the bounding boxes. Test images are searched among themselves.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Caltech-UCSD Birds-200-2011 (Wah et al., 2011) for retrieval (Song et al., 2016): the first 100 species train.
 
-https://www.vision.caltech.edu/datasets/cub_200_2011/. Whole images, without the bounding boxes. ``train_test_split.txt``
-is for classification and not read. Test images are searched among themselves.
+https://www.vision.caltech.edu/datasets/cub_200_2011/. Whole images, without the bounding boxes. The split in
+``train_test_split.txt`` is for classification and not used. Test images are searched among themselves.
 """
 
 from __future__ import annotations

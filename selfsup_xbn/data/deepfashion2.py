@@ -1,14 +1,14 @@
 """DeepFashion2 (Ge et al., 2019), consumer to shop: users' photos of clothes, searched in the photos of shops.
 
 https://github.com/switchablenorms/DeepFashion2. A JSON file for each image names its source and its items; an item is
-the crop of its ground-truth box. Two items show the same piece of clothing if pair_id (of the image), category_id and style
-agree and style is not 0: that triple is the label.
+the crop of its ground-truth box. Two items show the same piece of clothing if pair_id (of the image), category_id and
+style agree and style is not 0: that triple is the label.
 
 - Queries: users' items of style > 0 of the validation set, as in the official evaluation (evaluation/evaluation.md).
   Those without a counterpart in the gallery are left out by ``recall_at_k``.
 - Gallery: all shops' items of the validation set. Those of style 0 are distractors, which no query matches: the queries
-  have 3,128 labels and the gallery 7,059. (The official table has the same proportion: of the 54,910 boxes of the
-  unabridged validation set 12,550 are queries and 37,183 are in the gallery; what is missing are users' items of style 0.)
+  have 3,128 labels and the gallery 7,059. (The official table has the same proportion: of the 54,910 boxes in the
+  unabridged validation set 12,550 are queries and 37,183 are in the gallery; the rest must be users' of style 0.)
 - Training: all items of style > 0, users' and shops'. The paper does not say whether its 217,778 boxes "with a valid
   pair" include labels that only one side has; 6.9 boxes a label, where an identity has 12.7 on average, suggest so.
 
@@ -68,6 +68,8 @@ def _items(part: Path, workers: int) -> tuple[list[tuple[str, int, Sample]], lis
         files = source_of(part / "annos", ".json")
     except OSError as error:
         raise UserError(f"{part / 'annos'}: cannot be listed ({error.strerror}); unpack DeepFashion2 there") from error
+    if not files.names:
+        raise UserError(f"{part / 'annos'}: holds no JSON file; unpack the annotations of DeepFashion2 there")
     stems = _checked(files, part / "image")
     table, note = cached(files, len(COLUMNS), lambda: _read_all(files, workers))
     filled = table[(table[:, 5] < table[:, 7]) & (table[:, 6] < table[:, 8])]
@@ -99,7 +101,7 @@ def _item(part: Path, stems: Sequence[str], row: Sequence[int]) -> tuple[str, in
 def _read_all(files: Source, workers: int) -> Int32[np.ndarray, "N 9"]:
     chunks = [[range(first, min(first + CHUNK, len(files.names)))] for first in range(0, len(files.names), CHUNK)]
     read = ParallelReader(_Read(files), min(workers, len(chunks) - 1))
-    tables = [np.empty((0, len(COLUMNS)), np.int32)]
+    tables = []
     text = f"reading {files.folder}"
     with tqdm(total=len(files.names), desc=text, unit=" files", disable=not sys.stderr.isatty(), leave=False) as bar:
         for (chunk,), table in zip(chunks, read(chunks), strict=True):

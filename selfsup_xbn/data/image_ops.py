@@ -148,7 +148,7 @@ def shift_hue(images: Float[Tensor, "B 3 N"], hue: Float[Tensor, "B"]) -> Float[
     result = torch.empty_like(images)
     for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
         corner = (turn - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        torch.addcmul(low, corner, chroma, out=result[:, channel])
+        result[:, channel] = corner.mul_(chroma).add_(low)
     return result
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from ..errors import UserError
@@ -22,7 +22,7 @@ from .files import EvalFile, RandomFile, SmallFile, fit
 from .image_ops import normalize
 from .parallel import ParallelReader
 from .sampler import Sampler, seed_for
-from .views import memory_views
+from .views import Views, memory_views
 
 RAW_SIDE = 32
 PIECE = 128
@@ -42,7 +42,7 @@ class Batches:
 
     Args:
         split: the samples; in memory they are kept on ``device`` as bytes.
-        augmentation: family of views; in memory see ``memory_views``, for files ``RandomFile``.
+        augmentation: family of views, see ``memory_views`` and for files ``file_transform``.
         data: says the views' side and normalisation.
         views: random views of each sample.
         sampler: which samples make up each batch.
@@ -67,17 +67,18 @@ class Batches:
         workers: int = 0,
         shard: tuple[int, int] = (0, 1),
     ) -> None:
-        self.sampler, self.views, self.device, self.seed = sampler, views, torch.device(device), seed
+        self.sampler, self.device, self.seed = sampler, torch.device(device), seed
         self.labels = split.labels.to(self.device)
         self.part = _part(sampler.batch_size, shard)
-        if split.images is None:
-            function = RandomFile(split, augmentation, data, seed, views)
-            self._read = ParallelReader(function, workers, pin_memory=self.device.type == "cuda")
+        self._source: _MemoryViews | _FileViews
+        if split.images is not None:
+            family = memory_views(augmentation, data)
+            self._source = _MemoryViews(
+                split.images.to(self.device), family, views, seed, sampler.batch_size, self.part
+            )
         else:
-            self.images = split.images.to(self.device)
-            self._family = memory_views(augmentation, data)
-            self._generator = torch.Generator(self.device)
-        self._from_files = split.images is None
+            function = RandomFile(split, augmentation, data, seed, views)
+            self._source = _FileViews(function, workers, self.device, self.part.start)
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -86,28 +87,50 @@ class Batches:
         """The batches of an epoch, counted from 0, from step ``start`` on."""
         plan = self.sampler.epoch(self.seed, epoch)[:, self.part]
         index = plan.to(self.device)
-        views = self._file_views(plan, epoch, start) if self._from_files else self._memory_views(index, epoch, start)
-        for step, tensors in enumerate(views, start):
-            yield Batch(tensors, self.labels[index[step]], index[step])
+        for step, views in enumerate(self._source.epoch(plan, epoch, start), start):
+            yield Batch(views, self.labels[index[step]], index[step])
 
-    def _memory_views(self, index: Int64[Tensor, "steps B"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        shape = self.views, self.sampler.batch_size, self._family.numbers
+
+@dataclass(frozen=True, eq=False)
+class _MemoryViews:
+    """Views drawn on the device that holds the images."""
+
+    images: UInt8[Tensor, "N C H W"]
+    family: Views
+    views: int
+    seed: int
+    batch_size: int
+    part: slice
+
+    def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
+        index, generator = plan.to(self.images.device), torch.Generator(self.images.device)
+        # On a CPU, pieces that fit its cache save a third of the time.
+        piece = PIECE if self.images.device.type == "cpu" else self.batch_size * self.views
         for step in range(start, len(index)):
-            self._generator.manual_seed(seed_for(self.seed, epoch, step))
-            uniform = torch.rand(shape, generator=self._generator, device=self.device)[:, self.part].flatten(0, 1)
+            generator.manual_seed(seed_for(self.seed, epoch, step))
             images = self.images[index[step]].repeat(self.views, 1, 1, 1)
-            # On a CPU, pieces that fit its cache save a third of the time.
-            piece = PIECE if self.device.type == "cpu" else len(images)
-            pieces = zip(images.split(piece), uniform.split(piece), strict=True)
-            yield torch.cat([self._family(*part) for part in pieces]).chunk(self.views)
+            pieces = zip(images.split(piece), self._uniform(generator).split(piece), strict=True)
+            yield torch.cat([self.family(*part) for part in pieces]).chunk(self.views)
 
-    def _file_views(self, plan: Int64[Tensor, "steps B"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        first = self.part.start
+    def _uniform(self, generator: torch.Generator) -> Float[Tensor, "rows P"]:
+        """Random numbers for this part of the batch: drawn for the whole of it, so that they are the same numbers."""
+        shape = self.views, self.batch_size, self.family.numbers
+        return torch.rand(shape, generator=generator, device=generator.device)[:, self.part].flatten(0, 1)
+
+
+class _FileViews:
+    """Views made by worker processes."""
+
+    def __init__(self, function: RandomFile, workers: int, device: torch.device, first: int) -> None:
+        self.device, self.first = device, first
+        self.read = ParallelReader(function, workers, pin_memory=device.type == "cuda")
+
+    def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         keys = (
-            [(sample, epoch, step, first + place) for place, sample in enumerate(plan[step].tolist())]
+            [(sample, epoch, step, place) for place, sample in enumerate(plan[step].tolist(), self.first)]
             for step in range(start, len(plan))
         )
-        for views in self._read(keys):
+        for views in self.read(keys):
             yield tuple(view.to(self.device, non_blocking=True) for view in views)
 
 

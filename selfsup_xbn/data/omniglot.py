@@ -1,8 +1,8 @@
 """Omniglot (Lake et al., 2015): handwritten characters of many alphabets, 20 drawings each, at 28 x 28 in memory.
 
 A character turned by 90, 180 or 270 degrees counts as another class (Santoro et al., 2016), so there are four times as
-many drawings and classes. Ink is white on black: black is what convolutions and views pad with. Test drawings are searched
-among themselves.
+many drawings and classes. Ink is white on black: black is what convolutions and views pad with. Test drawings are
+searched among themselves.
 
 Axis legend: N drawings, n drawings with all turns (4 N).
 """

@@ -12,6 +12,7 @@ import hashlib
 import os
 import secrets
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -92,6 +93,7 @@ def _store(place: Path, files: Source, table: Int32[np.ndarray, "N W"]) -> bool:
             np.savez_compressed(file, fingerprint=np.array(files.fingerprint), table=table)
         os.replace(temporary, place)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()
         return False
     return True

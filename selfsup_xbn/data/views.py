@@ -153,17 +153,23 @@ Views = CropViews | ColorViews | AffineViews
 
 
 def memory_views(name: str, data: ImageData) -> Views:
-    """The family ``name`` for images in memory: "digits", "cifar", "photo" (cifar and blur) or "supervised".
+    """The family ``name`` for images in memory.
+
+    - "digits": rotated, sheared, scaled and shifted, for contrastive learning on grey drawings.
+    - "cifar": MoCo's views; "photo": the same with blur.
+    - "supervised": light views that keep the class plain; crop and flip in colour; in grey a gentler "digits", for
+      letters must not be mirrored.
 
     Raises:
         UserError: no such family, or one that works on colours and images that have none.
     """
     size, mean, std = data.image_size, data.mean, data.std
+    light = AffineViews(size, mean, std, degrees=10.0, zoom=(0.85, 1.15), shift=0.05)
     families: dict[str, Views] = {
         "digits": AffineViews(size, mean, std),
         "cifar": ColorViews(size, mean, std),
         "photo": ColorViews(size, mean, std, blur=0.5),
-        "supervised": CropViews(size, mean, std),
+        "supervised": CropViews(size, mean, std) if data.channels == 3 else light,
     }
     if name not in families:
         raise UserError(f"augmentation {name!r} is unknown for images in memory; choose from {', '.join(families)}")

@@ -29,7 +29,7 @@ def knn_classify(
 
     A neighbour at cosine similarity s votes for its class with weight exp(s / temperature) (Wu et al., "Unsupervised
     Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4). Rows are normalised here. Memory
-    beyond the features does not grow with N or G. Of equal votes the lower class wins.
+    beyond normalised copies of the features does not grow with N or G. Of equal votes the lower class wins.
 
     Args:
         queries: features to classify.

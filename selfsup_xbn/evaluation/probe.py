@@ -1,9 +1,12 @@
-"""k-NN of an encoder on a data set, beside what the pixels themselves give.
+"""What an encoder is worth on a data set: k-NN or retrieval, beside what the pixels themselves give.
 
 Axis legend: N samples, F features.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Float
@@ -12,9 +15,30 @@ from torch import Tensor
 from selfsup_xbn.data import ImageData, Split, eval_batches, raw_pixels
 from selfsup_xbn.evaluation.features import extract_features
 from selfsup_xbn.evaluation.knn import knn_classify
+from selfsup_xbn.evaluation.retrieval import retrieval_metrics
 from selfsup_xbn.models import Encoder
 
 CHUNK = 256
+
+
+class Probe(Protocol):
+    """An evaluator: built once, then asked again and again. Values are in percent."""
+
+    main: str  # the value that tells which of two encoders is better
+
+    def encoder(self, encoder: Encoder) -> dict[str, float]:
+        """Values of an encoder."""
+        ...
+
+    def raw_pixels(self) -> dict[str, float]:
+        """The same values of the pixels themselves: what an encoder must beat."""
+        ...
+
+
+def baselines(probe: Probe, untrained: Encoder) -> dict[str, float]:
+    """Values of raw pixels and of an encoder before training, as ``NAME_raw_pixels`` and ``NAME_untrained``."""
+    found = {f"{name}_raw_pixels": value for name, value in probe.raw_pixels().items()}
+    return found | {f"{name}_untrained": value for name, value in probe.encoder(untrained).items()}
 
 
 class KnnProbe:
@@ -29,6 +53,8 @@ class KnnProbe:
         device: where the encoder runs.
         workers: processes that decode images from disk.
     """
+
+    main = "knn_top1"
 
     def __init__(
         self,
@@ -45,22 +71,18 @@ class KnnProbe:
         self.self_search = self.bank is data.test
         self.k = min(k, len(self.bank) - self.self_search)
 
-    def raw_pixels(self) -> float:
+    def raw_pixels(self) -> dict[str, float]:
         """Top-1 of the pixels themselves: what an encoder must beat."""
-        return self._top1(*(raw_pixels(split, workers=self.workers) for split in self._splits()))
+        return {"knn_top1": self._top1(*(raw_pixels(split, workers=self.workers) for split in self._splits()))}
 
-    def encoder(self, encoder: Encoder, suffix: str = "") -> dict[str, float]:
+    def encoder(self, encoder: Encoder) -> dict[str, float]:
         """Top-1 of the projection (``knn_top1``) and of the backbone's features (``knn_top1_backbone``)."""
-        features = [self._features(encoder, split) for split in self._splits()]
-        embeddings = [extract_features(encoder.head, iter(part.split(CHUNK))) for part in features]
-        return {"knn_top1" + suffix: self._top1(*embeddings), "knn_top1_backbone" + suffix: self._top1(*features)}
+        features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
+        projections = [extract_features(encoder.head, iter(part.split(CHUNK))) for part in features]
+        return {"knn_top1": self._top1(*projections), "knn_top1_backbone": self._top1(*features)}
 
     def _splits(self) -> list[Split]:
         return [self.data.test] if self.self_search else [self.data.test, self.bank]
-
-    def _features(self, encoder: Encoder, split: Split) -> Float[Tensor, "N F"]:
-        batches = eval_batches(split, self.data, device=self.device, batch_size=CHUNK, workers=self.workers)
-        return extract_features(encoder.features, batches)
 
     def _top1(self, queries: Tensor, bank: Tensor | None = None) -> float:
         labels = self.bank.labels
@@ -74,3 +96,46 @@ class KnnProbe:
             exclude_self=bank is None,
         )
         return 100 * (found.cpu() == self.data.test.labels).double().mean().item()
+
+
+class RetrievalProbe:
+    """Recall@K, R-precision and MAP@R, in percent, of the test images in the gallery, or among themselves.
+
+    Args:
+        data: the data set.
+        ks: K of Recall@K.
+        device: where the encoder runs.
+        workers: processes that decode images from disk.
+    """
+
+    main = "recall@1"
+
+    def __init__(
+        self, data: ImageData, ks: Sequence[int] = (1, 10), *, device: torch.device | str = "cpu", workers: int = 0
+    ) -> None:
+        self.data, self.ks, self.device, self.workers = data, ks, torch.device(device), workers
+
+    def raw_pixels(self) -> dict[str, float]:
+        """Retrieval by the pixels themselves."""
+        return self._metrics([raw_pixels(split, workers=self.workers) for split in self._splits()])
+
+    def encoder(self, encoder: Encoder) -> dict[str, float]:
+        """Retrieval by the encoder's embeddings."""
+        features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
+        return self._metrics([extract_features(encoder.head, iter(part.split(CHUNK))) for part in features])
+
+    def _splits(self) -> list[Split]:
+        return [self.data.test, *([] if self.data.gallery is None else [self.data.gallery])]
+
+    def _metrics(self, features: list[Tensor]) -> dict[str, float]:
+        labels = [split.labels for split in self._splits()]
+        gallery, gallery_labels = (features[1], labels[1]) if len(features) > 1 else (None, None)
+        return retrieval_metrics(features[0], labels[0], gallery, gallery_labels, self.ks)
+
+
+def backbone_features(
+    encoder: Encoder, split: Split, data: ImageData, device: torch.device, workers: int
+) -> Float[Tensor, "N F"]:
+    """The backbone's features of a split, in order."""
+    batches = eval_batches(split, data, device=device, batch_size=CHUNK, workers=workers)
+    return extract_features(encoder.features, batches)

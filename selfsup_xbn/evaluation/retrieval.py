@@ -43,8 +43,8 @@ def recall_at_k(
     """Percentage of queries with at least one match among their K most similar gallery rows, for each K of ``ks``.
 
     Conventions in the module's docstring. Without a gallery the queries are searched among themselves. Memory beyond
-    the features does not grow with N or G: no list of neighbours is made, since the rank of a query's best match is
-    the number of rows of other classes that are at least as similar.
+    normalised copies of the features does not grow with N or G: no list of neighbours is made, since the rank of a
+    query's best match is the number of rows of other classes that are at least as similar.
 
     Raises:
         UserError: features and labels that do not fit together, a feature that is not finite, no query with a match,

@@ -61,18 +61,18 @@ class MoCo(nn.Module):
         return self.encoder_q
 
     def forward(
-        self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"], progress: float = 0.0
+        self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
     ) -> Float[Tensor, ""]:
         """The loss of a step; moves the key encoder and the queue.
 
         Args:
             views: two random views of each image: queries, keys.
             labels: not used.
-            progress: fraction of the run that is done, in [0, 1).
+            step, steps: position in the run, for the momentum schedule.
         """
         view_q, view_k = views
         q = self.encoder_q(view_q)
-        self.update_key_encoder(self.momentum_at(progress))
+        self.update_key_encoder(self.momentum_at(step / steps))
         k = self.keys(view_k)
         if not self.symmetric:
             return self.contrast([(q, k)])

@@ -156,3 +156,15 @@ def test_unsuitable_families_are_refused_with_the_choices():
         memory_views("cifra", grey)
     with pytest.raises(UserError, match="needs colour"):
         memory_views("photo", grey)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_supervised_views_mirror_colour_images_and_no_grey_ones(channels):
+    images = torch.zeros(1, channels, 28, 28, dtype=torch.uint8)
+    images[..., :14] = 255
+    split = Split(torch.zeros(1, dtype=torch.long), images)
+    data = ImageData("half", split, split, image_size=28, mean=(0.0,) * channels, std=(1.0,) * channels)
+    views = memory_views("supervised", data)
+    left, right = views(images.expand(200, -1, -1, -1), uniform(200, views.numbers))[:, 0].split(14, 2)
+    mirrored = (left.sum((1, 2)) < right.sum((1, 2))).double().mean()
+    assert mirrored == 0 if channels == 1 else 0.3 < mirrored < 0.7

@@ -1,0 +1,168 @@
+"""Supervised metric learning with a cross-batch memory: XBM (arXiv 1912.06798), XBN and AXBN (arXiv 2303.17127).
+
+Axis legend: B batch, C channels, S side of an image, D dimensions, M queue rows.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int64
+from pytorch_metric_learning import losses as pml_losses
+from pytorch_metric_learning import miners as pml_miners
+from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
+from torch import Tensor, nn
+
+from selfsup_xbn.config import SuperviseConfig, arguments, near
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.feature_queue import FeatureQueue
+from selfsup_xbn.losses import PairMargin, sup_con
+from selfsup_xbn.models import Encoder
+
+
+class PairLoss(Protocol):
+    """A loss of a batch against the queue, its own rows left out, or, without a queue, in the batch."""
+
+    def __call__(
+        self,
+        embeddings: Float[Tensor, "B D"],
+        labels: Int64[Tensor, "B"],
+        queue: FeatureQueue | None = None,
+        own_slots: Int64[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, ""]: ...
+
+
+class MetricLearning(nn.Module):
+    """One encoder, unit embeddings, and a memory of them.
+
+    A step is: embed, adapt the memory to the batch, enqueue the batch, loss of the batch against the memory with each
+    anchor's own row left out (the paper's Algorithm, with XBM's union of memory and batch).
+
+    Args:
+        encoder: maps images [B, C, S, S] to embeddings [B, D], which are L2-normalised here.
+        queue: a FeatureQueue with labels; None: the loss is that of the batch (the paper's No-XBM).
+        loss: how pairs are scored.
+        batch_loss_weight: weight of the loss in the batch beside that against the memory; 1 makes XBM into XBM*.
+        memory_start: steps in which the memory fills but the loss is that of the batch.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        queue: FeatureQueue | None,
+        loss: PairLoss,
+        *,
+        batch_loss_weight: float = 0.0,
+        memory_start: int = 0,
+    ) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.queue = queue
+        self.loss = loss
+        self.batch_loss_weight, self.memory_start = batch_loss_weight, memory_start
+
+    def forward(
+        self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
+    ) -> Float[Tensor, ""]:
+        """The loss of a step; moves the queue. Only the first view is used."""
+        z = self.encoder(views[0])
+        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        if self.queue is None:
+            return self.loss(z, labels)
+        self.queue.adapt(z)
+        slots = self.queue.enqueue(z, labels)
+        if step < self.memory_start:
+            return self.loss(z, labels)
+        loss = self.loss(z, labels, self.queue, slots)
+        if self.batch_loss_weight:
+            loss = loss + self.batch_loss_weight * self.loss(z, labels)
+        return loss
+
+    def head_loss(self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
+        """Plain SupCon in the batch, for the stage in which the head alone is trained; the backbone stays as it is."""
+        self.encoder.backbone.eval()
+        with torch.no_grad():
+            features = self.encoder.features(views[0])
+        self.encoder.backbone.train()
+        return sup_con(self.encoder.head(features), labels)
+
+
+class SupCon:
+    """The project's own supervised contrastive loss: blockwise over the queue (``losses.sup_con``)."""
+
+    def __init__(self, temperature: float, miner: PairMargin | None) -> None:
+        self.temperature, self.miner = temperature, miner
+
+    def __call__(
+        self,
+        embeddings: Float[Tensor, "B D"],
+        labels: Int64[Tensor, "B"],
+        queue: FeatureQueue | None = None,
+        own_slots: Int64[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, ""]:
+        return sup_con(embeddings, labels, queue, temperature=self.temperature, miner=self.miner, own_slots=own_slots)
+
+
+class PeerLoss:
+    """Any pair or triplet loss and miner of pytorch-metric-learning, through its ``ref_emb``."""
+
+    def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
+        self.loss, self.miner = loss, miner
+
+    def __call__(
+        self,
+        embeddings: Float[Tensor, "B D"],
+        labels: Int64[Tensor, "B"],
+        queue: FeatureQueue | None = None,
+        own_slots: Int64[Tensor, "B"] | None = None,
+    ) -> Float[Tensor, ""]:
+        if queue is None:
+            return self.loss(embeddings, labels, self.miner(embeddings, labels) if self.miner else None)
+        assert queue.labels is not None
+        rows = queue.features().to(embeddings.dtype)
+        row_labels = queue.labels[: len(rows)]
+        if self.miner:
+            pairs = self.miner(embeddings, labels, rows, row_labels)
+        else:
+            pairs = pml_pairs.get_all_pairs_indices(labels, row_labels)
+        if own_slots is not None:
+            pairs = pml_pairs.remove_self_comparisons(pairs, own_slots, queue.size)
+        return self.loss(embeddings, labels, pairs, rows, row_labels)
+
+
+def make_loss(config: SuperviseConfig) -> PairLoss:
+    """The loss that the config names: the project's own where it has one, else pytorch-metric-learning's.
+
+    Raises:
+        UserError: no such loss or miner, or arguments that it does not take.
+    """
+    own_miners = {"none", "PairMarginMiner"}
+    miner_args = arguments(config.miner_args, "--miner-args")
+    if config.loss == "SupConLoss" and config.miner in own_miners:
+        margins = {"positive": miner_args.pop("pos_margin", 0.2), "negative": miner_args.pop("neg_margin", 0.8)}
+        loss_args = arguments(config.loss_args, "--loss-args")
+        temperature = loss_args.pop("temperature", config.temperature)
+        if left := [*loss_args, *(miner_args if config.miner != "none" else ())]:
+            raise UserError(
+                f"{config.loss} with {config.miner} takes temperature, pos_margin and neg_margin, not {left[0]!r}"
+            )
+        return SupCon(
+            temperature, None if config.miner == "none" else PairMargin(**margins, distance=config.miner_distance)
+        )
+    loss = _from_pml(pml_losses, config.loss, arguments(config.loss_args, "--loss-args"), "--loss")
+    if config.miner == "none":
+        return PeerLoss(loss, None)
+    return PeerLoss(loss, _from_pml(pml_miners, config.miner, miner_args, "--miner"))
+
+
+def _from_pml(module: Any, name: str, given: dict[str, Any], flag: str) -> nn.Module:
+    names = [other for other, kind in vars(module).items() if inspect.isclass(kind) and not other.startswith("Base")]
+    if name not in names:
+        raise UserError(f"{flag}: pytorch-metric-learning has no {name!r}{near(name, names)}")
+    try:
+        return getattr(module, name)(**given)
+    except (TypeError, ValueError, AssertionError) as error:
+        raise UserError(f"{flag}-args: {name} does not take {given}: {error}") from None
