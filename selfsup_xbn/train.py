@@ -15,8 +15,9 @@ from selfsup_xbn.config import Config, differences, from_resolved, resolved
 from selfsup_xbn.data import Batch, eval_batches, limit
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
 from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
-from selfsup_xbn.evaluation.probe import baselines
+from selfsup_xbn.evaluation.probe import RetrievalProbe, baselines
 from selfsup_xbn.feature_queue import FeatureQueue
+from selfsup_xbn.gallery import draw_gallery
 from selfsup_xbn.meter import Meter
 from selfsup_xbn.methods.metric_learning import MetricLearning
 from selfsup_xbn.progress import Progress
@@ -53,6 +54,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
             log.log({"epoch": 0, **run.baselines()})
         _fit(run, log, asked_to_stop)
     draw_curves(folder)
+    if isinstance(run.probe, RetrievalProbe):
+        draw_gallery(folder, run.probe, run.method.encoder)
     return folder
 
 

@@ -92,10 +92,11 @@ def _checked(files: Source, images: Path) -> list[str]:
 
 def _item(part: Path, stems: Sequence[str], row: Sequence[int]) -> tuple[str, int, Sample]:
     file, kind, pair, category, style, *box = row
-    # The parts count their pairs each for itself.
+    # Nothing says that the parts' pair_ids differ.
     label = f"{part.name} {pair}-{category}-{style}"
-    where = f"{part / 'annos' / stems[file]}.json"
-    return SOURCES[kind], style, Sample(where, f"{part / 'image' / stems[file]}.jpg", label, box)
+    # Not by pathlib, which would take most of the time.
+    where, image = f"{part}/annos/{stems[file]}.json", f"{part}/image/{stems[file]}.jpg"
+    return SOURCES[kind], style, Sample(where, image, label, box)
 
 
 def _read_all(files: Source, workers: int) -> Int32[np.ndarray, "N 9"]:

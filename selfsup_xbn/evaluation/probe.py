@@ -6,7 +6,7 @@ Axis legend: N samples, F features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -21,6 +21,7 @@ from selfsup_xbn.models import Encoder
 CHUNK = 256
 
 
+@runtime_checkable
 class Probe(Protocol):
     """An evaluator: built once, then asked again and again. Values are in percent."""
 
@@ -121,8 +122,12 @@ class RetrievalProbe:
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
         """Retrieval by the encoder's embeddings."""
+        return self._metrics(self.embeddings(encoder))
+
+    def embeddings(self, encoder: Encoder) -> list[Float[Tensor, "_ D"]]:
+        """Embeddings of the queries and, where there is one, of the gallery."""
         features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
-        return self._metrics([extract_features(encoder.head, iter(part.split(CHUNK))) for part in features])
+        return [extract_features(encoder.head, iter(part.split(CHUNK))) for part in features]
 
     def _splits(self) -> list[Split]:
         return [self.data.test, *([] if self.data.gallery is None else [self.data.gallery])]

@@ -6,7 +6,7 @@ Axis legend: B batch, C channels, S side of an image, D dimensions, M queue rows
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +23,7 @@ from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.models import Encoder
 
 
+@runtime_checkable
 class PairLoss(Protocol):
     """A loss of a batch against the queue, its own rows left out, or, without a queue, in the batch."""
 

@@ -44,15 +44,21 @@ def check(data: ImageData, split: Split, expected: list) -> None:
     assert names == ["-".join(map(str, label)) for _, label, *_ in expected]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_queries_are_users_items_with_a_style_and_the_gallery_is_all_shops_items(tmp_path, workers):
-    data = load_data(official("deepfashion2", tmp_path, 0.01), workers=workers)
+@pytest.mark.parametrize(
+    ("workers", "scale", "samples", "labels"),
+    [(0, SMALL, (109, 6, 18), (16, 2, 4)), (2, 0.01, (2178, 124, 370), (315, 31, 71))],
+)
+def test_queries_are_users_items_with_a_style_and_the_gallery_is_all_shops_items(
+    tmp_path, workers, scale, samples, labels
+):
+    data = load_data(official("deepfashion2", tmp_path, scale), workers=workers)
     train, validation = items(tmp_path / "train"), items(tmp_path / "validation")
     check(data, data.train, [item for item in train if item[1][2] > 0])
     check(data, data.test, [item for item in validation if item[0] == "user" and item[1][2] > 0])
     check(data, data.gallery, [item for item in validation if item[0] == "shop"])
-    assert (len(data.train), len(data.test), len(data.gallery)) == (2178, 124, 370)
-    assert [len(split.labels.unique()) for split in (data.train, data.test, data.gallery)] == [315, 31, 71]
+    splits = data.train, data.test, data.gallery
+    assert tuple(map(len, splits)) == samples
+    assert tuple(len(split.labels.unique()) for split in splits) == labels
     assert set(data.test.labels.tolist()) <= set(data.gallery.labels.tolist())
     assert data.train.labels.max() < data.gallery.labels.min()
     assert data.disjoint
@@ -84,9 +90,6 @@ def rewrite(file: Path, **changes: object) -> None:
     content = json.loads(file.read_text())
     content["item1"] |= changes
     file.write_text(json.dumps(content))
-
-
-# The cache
 
 
 def read_files(spec: str, monkeypatch) -> tuple[ImageData, int]:
@@ -158,7 +161,7 @@ def test_a_cache_of_another_shape_or_with_pickled_objects_is_not_used(tmp_path, 
     cache = tmp_path / "train" / CACHE
     with np.load(cache) as archive:
         fingerprint, table = archive["fingerprint"], archive["table"]
-    for other in (table[:, :8], table.astype(np.float32), table.ravel(), Trap.array(tmp_path / "sprung")):
+    for other in (table[:, :8], table.astype(np.float32), table.ravel(), np.array([Trap(tmp_path / "sprung")])):
         np.savez(cache, fingerprint=fingerprint, table=other)
         assert read_files(spec, monkeypatch)[1] > 0
     assert not (tmp_path / "sprung").exists()
@@ -172,12 +175,6 @@ class Trap:
 
     def __reduce__(self) -> tuple:
         return Path.touch, (self.file,)
-
-    @classmethod
-    def array(cls, file: Path) -> np.ndarray:
-        array = np.empty(1, object)
-        array[0] = cls(file)
-        return array
 
 
 def test_the_cache_goes_to_the_users_folder_where_the_data_cannot_be_written(tmp_path, monkeypatch):
@@ -201,9 +198,6 @@ def test_without_any_place_for_a_cache_the_files_are_read_each_time(tmp_path, mo
         assert read > 0
         assert "not kept: no folder is writable" in data.notes[3]
     assert not list(tmp_path.rglob(".*"))
-
-
-# Faults
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,150 @@
+"""The supervised step against PML's own loop, and what its options are made of."""
+
+import copy
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss, TripletMarginLoss
+from pytorch_metric_learning.miners import MultiSimilarityMiner, PairMarginMiner
+from torch import nn
+
+from selfsup_xbn import FeatureQueue
+from selfsup_xbn.config import SuperviseConfig
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.losses import PairMargin, sup_con
+from selfsup_xbn.methods.metric_learning import MetricLearning, PeerLoss, SupCon, make_loss
+from selfsup_xbn.models import Encoder
+
+
+def make(adaptation="xbm", loss=None, size=40, **kwargs):
+    torch.manual_seed(1)
+    encoder = Encoder(nn.Sequential(nn.Flatten(), nn.Linear(12, 16), nn.ReLU()), nn.Linear(16, 8), 16, 8).double()
+    queue = FeatureQueue(size, 8, adaptation, labels=True, dtype=torch.float64) if size else None
+    return MetricLearning(encoder, queue, loss or SupCon(0.1, PairMargin()), **kwargs)
+
+
+def batch(rows=12, classes=3):
+    labels = torch.arange(rows) % classes
+    centres = torch.randn(classes, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (centres[labels] + 0.5 * torch.randn(rows, 3, 2, 2, dtype=torch.float64),), labels
+
+
+LOSSES = {
+    "own": (SupCon(0.1, PairMargin()), SupConLoss(0.1), PairMarginMiner(0.2, 0.8)),
+    "peer": (PeerLoss(TripletMarginLoss(0.3), MultiSimilarityMiner()), TripletMarginLoss(0.3), MultiSimilarityMiner()),
+    "peer without miner": (PeerLoss(TripletMarginLoss(0.3), None), TripletMarginLoss(0.3), None),
+}
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("name", LOSSES)
+def test_with_xbm_training_is_pmls_training(name, weight):
+    ours, loss, miner = LOSSES[name]
+    method = make(loss=ours, batch_loss_weight=weight)
+    encoder, memory = copy.deepcopy(method.encoder), CrossBatchMemory(loss, 8, 40, miner=miner)
+    for _ in range(6):
+        views, labels = batch()
+        found = method(views, labels)
+        z = F.normalize(encoder(views[0]), dim=1)
+        expected = memory(z, labels)
+        if weight:
+            expected = expected + weight * loss(z, labels, miner(z, labels) if miner else None)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        for value, module in ((found, method.encoder), (expected, encoder)):
+            grads = torch.autograd.grad(value, list(module.parameters()))
+            with torch.no_grad():
+                for parameter, grad in zip(module.parameters(), grads, strict=True):
+                    parameter -= 0.1 * grad
+    for a, b in zip(method.encoder.parameters(), encoder.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+def test_xbn_is_the_same_step_on_moved_rows():
+    method = make("xbn")
+    rows = torch.zeros(0, 8, dtype=torch.float64)
+    labels_of_rows = torch.zeros(0, dtype=torch.int64)
+    for _ in range(5):
+        views, labels = batch()
+        found = method(views, labels)
+        z = F.normalize(method.encoder(views[0]), dim=1).detach()
+        if len(rows):
+            rows = (rows - rows.mean(0)) / rows.std(0) * z.std(0) + z.mean(0)
+        rows, labels_of_rows = torch.cat([rows, z])[-40:], torch.cat([labels_of_rows, labels])[-40:]
+        plain = FeatureQueue(40, 8, "xbm", labels=True, dtype=torch.float64)
+        plain.enqueue(rows, labels_of_rows)
+        own = torch.arange(len(rows) - len(z), len(rows))
+        expected = sup_con(z, labels, plain, temperature=0.1, miner=PairMargin(), own_slots=own)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_without_a_queue_and_before_the_memory_starts_the_loss_is_that_of_the_batch():
+    views, labels = batch()
+    alone, waiting = make(size=0), make(memory_start=3)
+    expected = SupConLoss(0.1)(F.normalize(alone.encoder(views[0]), dim=1), labels, None)
+    miner = PairMarginMiner(0.2, 0.8)
+    z = F.normalize(alone.encoder(views[0]), dim=1)
+    expected = SupConLoss(0.1)(z, labels, miner(z, labels))
+    torch.testing.assert_close(alone(views, labels), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(waiting(views, labels, 2, 10), expected, rtol=1e-9, atol=1e-9)
+    assert len(waiting.queue) == 12
+    assert waiting(views, labels, 3, 10) != waiting(views, labels, 2, 10)
+
+
+def test_the_head_stage_trains_the_head_alone():
+    method = make()
+    views, labels = batch()
+    before = copy.deepcopy(method.encoder.backbone.state_dict())
+    method.head_loss(views, labels).backward()
+    assert all(parameter.grad is None for parameter in method.encoder.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in method.encoder.head.parameters())
+    assert all(torch.equal(value, before[name]) for name, value in method.encoder.backbone.state_dict().items())
+
+
+def test_losses_and_miners_by_name():
+    config = SuperviseConfig()
+    own = make_loss(config)
+    assert isinstance(own, SupCon)
+    assert own.miner == PairMargin(0.2, 0.8, "euclidean")
+    assert make_loss(replace(config, miner="none")).miner is None
+    assert make_loss(replace(config, miner_distance="cosine", miner_args="pos_margin=0.9")).miner == PairMargin(
+        0.9, 0.8, "cosine"
+    )
+    peer = make_loss(
+        replace(config, loss="TripletMarginLoss", loss_args="margin=0.4", miner="MultiSimilarityMiner", miner_args="")
+    )
+    assert isinstance(peer.loss, TripletMarginLoss)
+    assert peer.loss.margin == 0.4
+    assert isinstance(peer.miner, MultiSimilarityMiner)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": "TripletMarginLos"}, "did you mean TripletMarginLoss"),
+        ({"miner": "MultiSimilarityMine", "loss": "TripletMarginLoss"}, "did you mean MultiSimilarityMiner"),
+        ({"loss": "TripletMarginLoss", "loss_args": "marign=1", "miner": "none"}, "marign"),
+        ({"miner_args": "margin=1"}, "'margin'"),
+        ({"loss_args": "beta=1"}, "'beta'"),
+    ],
+)
+def test_a_wrong_name_or_argument_is_named(change, message):
+    with pytest.raises(UserError, match=message):
+        make_loss(replace(SuperviseConfig(), **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"queue_size": "120%"}, "--queue-size.*'120%'"),
+        ({"queue_size": "many"}, "--queue-size.*'many'"),
+        ({"queue_size": "-3"}, "--queue-size.*'-3'"),
+        ({"recall_ks": "1,x"}, "--recall-ks.*'1,x'"),
+        ({"loss_args": "nonsense"}, "--loss-args.*'nonsense'"),
+        ({"batch_size": 30}, "--batch-size 30.*multiple"),
+    ],
+)
+def test_wrong_settings_are_named(change, message):
+    with pytest.raises(UserError, match=message):
+        SuperviseConfig(**change)
