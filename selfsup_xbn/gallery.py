@@ -32,6 +32,7 @@ def draw_gallery(folder: Path, probe: RetrievalProbe, encoder: Encoder, rows: in
 
     data = probe.data
     embeddings = [F.normalize(part, dim=1) for part in probe.embeddings(encoder)]
+    nearest = min(nearest, len(embeddings[-1]) - 1)
     lead, columns = _search(embeddings[0], embeddings[-1], data, nearest)
     shown = choose_queries(lead, rows)
     figure = Figure(figsize=(1.2 * (nearest + 1), 1.25 * len(shown)), layout="constrained")
@@ -75,11 +76,7 @@ def _search(
 
 
 def _thumbnail(axes: Any, split: Split, index: int, data: ImageData, color: str) -> None:
-    pixels = (
-        split.images[index]
-        if split.images is not None
-        else EvalFile(split, data.image_size)(range(index, index + 1))[0]
-    )
+    pixels = EvalFile(split, data.image_size)(index) if split.images is None else split.images[index]
     axes.imshow(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy(), cmap="gray")
     axes.set(xticks=[], yticks=[])
     for side in axes.spines.values():

@@ -3,14 +3,14 @@
     -from pytorch_metric_learning.losses import CrossBatchMemory
     +from selfsup_xbn import CrossBatchMemory
 
-    python -m experiments.dropin.pml_supervised [--epochs 10] [--batch 32] [--memory 512] [--dtype float32]
+    python -m experiments.dropin.pml_supervised [--epochs 10] [--batch 32] [--memory 512] [--dtype float64]
 
 PML's trainer learns to embed digits, PML's tester searches each held-out image among the others. Prints for each epoch
 the mean loss and the mean average precision at R (MAP@R) of the three runs, then how far apart the first two are. Losses
 with and without adaptation are not to be compared: the memories are different ones.
 
-All three draw the same weights and batches. With ``xbm`` only rounding sets ours apart from PML's, and what training
-makes of it; ``--dtype float64`` shows that it is no more.
+All three draw the same weights and batches. With ``xbm`` only rounding sets ours apart from PML's. In float32, which most
+programs would use, training makes of that some 1e-2 of the loss in ten epochs; in float64 it stays rounding.
 """
 
 from __future__ import annotations
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--memory", type=int, default=512, help="rows of the memory")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.set_num_threads(1)  # threads cost such a small network more than they give it

@@ -81,15 +81,12 @@ def test_xbn_is_the_same_step_on_moved_rows():
 
 def test_without_a_queue_and_before_the_memory_starts_the_loss_is_that_of_the_batch():
     views, labels = batch()
-    alone, waiting = make(size=0), make(memory_start=3)
-    expected = SupConLoss(0.1)(F.normalize(alone.encoder(views[0]), dim=1), labels, None)
-    miner = PairMarginMiner(0.2, 0.8)
-    z = F.normalize(alone.encoder(views[0]), dim=1)
-    expected = SupConLoss(0.1)(z, labels, miner(z, labels))
+    alone, waiting = (make(loss=SupCon(0.1, None), **kwargs) for kwargs in ({"size": 0}, {"memory_start": 3}))
+    expected = SupConLoss(0.1)(F.normalize(alone.encoder(views[0]), dim=1), labels)
     torch.testing.assert_close(alone(views, labels), expected, rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(waiting(views, labels, 2, 10), expected, rtol=1e-9, atol=1e-9)
     assert len(waiting.queue) == 12
-    assert waiting(views, labels, 3, 10) != waiting(views, labels, 2, 10)
+    assert waiting(views, labels, 3, 10) != expected
 
 
 def test_the_head_stage_trains_the_head_alone():
