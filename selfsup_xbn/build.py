@@ -136,8 +136,7 @@ def batches_of(config: Config, data: ImageData, device: torch.device, shard: tup
     augmentation, views = data.augmentation, 2
     if isinstance(config, SuperviseConfig):
         sampler = ClassBalancedBatches(data.train.labels, config.batch_size, config.images_per_class)
-        own = "digits" if data.augmentation == "digits" else "supervised"
-        augmentation, views = config.augmentation or own, 1
+        augmentation, views = config.augmentation, 1
     return Batches(
         data.train,
         augmentation,

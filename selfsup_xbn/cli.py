@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
@@ -39,6 +40,8 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
+    # Threads that spin while they wait take the cores from whatever else runs; to be set before torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         found = _parser().parse(sys.argv[1:] if argv is None else argv)
         return int(found.command(found) or 0)

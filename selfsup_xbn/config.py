@@ -132,7 +132,7 @@ class SuperviseConfig(Config):
     data: str = option(
         "digits-disjoint", "data set: digits-disjoint, sop:ROOT, inshop:ROOT, deepfashion2:ROOT, folder:PATH, ..."
     )
-    augmentation: str = option("", "family of random views; '': the data set's own for supervised learning")
+    augmentation: str = option("supervised", "family of random views: supervised, cifar, photo, digits")
     images_per_class: int = option(4, "images of a class in a batch", least=1)
     head: str = option("l2", "the embedding: l2, l2+ln or l2+bn (Table 3)")
     queue_size: str = option("100%", "rows M of the memory, or P% of the training images; 0: no memory")

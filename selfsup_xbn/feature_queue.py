@@ -6,16 +6,16 @@ XBN (Eq. 6 of arXiv 2303.17127) moves all M rows of a queue R to the moments of 
 
 The map is the same affine for every row, so no row is touched: rows are stored in a canonical frame, and the adapted
 row is ``row * scale + shift`` with ``scale, shift`` [D] composed anew at each step. The queue's own moments are known
-without reading it: those of the stored rows change only by the B rows that come and go (Chan's formula), and the frame
-takes them to those of the adapted rows. So a step costs O(B D) however large M is.
+without reading it: sums over the stored rows change only by the B rows that come and go, and the frame takes their
+moments to those of the adapted rows. So a step costs O(B D) however large M is.
 
-**Two turns.** Composed for ever, scale would leave the range in which float32 is exact, and errors of the moments would
-grow with it. So each turn of the ring has a frame and moments of its own. Slots before the pointer were written in
-this turn and belong to ``scale[0], shift[0], mean[0], sum_squares[0]``; slots from the pointer on were written in the
-turn before and belong to entry 1. When the pointer passes the end, this turn becomes the last one, whose rows are all
-gone by then, and a new frame starts with the queue's moments, in which rows are standardised (which also suits storage
-in bfloat16). No frame and no rounding error outlives two turns, nothing is ever rewritten, and pointer, count and all
-decisions stay on the device: no step waits for it.
+**Turns.** Composed for ever, scale would leave the range in which float32 is exact, and errors of the sums would grow
+with it. So each turn of the ring has a frame and sums of its own. Slots before the pointer were written in this turn
+and belong to entry 0 of ``frames`` and ``sums``; slots from the pointer on were written in the turn before and belong
+to entry 1. When the pointer passes the end, this turn becomes the last one, whose rows are all gone by then, and a new
+one starts in the frame that waits in entry 2: the last target moments, in which rows are standardised (so their sums
+lose no digits, and bfloat16 suffices to store them). No frame and no rounding error outlives two turns, nothing is
+ever rewritten, and pointer, count and all decisions stay on the device: no step waits for it.
 
 Axis legend: B batch, M queue rows, D dimensions, n filled rows, b rows of a block.
 """
@@ -56,27 +56,6 @@ class Frame(NamedTuple):
         """A map for each row: ``a`` where the condition holds, ``b`` elsewhere."""
         choose = condition[:, None]
         return Frame(torch.where(choose, a.scale, b.scale), torch.where(choose, a.shift, b.shift))
-
-
-class Group(NamedTuple):
-    """Number, mean and sum of squared deviations of some rows (Chan, Golub and LeVeque, 1979), in float64."""
-
-    n: Float64[Tensor, ""]
-    mean: Float64[Tensor, "D"]
-    sum_squares: Float64[Tensor, "D"]
-
-    def add(self, other: Group) -> Group:
-        """Both together."""
-        n, gap = (self.n + other.n).clamp(min=1), other.mean - self.mean
-        squares = self.sum_squares + other.sum_squares + gap.square() * (self.n * other.n / n)
-        return Group(self.n + other.n, self.mean + gap * (other.n / n), squares)
-
-    def remove(self, other: Group) -> Group:
-        """What is left without ``other``, which is part of this one."""
-        n, gap = self.n - other.n, other.mean - self.mean
-        share = other.n / n.clamp(min=1)
-        squares = (self.sum_squares - other.sum_squares - gap.square() * (share * self.n)).clamp(min=0)
-        return Group(n, torch.where(n > 0, self.mean - gap * share, 0.0), torch.where(n > 0, squares, 0.0))
 
 
 class Block(NamedTuple):
@@ -121,10 +100,8 @@ class FeatureQueue(nn.Module):
     pointer: Tensor
     count: Tensor
     skipped: Tensor
-    scale: Tensor
-    shift: Tensor
-    mean: Tensor
-    sum_squares: Tensor
+    frames: Tensor
+    sums: Tensor
 
     def __init__(
         self,
@@ -149,10 +126,11 @@ class FeatureQueue(nn.Module):
         self.register_buffer("labels", torch.zeros(size, dtype=torch.int64, device=device) if labels else None)
         for name in ("pointer", "count", "skipped"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("scale", torch.ones(2, dim, dtype=torch.float64, device=device))
-        self.register_buffer("shift", torch.zeros(2, dim, dtype=torch.float64, device=device))
-        self.register_buffer("mean", torch.zeros(2, dim, dtype=torch.float64, device=device))
-        self.register_buffer("sum_squares", torch.zeros(2, dim, dtype=torch.float64, device=device))
+        identity = torch.stack([torch.ones(3, dim), torch.zeros(3, dim)], dim=1).double()
+        self.register_buffer("frames", identity.to(device))  # [this, last, next turn; scale, shift; D]
+        self.register_buffer(
+            "sums", torch.zeros(2, 2, dim, dtype=torch.float64, device=device)
+        )  # [1, 2 power; turn; D]
 
     # ---------------------------------------------------------------------------------------------------- the step
 
@@ -171,7 +149,7 @@ class FeatureQueue(nn.Module):
         target = self.adaptation(observed, len(batch), finite)
         before = after = self.moments()
         if self.adaptation.moves_queue:
-            self._move(before, target, finite & (self.count >= 2))
+            self._move(before, target, finite)
             after = target
         self.trace = Trace(observed, before, after)
 
@@ -191,22 +169,29 @@ class FeatureQueue(nn.Module):
         values = batch.detach()[surplus:].double()
         position = self.pointer + torch.arange(len(values), device=values.device)
         slots, next_turn = position % self.size, position >= self.size
-        this_frame, next_frame = self._frame(0), self._next_frame()
-        stored = Frame.where(next_turn, next_frame, this_frame).encode(values).to(self.rows.dtype)
-        finite = stored.isfinite().all() & batch.isfinite().all()
-        turned = finite & (position[-1] + 1 >= self.size)
+        stored = Frame.where(next_turn, self._frame(2), self._frame(0)).encode(values).to(self.rows.dtype)
         replaced = self.rows[slots]
+        weights = torch.stack([~next_turn, next_turn])
+        entering, leaving = _power_sums(weights, stored), _power_sums(weights & (slots < self.count), replaced)
+        finite = entering.isfinite().all()
+        if surplus:
+            finite = finite & batch.isfinite().all()
+        turned = finite & (position[-1] >= self.size - 1)
 
-        self._update_moments(stored, replaced, slots < self.count, next_turn, finite, turned)
+        # Up to the end of the ring rows replace the last turn's; past it they are the next turn's and replace this one's.
+        this = self.sums[:, 0] + entering[:, 0]
+        stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
+        turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
+        _assign(self.sums, torch.where(turned, turn, stay), finite)
+        _assign(self.frames, torch.stack([self.frames[2], self.frames[0], self.frames[2]]), turned)
         self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
         if self.labels is not None:
             assert labels is not None
             kept = labels[surplus:].to(self.labels)
             self.labels.index_copy_(0, slots, torch.where(finite, kept, self.labels[slots]))
-        _assign(self.scale, torch.stack([next_frame.scale, this_frame.scale]), turned)
-        _assign(self.shift, torch.stack([next_frame.shift, this_frame.shift]), turned)
-        _assign(self.pointer, (self.pointer + len(values)) % self.size, finite)
-        _assign(self.count, (self.count + len(values)).clamp(max=self.size), finite)
+        advance = finite * len(values)
+        self.pointer.add_(advance).remainder_(self.size)
+        self.count.add_(advance).clamp_(max=self.size)
         self.skipped.add_(~finite)
         slots = torch.where(finite, slots, -1)
         return torch.cat([slots.new_full((surplus,), -1), slots]) if surplus else slots
@@ -220,9 +205,12 @@ class FeatureQueue(nn.Module):
     def moments(self) -> Moments:
         """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
         n = torch.stack([self.pointer, self.count - self.pointer]).double()[:, None]  # rows of this turn, of the last
-        mean = self.mean * self.scale + self.shift
         total = n.sum(0).clamp(min=1)
-        squares = (self.sum_squares * self.scale.square()).sum(0) + (mean[0] - mean[1]).square() * n.prod(0) / total
+        scale, shift = self.frames[:2, 0], self.frames[:2, 1]
+        centre = self.sums[0] / n.clamp(min=1)
+        spread = (self.sums[1] - centre * self.sums[0]).clamp(min=0) * scale.square()
+        mean = torch.addcmul(shift, centre, scale)
+        squares = spread.sum(0) + (mean[0] - mean[1]).square() * (n[0] * n[1] / total)
         return Moments((n * mean).sum(0) / total, (squares / (total - 1).clamp(min=1)).sqrt())
 
     @torch.no_grad()
@@ -253,7 +241,7 @@ class FeatureQueue(nn.Module):
         """Empties the queue and forgets what its adaptation observed."""
         for buffer in self.buffers(recurse=False):
             buffer.zero_()
-        self.scale.fill_(1)
+        self.frames[:, 0] = 1
         self.adaptation.reset(self.dim)
 
     def extra_repr(self) -> str:
@@ -267,15 +255,8 @@ class FeatureQueue(nn.Module):
         return torch.promote_types(self.rows.dtype, torch.float32)
 
     def _frame(self, turn: int) -> Frame:
-        """Frame of this turn of the ring (0) or of the one before (1)."""
-        return Frame(self.scale[turn], self.shift[turn])
-
-    def _next_frame(self) -> Frame:
-        """The frame that a new turn starts with: rows standardised by the queue's moments, or as they are (XBM)."""
-        mean, std = self.moments()
-        if not self.adaptation.moves_queue:
-            return Frame(torch.ones_like(std), torch.zeros_like(mean))
-        return Frame(torch.where(_varies(mean, std), std, 1.0), mean)
+        """Frame of this turn of the ring (0), of the one before (1), of the one to come (2)."""
+        return Frame(*self.frames[turn].unbind())
 
     def _labels(self, start: int, stop: int) -> Int64[Tensor, "b"] | None:
         return None if self.labels is None else self.labels[start:stop]
@@ -293,38 +274,15 @@ class FeatureQueue(nn.Module):
                 torch.addcmul(shift, self.rows[start:stop].to(dtype), scale, out=features)
                 yield Block(start, features, self._labels(start, stop), None)
 
-    def _move(self, current: Moments, target: Moments, allowed: Bool[Tensor, ""]) -> None:
-        """Composes the map that takes the current moments to the target onto both frames."""
-        mean, std = current
-        varies = _varies(mean, std) & _varies(target.mean, target.std)
-        factor = torch.where(varies & allowed, target.std / std, 1.0)
-        offset = torch.where(allowed, target.mean - factor * mean, 0.0)
-        self.scale.mul_(factor)
-        self.shift.mul_(factor).add_(offset)
-
-    def _update_moments(
-        self,
-        stored: Float[Tensor, "b D"],
-        replaced: Float[Tensor, "b D"],
-        was_filled: Bool[Tensor, "b"],
-        next_turn: Bool[Tensor, "b"],
-        finite: Bool[Tensor, ""],
-        turned: Bool[Tensor, ""],
-    ) -> None:
-        """Moments of each turn's stored rows after ``stored`` took the place of ``replaced``.
-
-        Rows up to the end of the ring enter this turn in place of the last turn's; rows past the end enter the
-        next turn in place of this one's.
-        """
-        entering, entering_next = _groups(stored.double(), next_turn, torch.ones_like(next_turn))
-        leaving_last, leaving = _groups(replaced.double(), next_turn, was_filled)
-        n_this, n_last = self.pointer.double(), (self.count - self.pointer).double()
-        this = Group(n_this, self.mean[0], self.sum_squares[0]).add(entering)
-        last = Group(n_last, self.mean[1], self.sum_squares[1]).remove(leaving_last)
-        for name in ("mean", "sum_squares"):
-            stay = torch.stack([getattr(this, name), getattr(last, name)])
-            turn = torch.stack([getattr(entering_next, name), getattr(this.remove(leaving), name)])
-            _assign(getattr(self, name), torch.where(turned, turn, stay), finite)
+    def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> None:
+        """Composes the map that takes the current moments to the target onto the frames in use."""
+        allowed = finite & (self.count >= 2)
+        varies = _varies(*target)
+        factor = torch.where(varies & _varies(*current) & allowed, target.std / current.std, 1.0)
+        offset = torch.where(allowed, target.mean - factor * current.mean, 0.0)
+        self.frames[:2].mul_(factor)
+        self.frames[:2, 1].add_(offset)
+        _assign(self.frames[2], torch.stack([torch.where(varies, target.std, 1.0), target.mean]), finite)
 
     def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:
         if batch.ndim != 2 or batch.shape[1] != self.dim or len(batch) == 0:
@@ -343,13 +301,10 @@ class FeatureQueue(nn.Module):
         return self
 
 
-def _groups(rows: Float64[Tensor, "b D"], second: Bool[Tensor, "b"], counts: Bool[Tensor, "b"]) -> list[Group]:
-    """The rows that count, apart: those not in the second group, those in it."""
-    weights = (torch.stack([~second, second]) & counts).double()  # [2, b]
-    n = weights.sum(1)
-    mean = weights @ rows / n.clamp(min=1)[:, None]
-    squares = weights @ (rows - torch.where(second[:, None], mean[1], mean[0])).square()
-    return [Group(n[i], mean[i], squares[i]) for i in range(2)]
+def _power_sums(weights: Bool[Tensor, "2 b"], rows: Float[Tensor, "b D"]) -> Float64[Tensor, "2 2 D"]:
+    """Sums of the rows and of their squares ([1, 2 power]), over each of two groups."""
+    rows = rows.double()
+    return weights.double() @ torch.stack([rows, rows.square()])
 
 
 def _varies(mean: Float64[Tensor, "D"], std: Float64[Tensor, "D"]) -> Bool[Tensor, "D"]:

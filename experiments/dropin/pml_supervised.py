@@ -6,11 +6,11 @@
     python -m experiments.dropin.pml_supervised [--epochs 10] [--batch 32] [--memory 512] [--dtype float64]
 
 PML's trainer learns to embed digits, PML's tester searches each held-out image among the others. Prints for each epoch
-the mean loss and the mean average precision at R (MAP@R) of the three runs, then how far apart the first two are. Losses
-with and without adaptation are not to be compared: the memories are different ones.
+the mean loss and the mean average precision at R (MAP@R) of the three runs, then how far apart the first two are.
+Losses with and without adaptation are not to be compared: the memories are different ones.
 
-All three draw the same weights and batches. With ``xbm`` only rounding sets ours apart from PML's. In float32, which most
-programs would use, training makes of that some 1e-2 of the loss in ten epochs; in float64 it stays rounding.
+All three draw the same weights and batches. With ``xbm`` only rounding sets ours apart from PML's. In float32, which
+most programs use, training makes of that some 1e-2 of the loss in ten epochs; in float64 it stays rounding.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # threads cost such a small network more than they give it
 
-    def xbm(*settings: Any, **more: Any) -> nn.Module:
-        return selfsup_xbn.CrossBatchMemory(*settings, **more, adaptation="xbm")
+    def xbm(loss: nn.Module, embedding_size: int, **settings: Any) -> nn.Module:
+        return selfsup_xbn.CrossBatchMemory(loss, embedding_size, adaptation="xbm", **settings)
 
     kinds = {
         "PML": pytorch_metric_learning.losses.CrossBatchMemory,

@@ -95,7 +95,7 @@ class MemoryBankModule(nn.Module):
 
     @property
     @torch.no_grad()
-    def bank(self) -> Float[Tensor, "N D"]:
+    def bank(self) -> Float[Tensor, "N *D"]:
         """All rows as last adapted, in the order of their slots."""
         if self.queue is None:
             return torch.empty(self.size)
@@ -162,12 +162,17 @@ class NTXentLoss(lightly.loss.NTXentLoss):
             return torch.stack([super(NTXentLoss, self).forward(*pair) for pair in pairs]).mean()
         update = any(out0.requires_grad for out0, _ in pairs)
         if update:
-            keys = torch.cat([bank.gathered(F.normalize(out1, dim=1)) for _, out1 in pairs])
+            keys = torch.cat([bank.gathered(_unit(out1)) for _, out1 in pairs])
             bank.queue.adapt(keys)
         loss = torch.stack([info_nce(out0, out1, bank.queue, self.temperature) for out0, out1 in pairs]).mean()
         if update:
             bank.queue.enqueue(keys)
         return loss
+
+
+def _unit(output: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """Rows of length 1, in float32 at least: the bank's precision does not depend on autocast."""
+    return F.normalize(output.to(torch.promote_types(output.dtype, torch.float32)), dim=1)
 
 
 def _checked(size: int | Sequence[int]) -> tuple[int, ...]:

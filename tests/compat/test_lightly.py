@@ -1,0 +1,522 @@
+"""The drop-ins for lightly: its own numbers without adaptation, the paper's with it, and what is mended."""
+
+import copy
+import os
+import pickle
+import subprocess
+import sys
+from collections import deque
+from pathlib import Path
+
+import jaxtyping
+import lightly.loss
+import lightly.models.modules.memory_bank
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from compat.moco_program import DIM, STEPS, MoCo, distributed_model, train
+from reference import ReferenceQueue
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import selfsup_xbn
+from selfsup_xbn import MemoryBankModule, NTXentLoss
+from selfsup_xbn.errors import UserError
+
+ADAPTATIONS = ["xbm", "xbn", "axbn"]
+PeerLoss = lightly.loss.NTXentLoss
+PeerBank = lightly.models.modules.memory_bank.MemoryBankModule
+
+
+def pair(batch=8, dim=DIM, dtype=torch.float32, key_grad=False):
+    """Queries and keys that have something to do with each other."""
+    images = torch.randn(batch, dim, dtype=dtype) + 0.5
+    keys = (images + 0.3 * torch.randn_like(images)).requires_grad_(key_grad)
+    return images.clone().requires_grad_(), keys
+
+
+def seeded(make, *args, **kwargs):
+    torch.manual_seed(3)
+    return make(*args, **kwargs)
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def assert_same_state(a, b, rtol=0.0, atol=0.0):
+    assert a.keys() == b.keys()
+    for name in a:
+        torch.testing.assert_close(
+            a[name], b[name], rtol=rtol, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+# ------------------------------------------------------------------------------------------------ lightly's numbers
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+@pytest.mark.parametrize("size", [(7, 3), (0, 3), 0])
+def test_a_new_bank_and_the_generator_after_it_are_lightlys_to_the_last_bit(adaptation, size):
+    ours, draw = seeded(MemoryBankModule, size, adaptation=adaptation), torch.rand(3)
+    peer, peer_draw = seeded(PeerBank, size), torch.rand(3)
+    assert ours.size == peer.size
+    assert torch.equal(ours.bank, peer.bank)
+    assert torch.equal(draw, peer_draw)
+
+
+@pytest.mark.parametrize("key_grad", [False, True])
+@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
+def test_xbm_has_lightlys_value_and_gradients_over_three_turns_of_the_bank(dtype, tolerance, temperature, key_grad):
+    ours = seeded(NTXentLoss, temperature, (32, DIM), adaptation="xbm", dtype=dtype)
+    peer = seeded(PeerLoss, temperature, (32, DIM)).to(dtype)
+    # Drawn in float32, lightly's rows have length 1 to 1e-7; ours are read as exactly unit vectors.
+    peer.memory_bank.bank = F.normalize(peer.memory_bank.bank, dim=1)
+    for _ in range(12):
+        inputs = [tensor for tensor in pair(dtype=dtype, key_grad=key_grad) if isinstance(tensor, torch.Tensor)]
+        asked = [tensor for tensor in inputs if tensor.requires_grad]
+        values, grads = zip(*[(loss, torch.autograd.grad(loss, asked)) for loss in (ours(*inputs), peer(*inputs))])
+        torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
+        for found, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
+    torch.testing.assert_close(ours.memory_bank.bank, peer.memory_bank.bank, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("feature_dim_first", [False, True])
+def test_xbm_bank_module_returns_what_lightlys_returns(feature_dim_first):
+    ours = seeded(MemoryBankModule, (12, 3), feature_dim_first=feature_dim_first, adaptation="xbm")
+    peer = seeded(PeerBank, (12, 3), feature_dim_first=feature_dim_first)
+    for step in range(10):
+        batch = torch.randn(4, 3, requires_grad=True) * 5  # of any length: nothing is normalised
+        given = [bank(batch, None, update=step % 3 != 1) for bank in (ours, peer)]
+        assert all(output is batch for output, _ in given)
+        assert torch.equal(given[0][1], given[1][1])
+        assert not given[0][1].requires_grad
+
+
+def test_without_a_bank_it_is_lightlys_class():
+    q, k = pair(key_grad=True)
+    values = [make(temperature=0.2)(q, k) for make in (NTXentLoss, PeerLoss)]
+    assert torch.equal(*values)
+    for found, expected in zip(*[torch.autograd.grad(value, (q, k)) for value in values], strict=True):
+        assert torch.equal(found, expected)
+    assert MemoryBankModule(0)(q, update=True) == (q, None)
+    assert not NTXentLoss().state_dict()
+
+
+def test_the_bank_stays_as_it_is_for_queries_without_gradient():
+    ours, peer = seeded(NTXentLoss, 0.1, (32, DIM), adaptation="xbm"), seeded(PeerLoss, 0.1, (32, DIM))
+    other = NTXentLoss(0.1, (32, DIM), adaptation="axbn")
+    for criterion in (ours, peer, other):
+        criterion(*seeded(pair))
+    before = [state(ours), state(other)]
+    q, k = pair()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(q.detach(), k), peer(q.detach(), k), rtol=1e-6, atol=1e-6)
+        other(q.detach(), k)
+    assert_same_state(before[0], state(ours))
+    assert_same_state(before[1], state(other))
+
+
+@pytest.mark.parametrize("batch", [8, 10])
+def test_a_moco_program_has_lightlys_loss_curve_up_to_the_first_row_that_lightly_drops(batch):
+    def curve(criterion):
+        return train(MoCo(criterion).double(), range(12), batch, torch.float64)
+
+    ours = curve(seeded(NTXentLoss, 0.2, (32, DIM), adaptation="xbm", dtype=torch.float64))
+    peer = seeded(PeerLoss, 0.2, (32, DIM)).double()
+    peer.memory_bank.bank = F.normalize(peer.memory_bank.bank, dim=1)
+    apart = np.abs(np.subtract(ours, curve(peer)))
+    if batch == 8:
+        assert apart.max() < 1e-9
+    else:  # step 3 passes the end with 2 of its 10 rows, which lightly drops: step 4 is the first that could see them
+        assert apart[:4].max() < 1e-9
+        assert apart[4:].min() > 1e-6
+
+
+# -------------------------------------------------------------------------------------------------- the paper's numbers
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_value_and_gradient_are_those_of_the_literal_equations_in_lightlys_order(adaptation):
+    temperature, size = 0.2, 21
+    ours = NTXentLoss(temperature, (size, DIM), adaptation=adaptation)
+    reference = ReferenceQueue(size, adaptation)
+    reference.enqueue(ours.memory_bank.bank.double().numpy())
+    for _ in range(9):
+        q, k = pair()
+        loss = ours(q, k)
+        keys = F.normalize(k.detach().double(), dim=1)
+        reference.adapt(keys.numpy())
+        anchors = q.detach().double().requires_grad_()
+        unit = F.normalize(anchors, dim=1)
+        negatives = F.normalize(torch.tensor(np.stack(reference.rows)), dim=1)
+        logits = torch.cat([(unit * keys).sum(1, keepdim=True), unit @ negatives.T], dim=1) / temperature
+        expected = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+        reference.enqueue(keys.numpy())
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+        grads = [torch.autograd.grad(value, of)[0].double() for value, of in ((loss, q), (expected, anchors))]
+        torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("adaptation", ["xbn", "axbn"])
+def test_the_bank_module_gives_rows_adapted_to_the_output_before_it_enters(adaptation):
+    ours, reference = MemoryBankModule((10, 3), adaptation=adaptation), ReferenceQueue(10, adaptation)
+    reference.enqueue(ours.bank.double().numpy())
+    slot = 0
+    for _ in range(6):
+        batch = torch.randn(4, 3) * 3 + 1
+        negatives = ours(batch, update=True)[1]
+        reference.adapt(batch.numpy())
+        expected = np.roll(np.stack(reference.rows), slot, axis=0)
+        np.testing.assert_allclose(negatives.T, expected, rtol=1e-4, atol=1e-5)
+        reference.enqueue(batch.numpy())
+        slot = (slot + 4) % 10
+    np.testing.assert_allclose(ours.bank, np.roll(np.stack(reference.rows), slot, axis=0), rtol=1e-4, atol=1e-5)
+
+
+def test_random_rows_take_the_moments_of_the_first_keys():
+    bank, keys = MemoryBankModule((500, 4)), torch.randn(16, 4) * torch.tensor([0.1, 1, 3, 9]) + 7
+    rows = bank(keys, update=True)[1].T
+    torch.testing.assert_close(rows.mean(0), keys.mean(0), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(rows.std(0), keys.std(0), rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- what is mended
+
+
+def test_a_batch_that_passes_the_end_loses_nothing():
+    bank, last = MemoryBankModule((10, 2), adaptation="xbm", feature_dim_first=False), deque(maxlen=10)
+    last.extend(bank.bank.tolist())
+    for batch in torch.randn(9, 4, 2):
+        bank(batch, update=True)
+        last.extend(batch.tolist())
+        assert sorted(bank.bank.tolist()) == sorted(last)
+    bank(batch := torch.randn(13, 2), update=True)
+    assert sorted(bank.bank.tolist()) == sorted(batch[-10:].tolist())
+
+
+def test_a_batch_that_is_not_finite_does_not_poison_the_bank():
+    criterion = NTXentLoss(0.1, (16, DIM))
+    q, k = pair()
+    k[2, 1] = torch.nan
+    assert criterion(q, k).isnan()
+    assert criterion(*pair()).isfinite()
+    assert criterion.memory_bank.bank.isfinite().all()
+
+
+def test_a_symmetric_loss_meets_no_view_of_the_same_image():
+    pairs = [pair(), pair()]
+    criterion = seeded(NTXentLoss, 0.1, (32, DIM), adaptation="xbm")
+    together = criterion.symmetric(*pairs)
+    alone = [seeded(NTXentLoss, 0.1, (32, DIM), adaptation="xbm")(*given) for given in pairs]
+    torch.testing.assert_close(together, sum(alone) / 2)
+    keys = F.normalize(torch.cat([k for _, k in pairs]), dim=1)
+    torch.testing.assert_close(criterion.memory_bank.bank[:16], keys)
+
+    twice, peer = seeded(NTXentLoss, 0.1, (32, DIM), adaptation="xbm"), seeded(PeerLoss, 0.1, (32, DIM))
+    separate = [[loss(*given) for given in pairs] for loss in (twice, peer)]
+    torch.testing.assert_close(*separate)  # two calls do what they do in lightly:
+    assert separate[0][1] > alone[1] + 1e-3  # the second has the first one's keys among its negatives
+
+
+def test_a_symmetric_loss_adapts_to_all_keys_at_once():
+    pairs = [pair(), pair()]
+    criterion = NTXentLoss(0.1, (32, DIM))
+    criterion.symmetric(*pairs)
+    queue = criterion.memory_bank.queue
+    keys = F.normalize(torch.cat([k for _, k in pairs]), dim=1).double()
+    torch.testing.assert_close(
+        queue.moments().mean, keys.mean(0), rtol=1e-5, atol=1e-6
+    )  # as before, so after they entered
+    assert int(queue.pointer) == 16
+
+
+def test_a_symmetric_loss_without_a_bank_is_the_mean_of_lightlys():
+    pairs = [pair(), pair()]
+    expected = sum(PeerLoss(0.1)(*given) for given in pairs) / 2
+    torch.testing.assert_close(NTXentLoss(0.1).symmetric(*pairs), expected)
+
+
+class NewStorages(TorchDispatchMode):
+    """Elements of the largest tensor that an operation made and that is no view of one given to it."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {t.untyped_storage().data_ptr() for t in args if isinstance(t, torch.Tensor)}
+        made = func(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, (tuple, list)) else [made]:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage().data_ptr() not in given:
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+def test_a_step_makes_nothing_of_the_banks_size():
+    size, made = 20_000, {}
+    for make in (NTXentLoss, PeerLoss):
+        criterion = make(0.1, (size, DIM))
+        with NewStorages() as storages:
+            criterion(*pair(batch=16)).backward()
+        made[make] = storages.largest
+    assert made[NTXentLoss] < size
+    assert made[PeerLoss] >= size * DIM
+
+
+def test_no_step_waits_for_the_device():
+    def step(make):
+        with FakeTensorMode(), torch.device("cuda"):  # a tensor whose value is asked for raises
+            q, k = torch.randn(8, DIM, requires_grad=True), torch.randn(8, DIM)
+            return make((50, DIM))(q, k)
+
+    for adaptation in ADAPTATIONS:
+        assert step(lambda size, name=adaptation: NTXentLoss(0.1, size, adaptation=name)).requires_grad
+        step(lambda size, name=adaptation: lambda q, k: MemoryBankModule(size, adaptation=name)(q, update=True))
+    with pytest.raises(DataDependentOutputException):
+        step(lambda size: PeerLoss(0.1, size))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_has_the_cpus_numbers_without_waiting():
+    criterion = NTXentLoss(0.1, (40, DIM), adaptation="axbn")
+    on_gpu = copy.deepcopy(criterion).cuda()
+    for step in range(12):
+        q, k = pair(key_grad=True)
+        expected = criterion(q, k)
+        q_gpu, k_gpu = q.detach().cuda().requires_grad_(), k.detach().cuda()
+        torch.cuda.set_sync_debug_mode("error" if step else "default")
+        loss = on_gpu(q_gpu, k_gpu)
+        loss.backward()
+        torch.cuda.set_sync_debug_mode("default")
+        torch.testing.assert_close(loss.cpu(), expected, rtol=1e-4, atol=1e-4)
+    assert_same_state(state(on_gpu.cpu()), state(criterion), rtol=1e-4, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------------ torch.compile
+
+
+@pytest.fixture
+def _annotations_not_checked(monkeypatch):
+    """The checks of annotations, which a user does not have, cannot be compiled."""
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+
+
+def compiled_and_eager(step, modules, backend):
+    """The step compiled without a graph break on copies of the modules, and as it is on the modules."""
+    copies = copy.deepcopy(modules)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda *inputs: step(*copies, *inputs), fullgraph=True, backend=backend)
+    return (compiled, copies), (lambda *inputs: step(*modules, *inputs), modules)
+
+
+@pytest.mark.usefixtures("_annotations_not_checked")
+@pytest.mark.parametrize(("adaptation", "backend"), [("xbm", "eager"), ("xbn", "aot_eager"), ("axbn", "eager")])
+def test_a_compiled_step_has_no_graph_break_and_equals_the_eager_one(adaptation, backend):
+    def step(encoder, criterion, x_query, x_key):
+        with torch.no_grad():
+            key = encoder(x_key)
+        return criterion(encoder(x_query), key)
+
+    both = compiled_and_eager(step, [nn.Linear(5, DIM), NTXentLoss(0.2, (50, DIM), adaptation=adaptation)], backend)
+    losses = [[], []]
+    for _ in range(20):  # the bank's end is passed three times
+        inputs = torch.randn(8, 5), torch.randn(8, 5)
+        for (run, (encoder, _)), curve in zip(both, losses, strict=True):
+            loss = run(*inputs)
+            encoder.zero_grad()
+            loss.backward()
+            with torch.no_grad():
+                for parameter in encoder.parameters():
+                    parameter -= 0.1 * parameter.grad
+            curve.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for compiled, eager in zip(both[0][1], both[1][1], strict=True):
+        assert_same_state(state(compiled), state(eager), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("_annotations_not_checked")
+def test_a_compiled_bank_module_equals_the_eager_one():
+    both = compiled_and_eager(lambda bank, x: bank(x, update=True)[1], [MemoryBankModule((10, 3))], "eager")
+    for _ in range(6):
+        batch = torch.randn(4, 3)
+        torch.testing.assert_close(both[0][0](batch), both[1][0](batch))
+
+
+# ----------------------------------------------------------------------------------------------------- saving, copying
+
+
+def test_the_bank_survives_a_state_dict():
+    saved, loaded = (NTXentLoss(0.1, (20, DIM), adaptation="axbn") for _ in range(2))
+    for _ in range(3):
+        saved(*pair())
+    loaded.load_state_dict(saved.state_dict())
+    for _ in range(3):
+        given = pair()
+        assert torch.equal(saved(*given), loaded(*given))
+    assert_same_state(state(saved), state(loaded))
+
+
+def test_a_checkpoint_of_lightlys_loads_and_leaves_the_bank_as_it_is():
+    ours, peer = (nn.ModuleDict({"net": nn.Linear(3, 3), "loss": make(0.1, (8, 3))}) for make in (NTXentLoss, PeerLoss))
+    before = state(ours["loss"])
+    ours.load_state_dict(peer.state_dict())
+    assert torch.equal(ours["net"].weight, peer["net"].weight)
+    assert_same_state(before, state(ours["loss"]))
+    peer.load_state_dict(ours.state_dict(), strict=False)
+
+
+def test_a_part_of_a_bank_or_a_bank_of_another_size_is_refused():
+    saved = NTXentLoss(0.1, (8, 3)).state_dict()
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        NTXentLoss(0.1, (9, 3)).load_state_dict(saved)
+    del saved["memory_bank.queue.pointer"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*pointer"):
+        NTXentLoss(0.1, (8, 3)).load_state_dict(saved)
+
+
+@pytest.mark.parametrize("clone", [copy.deepcopy, lambda module: pickle.loads(pickle.dumps(module))])
+def test_copies_go_on_alike_and_apart(clone):
+    criterion = NTXentLoss(0.1, (20, DIM), adaptation="axbn")
+    criterion(*pair())
+    copied, given = clone(criterion), pair()
+    assert torch.equal(criterion(*given), copied(*given))
+    assert_same_state(state(criterion), state(copied))
+    criterion(*pair())
+    assert not torch.equal(criterion.memory_bank.bank, copied.memory_bank.bank)
+
+
+def in_processes(*commands):
+    """Runs the program beside this file once for each command, all at once."""
+    program = Path(__file__).with_name("moco_program.py")
+    env = os.environ | {"PYTHONPATH": str(Path(selfsup_xbn.__file__).parents[1])}
+    running = [subprocess.Popen([sys.executable, program, *command], env=env) for command in commands]
+    try:
+        assert [process.wait(timeout=120) for process in running] == [0] * len(running)
+    finally:
+        for process in running:
+            process.kill()
+
+
+def test_going_on_in_a_fresh_process_is_not_having_stopped(tmp_path):
+    model = MoCo(NTXentLoss(0.2, (20, DIM), adaptation="axbn"))
+    train(model, range(STEPS // 2), batch=6)
+    torch.save({"adaptation": "axbn", "model": model.state_dict()}, tmp_path / "state.pt")
+    losses = train(model, range(STEPS // 2, STEPS), batch=6)
+    in_processes(["resume", str(tmp_path / "state.pt")])
+    resumed = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert resumed["losses"] == losses
+    assert_same_state(resumed["model"], state(model))
+
+
+def test_two_processes_that_gather_are_one_with_the_whole_batch(tmp_path):
+    in_processes(*(["rank", str(rank), "2", str(tmp_path)] for rank in range(2)))
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
+    assert_same_state(ranks[0]["model"], ranks[1]["model"])
+    whole = distributed_model()
+    losses = train(whole, range(STEPS), batch=8)
+    np.testing.assert_allclose(np.mean([rank["losses"] for rank in ranks], axis=0), losses, rtol=1e-4)
+    assert_same_state(ranks[0]["model"], state(whole), rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_lightning_module_goes_on_from_its_checkpoint(tmp_path):
+    pl = pytest.importorskip("pytorch_lightning")
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.moco = MoCo(NTXentLoss(0.2, (20, DIM)), normed=False)
+
+        def training_step(self, batch):
+            return self.moco(*batch)
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.moco.query_encoder.parameters(), lr=0.1)
+
+    def fit(module, epochs, checkpoint=None):
+        quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+        trainer = pl.Trainer(max_epochs=epochs, accelerator="cpu", enable_checkpointing=False, **quiet)
+        data = torch.randn(4, 2, 6, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+        trainer.fit(module, torch.utils.data.DataLoader(data, batch_size=None), ckpt_path=checkpoint, weights_only=True)
+        return trainer
+
+    whole, first, rest = Module(), Module(), Module()
+    rest.load_state_dict(first.state_dict())
+    whole.load_state_dict(first.state_dict())
+    fit(whole, 2)
+    fit(first, 1).save_checkpoint(tmp_path / "half.ckpt")
+    fit(rest, 2, tmp_path / "half.ckpt")
+    assert int(rest.moco.criterion.memory_bank.queue.pointer) == 8 * 6 % 20
+    assert_same_state(state(rest), state(whole))
+
+
+# ------------------------------------------------------------------------------------------------------------- precision
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_changes_no_more_than_its_inputs_are_rounded(dtype):
+    criterion = NTXentLoss(0.1, (32, DIM))
+    exact, encoder = copy.deepcopy(criterion), nn.Linear(DIM, DIM)
+    for _ in range(6):
+        x_query, x_key = torch.randn(8, DIM), torch.randn(8, DIM)
+        with torch.autocast("cpu", dtype):
+            q, k = encoder(x_query), encoder(x_key).detach()
+            loss = criterion(q, k)
+        assert q.dtype == dtype
+        assert loss.dtype == torch.float32
+        torch.testing.assert_close(loss, exact(q.float(), k.float()), rtol=1e-5, atol=1e-5)
+        loss.backward()
+    assert encoder.weight.grad.isfinite().all()
+    assert_same_state(state(criterion), state(exact), rtol=1e-5, atol=1e-5)
+
+
+def test_casts_of_the_module_leave_the_bank_alone():
+    criterion = NTXentLoss(0.1, (32, DIM))
+    given, before = pair(dtype=torch.float64), state(criterion)
+    assert_same_state(state(criterion.half().double()), before)
+    assert criterion(*given).dtype == torch.float64
+
+
+def test_a_bank_in_bfloat16_takes_half_and_loses_two_digits():
+    exact, half = (seeded(NTXentLoss, 0.1, (64, DIM), dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    for _ in range(20):
+        given = pair()
+        torch.testing.assert_close(half(*given), exact(*given), rtol=1e-2, atol=1e-2)
+    assert half.memory_bank.queue.rows.element_size() == 2
+
+
+# --------------------------------------------------------------------------------------------------------------- faults
+
+
+@pytest.mark.parametrize("make", [MemoryBankModule, lambda size: NTXentLoss(0.1, size)])
+@pytest.mark.parametrize("size", [-1, 4096, (8, -1), (8,), (8, 2, 2)])
+def test_a_size_that_is_none_is_named(make, size):
+    with pytest.raises(UserError, match=r"\(num_features, dim\)"):
+        make(size)
+
+
+def test_other_faults_are_named():
+    with pytest.raises(UserError, match="dim=0"):
+        MemoryBankModule((8, 0))
+    with pytest.raises(UserError, match="try 'xbn'"):
+        NTXentLoss(0.1, (8, 2), adaptation="xbnn")
+    with pytest.raises(UserError, match="temperature above 0, got -1"):
+        NTXentLoss(-1.0, (8, 2))(torch.randn(2, 2), torch.randn(2, 2))
+    with pytest.raises(ValueError, match="1e-8"):
+        NTXentLoss(0.0)
+    with pytest.raises(ValueError, match=r"\[B, 2\], got \[4, 3\]"):
+        MemoryBankModule((8, 2))(torch.randn(4, 3), update=True)
+
+
+def test_a_loss_may_be_built_on_the_bank_as_on_lightlys():
+    class Nearest(MemoryBankModule):
+        def forward(self, output, update=False):
+            output, bank = super().forward(output, update=update)
+            return bank.T[(F.normalize(output, dim=1) @ F.normalize(bank, dim=0)).argmax(1)]
+
+    nearest, batch = Nearest((10, 3), adaptation="xbm"), torch.randn(4, 3)
+    nearest(batch, update=True)
+    torch.testing.assert_close(nearest(batch), batch)
