@@ -1,1 +1,1 @@
-"""Programs that reproduce tables and figures, and benchmarks. The package never imports them."""
+"""One file a table or figure; results as JSON in ``results/``, from which tables and figures are made."""

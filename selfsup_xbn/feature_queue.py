@@ -178,7 +178,7 @@ class FeatureQueue(nn.Module):
             finite = finite & batch.isfinite().all()
         turned = finite & (position[-1] >= self.size - 1)
 
-        # Up to the end of the ring rows replace the last turn's; past it they are the next turn's and replace this one's.
+        # Up to the end of the ring rows replace the last turn's; past it they are the next turn's, in place of this one's.
         this = self.sums[:, 0] + entering[:, 0]
         stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
         turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
@@ -277,8 +277,8 @@ class FeatureQueue(nn.Module):
     def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> None:
         """Composes the map that takes the current moments to the target onto the frames in use."""
         allowed = finite & (self.count >= 2)
-        varies = _varies(*target)
-        factor = torch.where(varies & _varies(*current) & allowed, target.std / current.std, 1.0)
+        varies = target.varies()
+        factor = torch.where(varies & current.varies() & allowed, target.std / current.std, 1.0)
         offset = torch.where(allowed, target.mean - factor * current.mean, 0.0)
         self.frames[:2].mul_(factor)
         self.frames[:2, 1].add_(offset)
@@ -305,11 +305,6 @@ def _power_sums(weights: Bool[Tensor, "2 b"], rows: Float[Tensor, "b D"]) -> Flo
     """Sums of the rows and of their squares ([1, 2 power]), over each of two groups."""
     rows = rows.double()
     return weights.double() @ torch.stack([rows, rows.square()])
-
-
-def _varies(mean: Float64[Tensor, "D"], std: Float64[Tensor, "D"]) -> Bool[Tensor, "D"]:
-    """Whether a dimension is more than a constant with float32's rounding."""
-    return std > 1e-6 * mean.abs() + 1e-12
 
 
 def _assign(buffer: Tensor, value: Tensor, condition: Bool[Tensor, ""]) -> None:

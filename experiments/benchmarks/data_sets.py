@@ -37,7 +37,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             WRITERS[name](Path(folder), args.scale, b"")
             (first, notes), (again, _) = (opened(f"{name}:{folder}") for _ in range(2))
-        print(f"{name:13} {first}, again {again}; {'; '.join(notes)}", flush=True)
+            print(f"{name:13} {first}, again {again}; {'; '.join(notes)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,13 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Int32
+from jaxtyping import Bool, Int32
 from torch import Tensor
 from tqdm import tqdm
 
@@ -38,6 +39,7 @@ from .table_cache import Source, cached, source_of
 
 OFFICIAL = {"train": (217_778, 31_517), "query": (12_377, 3_128), "gallery": (36_961, 7_059)}
 SOURCES = ("user", "shop")
+USER, SHOP = range(2)
 COLUMNS = ("file", "source", "pair_id", "category_id", "style", "x1", "y1", "x2", "y2")
 ITEM = re.compile(r"item\d+")
 LARGEST = 2**31
@@ -52,31 +54,64 @@ def load(name: str, path: str, *, root: str, workers: int, **_: object) -> Image
         UserError: a folder or an image is missing, or a JSON file is malformed.
     """
     folder = home(name, path, root)
-    train, training_notes = _items(folder / "train", workers)
-    validation, notes = _items(folder / "validation", workers)
+    train, validation = (_read_part(folder / part, workers) for part in ("train", "validation"))
     parts = {
-        "train": [sample for _, style, sample in train if style],
-        "query": [sample for kind, style, sample in validation if kind == "user" and style],
-        "gallery": [sample for kind, _, sample in validation if kind == "shop"],
+        "train": train.samples(train.style > 0),
+        "query": validation.samples((validation.source == USER) & (validation.style > 0)),
+        "gallery": validation.samples(validation.source == SHOP),
     }
-    return retrieval_data(f"{name}:{folder}", parts, OFFICIAL, [*training_notes, *notes])
+    return retrieval_data(f"{name}:{folder}", parts, OFFICIAL, [*train.notes, *validation.notes])
 
 
-def _items(part: Path, workers: int) -> tuple[list[tuple[str, int, Sample]], list[str]]:
-    """(source, style, sample) of each item that has a pixel, and lines for the user."""
+@dataclass(frozen=True)
+class _Part:
+    """The items of the training or validation set that have a pixel, a row each, and lines for the user."""
+
+    folder: Path
+    stems: Sequence[str]
+    table: Int32[np.ndarray, "N 9"]
+    notes: Sequence[str]
+
+    @property
+    def source(self) -> Int32[np.ndarray, "N"]:
+        return self.table[:, COLUMNS.index("source")]
+
+    @property
+    def style(self) -> Int32[np.ndarray, "N"]:
+        return self.table[:, COLUMNS.index("style")]
+
+    def samples(self, chosen: Bool[np.ndarray, "N"]) -> list[Sample]:
+        # Paths are not put together by pathlib, which would take most of the time.
+        annos, images = f"{self.folder}/annos", f"{self.folder}/image"
+        # Nothing says that the pair_ids of the two sets differ.
+        part = self.folder.name
+        return [
+            Sample(
+                f"{annos}/{self.stems[file]}.json",
+                f"{images}/{self.stems[file]}.jpg",
+                f"{part} {a}-{b}-{c}",
+                tuple(box),
+            )
+            for file, _, a, b, c, *box in self.table[chosen].tolist()
+        ]
+
+
+def _read_part(folder: Path, workers: int) -> _Part:
     try:
-        files = source_of(part / "annos", ".json")
+        files = source_of(folder / "annos", ".json")
     except OSError as error:
-        raise UserError(f"{part / 'annos'}: cannot be listed ({error.strerror}); unpack DeepFashion2 there") from error
+        raise UserError(
+            f"{folder / 'annos'}: cannot be listed ({error.strerror}); unpack DeepFashion2 there"
+        ) from error
     if not files.names:
-        raise UserError(f"{part / 'annos'}: holds no JSON file; unpack the annotations of DeepFashion2 there")
-    stems = _checked(files, part / "image")
+        raise UserError(f"{folder / 'annos'}: holds no JSON file; unpack the annotations of DeepFashion2 there")
+    stems = _checked(files, folder / "image")
     table, note = cached(files, len(COLUMNS), lambda: _read_all(files, workers))
     filled = table[(table[:, 5] < table[:, 7]) & (table[:, 6] < table[:, 8])]
     notes = [note] if note else []
     if empty := len(table) - len(filled):
-        notes.append(f"warning: {part}: {empty:,} boxes without a pixel are left out")
-    return [_item(part, stems, row) for row in filled.tolist()], notes
+        notes.append(f"warning: {folder}: {empty:,} boxes without a pixel are left out")
+    return _Part(folder, stems, filled, notes)
 
 
 def _checked(files: Source, images: Path) -> list[str]:
@@ -88,15 +123,6 @@ def _checked(files: Source, images: Path) -> list[str]:
                 f"{files.folder / stem}.json: image {images / stem}.jpg is missing; unpack the images there"
             )
     return stems
-
-
-def _item(part: Path, stems: Sequence[str], row: Sequence[int]) -> tuple[str, int, Sample]:
-    file, kind, pair, category, style, *box = row
-    # Nothing says that the parts' pair_ids differ.
-    label = f"{part.name} {pair}-{category}-{style}"
-    # Not by pathlib, which would take most of the time.
-    where, image = f"{part}/annos/{stems[file]}.json", f"{part}/image/{stems[file]}.jpg"
-    return SOURCES[kind], style, Sample(where, image, label, box)
 
 
 def _read_all(files: Source, workers: int) -> Int32[np.ndarray, "N 9"]:

@@ -1,7 +1,6 @@
-"""A MoCo loop of the kind that lightly's users write, on small random views; run as a program, one process of a test.
+"""A MoCo loop as lightly's users write it, on small random views.
 
-python moco_program.py resume PATH             goes on from the state in PATH, and leaves what came of it there
-python moco_program.py rank RANK WORLD FOLDER  trains under DistributedDataParallel, and saves what came of it
+python moco_program.py FOLDER    goes on from FOLDER/half.pt, trains in two processes, compiles; saves what came of it
 """
 
 import copy
@@ -13,7 +12,7 @@ from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import distributed, nn
 
-from selfsup_xbn import NTXentLoss
+from selfsup_xbn import MemoryBankModule, NTXentLoss
 
 DIM, STEPS = 8, 14
 
@@ -59,31 +58,75 @@ def train(model, steps, batch, dtype=torch.float32, part=slice(None)):
     return losses
 
 
+def resumable_model():
+    """The model of the test that stops half way."""
+    torch.manual_seed(0)
+    return MoCo(NTXentLoss(0.2, (20, DIM), adaptation="axbn"))
+
+
 def distributed_model():
-    """The model of the test of several processes: of each one, and of the one that it is compared with."""
+    """The model of the test of two processes: of each one, and of the one that they are compared with."""
     torch.manual_seed(0)
     return MoCo(NTXentLoss(0.2, (20, DIM), gather_distributed=True, adaptation="axbn"), normed=False)
 
 
-def resume(path):
-    state = torch.load(path, weights_only=True)
-    model = MoCo(NTXentLoss(0.2, (20, DIM), adaptation=state["adaptation"]))
-    model.load_state_dict(state["model"])
+def resume(folder):
+    model = resumable_model()
+    model.load_state_dict(torch.load(folder / "half.pt", weights_only=True))
     losses = train(model, range(STEPS // 2, STEPS), batch=6)
-    torch.save({"losses": losses, "model": model.state_dict()}, path)
+    torch.save({"losses": losses, "state": model.state_dict()}, folder / "whole.pt")
+
+
+def train_in_two_processes(folder):
+    fork = torch.multiprocessing.get_context("fork")
+    ranks = [fork.Process(target=run_rank, args=(rank, 2, folder)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    for rank in ranks:
+        rank.join()
 
 
 def run_rank(rank, world, folder):
     distributed.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=world)
     model = nn.parallel.DistributedDataParallel(distributed_model())
     losses = train(model, range(STEPS), batch=4 * world, part=slice(4 * rank, 4 * rank + 4))
-    torch.save({"losses": losses, "model": model.module.state_dict()}, Path(folder, f"rank{rank}.pt"))
+    torch.save({"losses": losses, "state": model.module.state_dict()}, folder / f"rank{rank}.pt")
     distributed.destroy_process_group()
+
+
+def compiled_and_eager(step, modules, backend):
+    """What 20 steps return and leave, compiled without a graph break and as they are."""
+    found = []
+    for wrap in (lambda step: torch.compile(step, fullgraph=True, backend=backend), lambda step: step):
+        torch.manual_seed(0)
+        copies, values = copy.deepcopy(modules), []
+        run = wrap(lambda *inputs, copies=copies: step(*copies, *inputs))
+        parameters = list(copies.parameters())
+        for _ in range(20):
+            value = run(torch.randn(8, 5), torch.randn(8, 5))
+            values.append(value.sum().item())
+            if parameters:
+                for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
+                    parameter.data -= 0.1 * gradient
+        found.append({"values": values, "state": copies.state_dict()})
+    return found
+
+
+def compare_compiled(folder):
+    def step(encoder, criterion, x_query, x_key):
+        with torch.no_grad():
+            key = encoder(x_key)
+        return criterion(encoder(x_query), key)
+
+    modules = nn.ModuleList([nn.Linear(5, DIM), NTXentLoss(0.2, (50, DIM), adaptation="axbn")])
+    bank = nn.ModuleList([MemoryBankModule((50, 5))])  # 20 batches of 8: the banks' end is passed three times
+    torch.save(compiled_and_eager(step, modules, "aot_eager"), folder / "compiled_loss.pt")
+    torch.save(
+        compiled_and_eager(lambda bank, x, _: bank(x, update=True)[1], bank, "eager"), folder / "compiled_bank.pt"
+    )
 
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[1] == "resume":
-        resume(sys.argv[2])
-    else:
-        run_rank(int(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+    for work in (train_in_two_processes, resume, compare_compiled):
+        work(Path(sys.argv[1]))

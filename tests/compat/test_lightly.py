@@ -8,14 +8,13 @@ import sys
 from collections import deque
 from pathlib import Path
 
-import jaxtyping
 import lightly.loss
 import lightly.models.modules.memory_bank
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from compat.moco_program import DIM, STEPS, MoCo, distributed_model, train
+from compat.moco_program import DIM, STEPS, MoCo, distributed_model, resumable_model, train
 from reference import ReferenceQueue
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
@@ -42,6 +41,13 @@ def seeded(make, *args, **kwargs):
     return make(*args, **kwargs)
 
 
+def literal(q, k, rows, temperature):
+    """InfoNCE as a cross entropy in float64."""
+    unit, keys, negatives = (F.normalize(tensor.double(), dim=1) for tensor in (q, k, rows))
+    logits = torch.cat([(unit * keys).sum(1, keepdim=True), unit @ negatives.T], dim=1) / temperature
+    return F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+
+
 def state(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
 
@@ -54,7 +60,20 @@ def assert_same_state(a, b, rtol=0.0, atol=0.0):
         )
 
 
-# ------------------------------------------------------------------------------------------------ lightly's numbers
+@pytest.fixture(scope="module")
+def elsewhere(tmp_path_factory):
+    """What the program beside this file makes in a process of its own: name -> results."""
+    folder = tmp_path_factory.mktemp("elsewhere")
+    model = resumable_model()
+    train(model, range(STEPS // 2), batch=6)
+    torch.save(model.state_dict(), folder / "half.pt")
+    env = os.environ | {"PYTHONPATH": str(Path(selfsup_xbn.__file__).parents[1])}
+    program = Path(__file__).with_name("moco_program.py")
+    subprocess.run([sys.executable, program, folder], env=env, check=True, timeout=200)
+    return {path.stem: torch.load(path, weights_only=True) for path in folder.glob("*.pt")}
+
+
+# ---------------------------------------------------------------------------------------------------- lightly's numbers
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
@@ -76,11 +95,11 @@ def test_xbm_has_lightlys_value_and_gradients_over_three_turns_of_the_bank(dtype
     # Drawn in float32, lightly's rows have length 1 to 1e-7; ours are read as exactly unit vectors.
     peer.memory_bank.bank = F.normalize(peer.memory_bank.bank, dim=1)
     for _ in range(12):
-        inputs = [tensor for tensor in pair(dtype=dtype, key_grad=key_grad) if isinstance(tensor, torch.Tensor)]
+        inputs = pair(dtype=dtype, key_grad=key_grad)
         asked = [tensor for tensor in inputs if tensor.requires_grad]
-        values, grads = zip(*[(loss, torch.autograd.grad(loss, asked)) for loss in (ours(*inputs), peer(*inputs))])
+        values = [ours(*inputs), peer(*inputs)]
         torch.testing.assert_close(*values, rtol=tolerance, atol=tolerance)
-        for found, expected in zip(*grads, strict=True):
+        for found, expected in zip(*[torch.autograd.grad(value, asked) for value in values], strict=True):
             torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)
     torch.testing.assert_close(ours.memory_bank.bank, peer.memory_bank.bank, rtol=0, atol=tolerance)
 
@@ -152,10 +171,7 @@ def test_value_and_gradient_are_those_of_the_literal_equations_in_lightlys_order
         keys = F.normalize(k.detach().double(), dim=1)
         reference.adapt(keys.numpy())
         anchors = q.detach().double().requires_grad_()
-        unit = F.normalize(anchors, dim=1)
-        negatives = F.normalize(torch.tensor(np.stack(reference.rows)), dim=1)
-        logits = torch.cat([(unit * keys).sum(1, keepdim=True), unit @ negatives.T], dim=1) / temperature
-        expected = F.cross_entropy(logits, torch.zeros(len(q), dtype=torch.long))
+        expected = literal(anchors, keys, torch.tensor(np.stack(reference.rows)), temperature)
         reference.enqueue(keys.numpy())
         torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
         grads = [torch.autograd.grad(value, of)[0].double() for value, of in ((loss, q), (expected, anchors))]
@@ -185,7 +201,7 @@ def test_random_rows_take_the_moments_of_the_first_keys():
     torch.testing.assert_close(rows.std(0), keys.std(0), rtol=1e-5, atol=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------- what is mended
+# ------------------------------------------------------------------------------------------------------- what is mended
 
 
 def test_a_batch_that_passes_the_end_loses_nothing():
@@ -225,14 +241,10 @@ def test_a_symmetric_loss_meets_no_view_of_the_same_image():
 
 def test_a_symmetric_loss_adapts_to_all_keys_at_once():
     pairs = [pair(), pair()]
-    criterion = NTXentLoss(0.1, (32, DIM))
-    criterion.symmetric(*pairs)
-    queue = criterion.memory_bank.queue
-    keys = F.normalize(torch.cat([k for _, k in pairs]), dim=1).double()
-    torch.testing.assert_close(
-        queue.moments().mean, keys.mean(0), rtol=1e-5, atol=1e-6
-    )  # as before, so after they entered
-    assert int(queue.pointer) == 16
+    criterion, twin = (seeded(NTXentLoss, 0.1, (32, DIM)) for _ in range(2))
+    twin.memory_bank.queue.adapt(F.normalize(torch.cat([k for _, k in pairs]), dim=1))
+    expected = sum(literal(q, k, twin.memory_bank.bank, 0.1) for q, k in pairs) / 2
+    torch.testing.assert_close(criterion.symmetric(*pairs).double(), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_symmetric_loss_without_a_bank_is_the_mean_of_lightlys():
@@ -295,57 +307,18 @@ def test_a_gpu_has_the_cpus_numbers_without_waiting():
     assert_same_state(state(on_gpu.cpu()), state(criterion), rtol=1e-4, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------------ torch.compile
+# -------------------------------------------------------------------------------------------------------- torch.compile
 
 
-@pytest.fixture
-def _annotations_not_checked(monkeypatch):
-    """The checks of annotations, which a user does not have, cannot be compiled."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+@pytest.mark.parametrize("name", ["compiled_loss", "compiled_bank"])
+def test_a_compiled_step_has_no_graph_break_and_equals_the_eager_one(elsewhere, name):
+    # Not in this process: the annotations' checks, which a user does not have, cannot be compiled.
+    compiled, eager = elsewhere[name]
+    assert compiled["values"] == pytest.approx(eager["values"], abs=1e-5)
+    assert_same_state(compiled["state"], eager["state"], rtol=1e-5, atol=1e-5)
 
 
-def compiled_and_eager(step, modules, backend):
-    """The step compiled without a graph break on copies of the modules, and as it is on the modules."""
-    copies = copy.deepcopy(modules)
-    torch._dynamo.reset()
-    compiled = torch.compile(lambda *inputs: step(*copies, *inputs), fullgraph=True, backend=backend)
-    return (compiled, copies), (lambda *inputs: step(*modules, *inputs), modules)
-
-
-@pytest.mark.usefixtures("_annotations_not_checked")
-@pytest.mark.parametrize(("adaptation", "backend"), [("xbm", "eager"), ("xbn", "aot_eager"), ("axbn", "eager")])
-def test_a_compiled_step_has_no_graph_break_and_equals_the_eager_one(adaptation, backend):
-    def step(encoder, criterion, x_query, x_key):
-        with torch.no_grad():
-            key = encoder(x_key)
-        return criterion(encoder(x_query), key)
-
-    both = compiled_and_eager(step, [nn.Linear(5, DIM), NTXentLoss(0.2, (50, DIM), adaptation=adaptation)], backend)
-    losses = [[], []]
-    for _ in range(20):  # the bank's end is passed three times
-        inputs = torch.randn(8, 5), torch.randn(8, 5)
-        for (run, (encoder, _)), curve in zip(both, losses, strict=True):
-            loss = run(*inputs)
-            encoder.zero_grad()
-            loss.backward()
-            with torch.no_grad():
-                for parameter in encoder.parameters():
-                    parameter -= 0.1 * parameter.grad
-            curve.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
-    for compiled, eager in zip(both[0][1], both[1][1], strict=True):
-        assert_same_state(state(compiled), state(eager), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.usefixtures("_annotations_not_checked")
-def test_a_compiled_bank_module_equals_the_eager_one():
-    both = compiled_and_eager(lambda bank, x: bank(x, update=True)[1], [MemoryBankModule((10, 3))], "eager")
-    for _ in range(6):
-        batch = torch.randn(4, 3)
-        torch.testing.assert_close(both[0][0](batch), both[1][0](batch))
-
-
-# ----------------------------------------------------------------------------------------------------- saving, copying
+# ------------------------------------------------------------------------------------------------------ saving, copying
 
 
 def test_the_bank_survives_a_state_dict():
@@ -388,37 +361,20 @@ def test_copies_go_on_alike_and_apart(clone):
     assert not torch.equal(criterion.memory_bank.bank, copied.memory_bank.bank)
 
 
-def in_processes(*commands):
-    """Runs the program beside this file once for each command, all at once."""
-    program = Path(__file__).with_name("moco_program.py")
-    env = os.environ | {"PYTHONPATH": str(Path(selfsup_xbn.__file__).parents[1])}
-    running = [subprocess.Popen([sys.executable, program, *command], env=env) for command in commands]
-    try:
-        assert [process.wait(timeout=120) for process in running] == [0] * len(running)
-    finally:
-        for process in running:
-            process.kill()
+def test_going_on_in_a_fresh_process_is_not_having_stopped(elsewhere):
+    model = resumable_model()
+    losses = train(model, range(STEPS), batch=6)
+    assert elsewhere["whole"]["losses"] == losses[STEPS // 2 :]
+    assert_same_state(elsewhere["whole"]["state"], state(model))
 
 
-def test_going_on_in_a_fresh_process_is_not_having_stopped(tmp_path):
-    model = MoCo(NTXentLoss(0.2, (20, DIM), adaptation="axbn"))
-    train(model, range(STEPS // 2), batch=6)
-    torch.save({"adaptation": "axbn", "model": model.state_dict()}, tmp_path / "state.pt")
-    losses = train(model, range(STEPS // 2, STEPS), batch=6)
-    in_processes(["resume", str(tmp_path / "state.pt")])
-    resumed = torch.load(tmp_path / "state.pt", weights_only=True)
-    assert resumed["losses"] == losses
-    assert_same_state(resumed["model"], state(model))
-
-
-def test_two_processes_that_gather_are_one_with_the_whole_batch(tmp_path):
-    in_processes(*(["rank", str(rank), "2", str(tmp_path)] for rank in range(2)))
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
-    assert_same_state(ranks[0]["model"], ranks[1]["model"])
+def test_two_processes_that_gather_are_one_with_the_whole_batch(elsewhere):
+    ranks = [elsewhere["rank0"], elsewhere["rank1"]]
+    assert_same_state(ranks[0]["state"], ranks[1]["state"])
     whole = distributed_model()
     losses = train(whole, range(STEPS), batch=8)
     np.testing.assert_allclose(np.mean([rank["losses"] for rank in ranks], axis=0), losses, rtol=1e-4)
-    assert_same_state(ranks[0]["model"], state(whole), rtol=1e-3, atol=1e-4)
+    assert_same_state(ranks[0]["state"], state(whole), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -453,7 +409,7 @@ def test_a_lightning_module_goes_on_from_its_checkpoint(tmp_path):
     assert_same_state(state(rest), state(whole))
 
 
-# ------------------------------------------------------------------------------------------------------------- precision
+# ------------------------------------------------------------------------------------------------------------ precision
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
