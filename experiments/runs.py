@@ -74,7 +74,9 @@ def summary(label: str, config: Config, by_seed: Mapping[int, Mapping[str, float
         "seeds": {str(seed): dict(found) for seed, found in by_seed.items()},
         "mean": {name: round(statistics.mean(v), 4) for name, v in values.items()},
         "std": {name: round(statistics.stdev(v), 4) if len(v) > 1 else None for name, v in values.items()},
-        "config": {key: value for key, value in resolved(config).items() if key not in NOT_OF_A_RESULT},
+        # Of the data only the name: where a machine keeps it is no part of a result.
+        "config": {k: v for k, v in resolved(config).items() if k not in NOT_OF_A_RESULT}
+        | {"data": config.data.partition(":")[0]},
         "environment": environment(),
     }
 

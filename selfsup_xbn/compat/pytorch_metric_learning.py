@@ -226,11 +226,10 @@ class CrossBatchMemory(peer.CrossBatchMemory):
 
 
 def _is_plain(loss: Any) -> bool:
-    """Whether a SupConLoss or NTXentLoss has the parts that PML gives it by default."""
+    """Whether a SupConLoss or NTXentLoss has the parts that PML gives it by default; no regularizer, whose reducer differs."""
     return (
         type(loss.reducer) is type(loss.get_default_reducer())
         and getattr(loss.reducer, "high", None) is None
-        and loss.embedding_regularizer is None
         and _is_cosine(loss.distance)
         and isinstance(loss.temperature, int | float)
     )
