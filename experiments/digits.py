@@ -1,7 +1,7 @@
-"""The README's first table: MoCo on digits with a plain queue, XBN and AXBN, k-NN beside pixels and an untrained encoder.
+"""The README's first table: MoCo on digits with a plain queue, XBN and AXBN, beside pixels and an untrained encoder.
 
-    python -m experiments.digits                    # trains 9 runs, about 3 minutes on two cores
-    python -m experiments.digits --from-results     # prints the committed table
+python -m experiments.digits                    # trains 9 runs, about 3 minutes on two cores
+python -m experiments.digits --from-results     # prints the committed table
 """
 
 from __future__ import annotations

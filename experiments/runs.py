@@ -56,7 +56,8 @@ def _run(config: Config, threads: int) -> dict[str, float]:
     folder = Path(config.out)
     if not (holds_run(folder) and (folder / "curves.png").exists()):
         started = time.perf_counter()
-        with contextlib.redirect_stdout(open(folder.parent / f"{folder.name}.log", "a") if folder.parent.exists() else None):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log):
             train(config, resume=True)
         (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.1f}\n")
     values: dict[str, float] = {}
@@ -108,7 +109,7 @@ def table(results: list[dict[str, Any]], columns: Mapping[str, str]) -> list[str
 def parser(doc: str) -> argparse.ArgumentParser:
     """Options that every experiment has."""
     made = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--from-results", action="store_true", help="print the table of the committed results, train nothing")
+    made.add_argument("--from-results", action="store_true", help="train nothing, print the committed table")
     made.add_argument("--seeds", type=int, default=3, help="seeds 0 to N - 1 (default 3)")
     made.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each (default 2)")
     made.add_argument("--folder", type=Path, default=Path("runs"), help="where the runs' folders go (default runs)")

@@ -1,0 +1,49 @@
+"""Time of a queue step (adapt and enqueue) against the number of rows M: it should not depend on it.
+
+    python -m experiments.benchmarks.queue_step
+
+D 128, batch 128, sizes interleaved in one process, median of 300 steps each after the ring has wrapped once; one
+thread. Writes ``results/queue_step.json`` and prints a row a size.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+
+import torch
+
+from experiments import runs
+from selfsup_xbn import FeatureQueue
+from selfsup_xbn.run_log import environment
+
+SIZES, DIM, BATCH, STEPS = (10_000, 100_000, 1_000_000), 128, 128, 300
+
+
+def main() -> None:
+    """Measures every size and adaptation, writes the results, prints them."""
+    torch.set_num_threads(1)
+    results = []
+    for adaptation in ("xbm", "xbn", "axbn"):
+        queues = {size: FeatureQueue(size, DIM, adaptation) for size in SIZES}
+        seconds: dict[int, list[float]] = {size: [] for size in SIZES}
+        for queue in queues.values():
+            queue.enqueue(torch.randn(queue.size, DIM))
+        for _ in range(STEPS):
+            batch = torch.randn(BATCH, DIM)
+            for size, queue in queues.items():
+                started = time.perf_counter()
+                queue.adapt(batch)
+                queue.enqueue(batch)
+                seconds[size].append(time.perf_counter() - started)
+        for size in SIZES:
+            milliseconds = 1000 * statistics.median(seconds[size])
+            results.append({"adaptation": adaptation, "rows": size, "milliseconds": round(milliseconds, 4)})
+            ratio = milliseconds / (1000 * statistics.median(seconds[SIZES[0]]))
+            print(f"{adaptation:<5} M {size:>9,}  {milliseconds:.3f} ms  {ratio:.2f} x of M {SIZES[0]:,}")
+    setting = {"dim": DIM, "batch": BATCH, "steps": STEPS, "threads": 1, "environment": environment()}
+    runs.write("queue_step", [setting | {"results": results}])
+
+
+if __name__ == "__main__":
+    main()
