@@ -178,7 +178,7 @@ class FeatureQueue(nn.Module):
             finite = finite & batch.isfinite().all()
         turned = finite & (position[-1] >= self.size - 1)
 
-        # Rows before the end of the ring replace the last turn's. Rows past it open the next turn and replace this one's.
+        # Rows up to the ring's end replace the last turn's; rows past it open the next turn and replace this one's.
         this = self.sums[:, 0] + entering[:, 0]
         stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
         turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)

@@ -3,7 +3,16 @@
     python -m experiments.benchmarks.data_sets [--scale 1] [--only sop inshop ...] [--folder DIR]
 
 Prints a line a data set: seconds to open, wall and processor (without workers), and to open again, when DeepFashion2
-reads its cache; then the counts found. The files were just written, so they are in the page cache.
+reads its cache; then the counts found. The files were just written, so they are in the page cache. On two cores, with
+about five other processes at work:
+
+    sop           1.25 s (0.89 s), again 1.35 s (0.90 s); train: 59,551 images of 11,318 classes, as it should be; ...
+    inshop        1.04 s (0.69 s), again 0.86 s (0.64 s); ...
+    cub200        0.05 s (0.05 s), again 0.10 s (0.05 s); ...
+    cars196       0.17 s (0.17 s), again 0.34 s (0.34 s); ...
+    deepfashion2  22.55 s (6.31 s), again 7.29 s (5.37 s); ...
+
+Writing DeepFashion2's 780,000 files took three minutes.
 """
 
 from __future__ import annotations

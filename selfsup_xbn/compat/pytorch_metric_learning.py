@@ -226,7 +226,7 @@ class CrossBatchMemory(peer.CrossBatchMemory):
 
 
 def _is_plain(loss: Any) -> bool:
-    """Whether a SupConLoss or NTXentLoss has the parts that PML gives it by default. (A regularizer brings another reducer.)"""
+    """Whether a SupConLoss or NTXentLoss has PML's default parts. (A regularizer would bring another reducer.)"""
     return (
         type(loss.reducer) is type(loss.get_default_reducer())
         and getattr(loss.reducer, "high", None) is None
