@@ -147,6 +147,7 @@ def _add_evaluate(parser: _Parser) -> None:
         own = ["knn_k", "knn_temperature"] if kind == "knn" else ["recall_ks"]
         evaluation = commands.add_parser(kind, help=text, description=text)
         evaluation.add_argument("--run", metavar="DIR", help="folder of a run, whose own settings hold unless given")
+        evaluation.add_argument("--best", action="store_true", help="the run's best model by Recall@1, not its last")
         evaluation.add_argument(
             "--weights", metavar="FILE", help="an encoder from elsewhere: torchvision, timm, MoCo, lightly"
         )
@@ -168,7 +169,7 @@ def _evaluate(found: argparse.Namespace) -> None:
     from selfsup_xbn.evaluate import evaluate_run, evaluate_weights
 
     if found.run:
-        lines = evaluate_run(found.kind, Path(found.run), given)
+        lines = evaluate_run(found.kind, Path(found.run), given, best=found.best)
     else:
         lines = evaluate_weights(found.kind, found.weights, found.backbone, given)
     print(*lines, sep="\n")

@@ -15,6 +15,12 @@ from typing import Any, get_type_hints
 from selfsup_xbn.errors import UserError
 
 
+DATA_HELP = (
+    "data set: digits, digits-disjoint, cifar10, cifar100, sop, inshop, deepfashion2, cars196, cub200, omniglot or "
+    "folder, with :PATH where its files are (folder:PATH holds train/ and test/)"
+)
+
+
 def option(
     default: Any,
     help: str,
@@ -33,7 +39,7 @@ class Config:
     """What both modes have in common. Units: epochs, images, pixels; sizes in rows."""
 
     # What is learned from
-    data: str = option("digits", "data set: digits, cifar10, cifar100, folder:PATH, ...")
+    data: str = option("digits", DATA_HELP)
     data_root: str = option("data", "where downloaded data sets are kept", affects_results=False)
     limit_train: int = option(0, "use only this many training images, drawn with the seed; 0: all", least=0)
     image_size: int = option(0, "side of the square that the network sees; 0: the data set's own", least=0)

@@ -31,14 +31,14 @@ class TrainedRun(NamedTuple):
     untrained: Encoder
 
 
-def open_run(folder: Path) -> TrainedRun:
-    """The encoder of a run's checkpoint, and the same encoder before training.
+def open_run(folder: Path, best: bool = False) -> TrainedRun:
+    """The encoder of a run's last or best checkpoint, and the same encoder before training.
 
     Raises:
         UserError: no run there, or its checkpoint cannot be read.
     """
     read_config(folder)
-    state = checkpoint.load(folder)
+    state = checkpoint.load(folder, checkpoint.BEST if best else checkpoint.NAME)
     config, network = from_resolved(state["config"]), state["network"]
     torch.manual_seed(config.seed)
     untrained = build.random_encoder(config, **network)
@@ -49,9 +49,9 @@ def open_run(folder: Path) -> TrainedRun:
     return TrainedRun(config, network["image_size"], network["channels"], trained, untrained)
 
 
-def evaluate_run(kind: str, folder: Path, given: dict[str, Any]) -> list[str]:
+def evaluate_run(kind: str, folder: Path, given: dict[str, Any], best: bool = False) -> list[str]:
     """Table of a run's encoder, with the options ``given`` in place of the run's own."""
-    run = open_run(folder)
+    run = open_run(folder, best)
     own = replace(run.config, image_size=run.image_size, limit_train=0 if "data" in given else run.config.limit_train)
     config = replace(own, **given)
     data = build.data_of(config)

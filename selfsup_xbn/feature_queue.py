@@ -77,7 +77,7 @@ class Trace(NamedTuple):
 
 
 class FeatureQueue(nn.Module):
-    """First-in-first-out memory of M embeddings, adapted to each batch (arXiv 2303.17127; DESIGN: the one idea).
+    """First-in-first-out memory of M embeddings, adapted to each batch.
 
     A step in the paper's order is ``adapt(batch)``, ``slots = enqueue(batch, labels)``, then a loss of
     the batch against the queue with each anchor's own slot left out. All state is in ``state_dict()``.

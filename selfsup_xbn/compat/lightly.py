@@ -1,19 +1,19 @@
 """lightly's NTXentLoss and MemoryBankModule on the adapted queue: change the import, and nothing else.
 
-The interface is that of lightly 1.6; DESIGN, section 7, lists what is mended. The order of a step is lightly's: the
-bank is adapted to the batch's keys, the loss is taken against it, then the keys are enqueued, so that they are no
-negatives of one another. ``adaptation="xbm"`` adapts nothing and gives lightly's numbers until lightly drops its first
-row, at the first batch that passes the bank's end.
+The interface is that of lightly 1.6, and so is the order of a step: the bank is adapted to the batch's keys, the loss
+is taken against it, then the keys enter, so that they are no negatives of one another. ``adaptation="xbm"`` adapts
+nothing and gives lightly's numbers, up to the first batch that passes the bank's end: lightly drops the rows past it.
 
 **Random rows at the start.** As in lightly, a new bank is full of random unit rows, drawn in the same way from the same
-generator. Adapted, they are noise with the keys' own mean and standard deviation, and so nearer to the queries than
-lightly's noise is. They carry the moments but no image, and are gone when as many keys as the bank has rows have come.
+generator. Adapted, they are noise with the keys' own mean and standard deviation: nearer to the queries than lightly's
+noise, so that the loss starts higher, and gone when as many keys have come as the bank has rows. A bank that starts
+empty gave the same accuracy, but has no negatives at the first step and no fixed shape.
 
 **Checkpoints.** The bank is in the ``state_dict()``. Where a ``state_dict`` has no bank at all, as lightly's never
 does, it loads without complaint and the bank stays as it is; one with a part of it, or of another size, is refused.
 lightly's class needs ``strict=False`` to load ours.
 
-Axis legend: B batch, N rows of the bank, D dimensions, P pairs of views.
+Axis legend: B batch, N rows of the bank, D dimensions.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ class MemoryBankModule(nn.Module):
         self, output: Float[Tensor, "B D"], labels: Tensor | None = None, update: bool = False
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "_ _"] | None]:
         """The output and the bank's rows, adapted to the output if ``update`` says so, which then enqueues it as well.
+
+        Adapted rows of a bank of unit vectors are not of unit length: normalise them where cosines are meant.
 
         Args:
             output: embeddings; their gradient is left alone, and none reaches the bank.
