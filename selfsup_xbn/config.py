@@ -14,7 +14,6 @@ from typing import Any, get_type_hints
 
 from selfsup_xbn.errors import UserError
 
-
 DATA_HELP = (
     "data set: digits, digits-disjoint, cifar10, cifar100, sop, inshop, deepfashion2, cars196, cub200, omniglot or "
     "folder, with :PATH where its files are (folder:PATH holds train/ and test/)"

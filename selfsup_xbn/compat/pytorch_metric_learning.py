@@ -1,8 +1,10 @@
 """PyTorch Metric Learning's CrossBatchMemory on the adapted queue: change the import, and nothing else.
 
-The interface is that of PML 2.9; DESIGN, section 7, lists what is mended. The order of a step is PML's and the paper's:
-the queue is adapted to the embeddings that enter it, they are enqueued, and the loss of the batch is taken against the
-queue, where no embedding meets itself. ``adaptation="xbm"`` adapts nothing and gives PML's numbers.
+The interface is that of PML 2.9. The order of a step is PML's and the paper's: the queue is adapted to the embeddings
+that enter it, they are enqueued, and the loss of the batch is taken against the queue, where no embedding meets itself.
+``adaptation="xbm"`` adapts nothing and gives PML's numbers. Mended: pointer and fill are in the ``state_dict``; a batch
+of one has no pair with itself; an ``enqueue_mask`` that is all False, or takes more than M rows, does no harm; half
+precision works; ranks agree on the order of the rows.
 
 **Two ways to the loss.** SupConLoss and NTXentLoss as PML makes them by default, with no miner or PairMarginMiner, are
 computed block by block (``selfsup_xbn.losses``), in memory of O(B D + B b) for blocks of b rows. All else is PML's own
