@@ -172,14 +172,15 @@ class Run:
         """Mean loss of the epoch as yet. Waits for the device.
 
         Raises:
-            Diverged: it is not finite, or a weight is not. (A mined loss of embeddings that are NaN has no pairs: it is 0.)
+            Diverged: it is not finite, or a weight is not (a mined loss of NaN embeddings has no pairs, and is 0).
         """
         loss = self.meter.mean("loss")
         if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in self.method.encoder.parameters()):
             last = Path(self.config.run_folder) / checkpoint.NAME
             kept = f"the last good state is {last}" if last.exists() else "no checkpoint was written yet"
             raise Diverged(
-                f"loss {loss} or weights that are not finite at epoch {self.epoch}, step {self.step}, learning rate {self.lr:.3g}; {kept}; "
+                f"loss {loss}, or weights that are not finite, at epoch {self.epoch}, step {self.step}, "
+                f"learning rate {self.lr:.3g}; {kept}; "
                 "try a smaller --lr, --warmup-epochs, or --precision fp32"
             )
         return loss
