@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns the exit code."""
     # Threads that spin while they wait take the cores from whatever else runs; to be set before torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         found = _parser().parse(sys.argv[1:] if argv is None else argv)
         return int(found.command(found) or 0)

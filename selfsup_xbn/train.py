@@ -46,6 +46,8 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     state = checkpoint.load(folder) if resume and (folder / checkpoint.NAME).exists() else None
     if state:
         run.load_state_dict(state)
+    if run.data.notes:
+        print(*run.data.notes, sep="\n")
     with (
         stop_signals() as asked_to_stop,
         contextlib.closing(RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)) as log,

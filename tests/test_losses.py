@@ -9,6 +9,7 @@ from lightly.loss import NTXentLoss
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from pytorch_metric_learning.miners import PairMarginMiner
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsup_xbn import FeatureQueue, losses
 from selfsup_xbn.errors import UserError
@@ -187,3 +188,39 @@ def test_bad_settings_are_named():
         sup_con(z, y, queue, miner=PairMargin(distance="manhattan"))
     with pytest.raises(ValueError, match="labels=True"):
         sup_con(z, y, filled_queue(15, labels=False))
+
+
+class NoWaiting(TorchDispatchMode):
+    """Refuses what makes a program wait for an accelerator: reading a value, and shapes that depend on values."""
+
+    WAITS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.nonzero.default, torch.ops.aten.equal.default)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        masks = [a for a in args[1] if a is not None and a.dtype == torch.bool] if "index." in str(function) else []
+        assert function not in self.WAITS, function
+        assert not masks, function
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("adaptation", ["xbm", "xbn", "axbn"])
+def test_no_step_waits_for_the_device(adaptation, monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # takes the path of an accelerator
+    queue = FeatureQueue(60, 12, adaptation, labels=True)
+    z, y = draw(25, torch.float32)
+    z.requires_grad_()
+    with NoWaiting():
+        for _ in range(4):
+            queue.adapt(z)
+            slots = queue.enqueue(z, y)
+            loss = info_nce(z, z.detach(), queue, 0.1, slots) + sup_con(
+                z, y, queue, miner=PairMargin(), own_slots=slots
+            )
+            loss.backward()
+        with pytest.raises(AssertionError, match="_local_scalar_dense"):
+            len(queue)
+
+
+def test_what_is_refused_there_is_what_waits():
+    for waits in (lambda t: t.sum().item(), lambda t: t.nonzero(), lambda t: t[t > 0]):
+        with NoWaiting(), pytest.raises(AssertionError):
+            waits(torch.ones(3))

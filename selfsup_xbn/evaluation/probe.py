@@ -5,6 +5,7 @@ Axis legend: N samples, F features.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
@@ -71,6 +72,8 @@ class KnnProbe:
         self.bank = (data.gallery or data.test) if data.disjoint else data.train
         self.self_search = self.bank is data.test
         self.k = min(k, len(self.bank) - self.self_search)
+        if self.k < k:
+            warnings.warn(f"k-NN: k {k} is more than the bank offers; k {self.k} is used", stacklevel=2)
 
     def raw_pixels(self) -> dict[str, float]:
         """Top-1 of the pixels themselves: what an encoder must beat."""
