@@ -138,12 +138,13 @@ def knn_top1(backbone: nn.Module, train: Any, test: Any, limit: int = 5000) -> f
 def report(curves: dict[str, list[float]], every: int) -> None:
     """A row of mean losses for each ``every`` steps, and the gap between the first two curves."""
     print("steps".rjust(9), *(name.rjust(9) for name in curves))
-    peer, ours, *_ = curves.values()
+    peers, xbm, *_ = curves
+    peer, ours = curves[peers], curves[xbm]
     for start in range(0, len(peer), every):
         stop = min(start + every, len(peer))
         means = [sum(losses[start:stop]) / (stop - start) for losses in curves.values()]
         print(f"{start + 1:4}-{stop:4}", *(f"{mean:9.4f}" for mean in means))
-    print(f"largest difference of lightly and xbm: {max(abs(a - b) for a, b in zip(peer, ours, strict=True)):.1e}")
+    print(f"largest difference of {peers} and {xbm}: {max(abs(a - b) for a, b in zip(peer, ours, strict=True)):.1e}")
 
 
 def main() -> None:
