@@ -26,7 +26,7 @@ def main() -> None:
     """Trains what is not done, writes the results, prints the table."""
     options = runs.parser(__doc__ or "").parse_args()
     if not options.from_results:
-        runs.run_all(NAME, CELLS, list(range(options.seeds)), options.folder, options.jobs)
+        runs.write(NAME, runs.run_all(NAME, CELLS, range(options.seeds), options.folder, options.jobs))
     print(*runs.table(runs.read(NAME), COLUMNS), sep="\n")
 
 

@@ -7,7 +7,7 @@ import contextlib
 import json
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from multiprocessing import get_context
@@ -15,16 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from selfsup_xbn.config import Config, resolved
-from selfsup_xbn.run_log import environment, holds_run, read_metrics
+from selfsup_xbn.run_log import environment, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 NOT_OF_A_RESULT = ("seed", "out", "data_root", "device", "workers")
 
 
 def run_all(
-    name: str, cells: Mapping[str, Config], seeds: list[int], folder: Path, jobs: int, threads: int = 1
+    name: str, cells: Mapping[str, Config], seeds: Iterable[int], folder: Path, jobs: int, threads: int = 1
 ) -> list[dict[str, Any]]:
-    """Trains every cell with every seed, ``jobs`` at a time, and writes ``results/NAME.json``.
+    """Trains every cell with every seed, ``jobs`` at a time, in folders below ``folder/NAME``.
 
     A run that is done is not repeated; one that was interrupted goes on.
 
@@ -38,12 +38,10 @@ def run_all(
     }
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         found = dict(zip(configs, pool.map(_run, configs.values(), [threads] * len(configs)), strict=True))
-    results = [
+    return [
         summary(label, cell, {seed: found[label, seed] for seed in seeds}) | {"jobs": jobs, "threads": threads}
         for label, cell in cells.items()
     ]
-    write(name, results)
-    return results
 
 
 def _run(config: Config, threads: int) -> dict[str, float]:
@@ -54,7 +52,7 @@ def _run(config: Config, threads: int) -> dict[str, float]:
 
     torch.set_num_threads(threads)
     folder = Path(config.out)
-    if not (holds_run(folder) and (folder / "curves.png").exists()):
+    if not (folder / "seconds.txt").exists():
         started = time.perf_counter()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log):
