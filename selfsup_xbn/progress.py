@@ -43,7 +43,8 @@ class Progress:
     def epoch(self, epoch: int, epochs: int, record: dict[str, Any]) -> None:
         """One line for a finished epoch."""
         parts = [text.format(record[key]) for key, text in SHOWN if record.get(key) is not None]
-        parts.append(_duration((time.monotonic() - self.started) / (self.done - self.first) * (self.total - self.done)))
+        seconds_a_step = (time.monotonic() - self.started) / max(1, self.done - self.first)
+        parts.append(_duration(seconds_a_step * (self.total - self.done)))
         tqdm.write(f"epoch {epoch:>{len(str(epochs))}}/{epochs}   " + "   ".join(parts) + " left", file=sys.stdout)
         sys.stdout.flush()
 

@@ -51,24 +51,24 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.mark.parametrize("adaptation", ["xbm", "xbn", "axbn"])
-def test_stopped_in_the_middle_of_an_epoch_and_resumed_is_the_run_that_was_not_stopped(
+def test_stopped_at_the_end_and_in_the_middle_of_an_epoch_and_resumed_is_the_run_that_was_not_stopped(
     tmp_path, adaptation, monkeypatch
 ):
     options = ["pretrain", *SMALL, "--adaptation", adaptation]
     assert main([*options, "--out", str(tmp_path / "whole")]) == 0
     steps, step = [], Run.train_step
 
-    def stop_at_step_six(run, batch):
+    def stop_twice(run, batch):
         step(run, batch)
         steps.append(run.step)
-        if len(steps) == 6:
+        if len(steps) in (4, 6):
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Run, "train_step", stop_at_step_six)
+    monkeypatch.setattr(Run, "train_step", stop_twice)
     assert main([*options, "--out", str(tmp_path / "parts")]) == 75
-    assert len(steps) == 6
+    assert main(["pretrain", "--resume", "--out", str(tmp_path / "parts")]) == 75
     assert main(["pretrain", "--resume", "--out", str(tmp_path / "parts")]) == 0
-    assert len(steps) == 8
+    assert steps == [1, 2, 3, 4, 1, 2, 3, 4]
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
 
