@@ -36,8 +36,10 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     except FileNotFoundError:
         raise UserError(f"no checkpoint {path}; give the folder of a run") from None
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot read {path}, it is damaged or no checkpoint: {reason[:160]}") from None
+        kind = type(error).__name__
+        raise UserError(
+            f"cannot read {path} ({kind}): it is damaged, or holds more than tensors and plain values"
+        ) from None
     if not isinstance(state, dict) or "method" not in state or "config" not in state:
         raise UserError(f"{path} is no checkpoint of this program: give the folder of a run, or --weights FILE")
     return state

@@ -16,7 +16,8 @@ from selfsup_xbn.config import DEFAULT_RECIPES, MODES, RECIPES, Config, near, re
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
 
 EXIT_CODES = (
-    "exit codes: 0 done; 2 the input is at fault; 3 the loss diverged; 75 stopped by a signal, go on with --resume"
+    "exit codes: 0 done; 2 the input is at fault; 3 the loss diverged; 75 stopped by a signal, go on with --resume; "
+    "130 stopped by the keyboard before training"
 )
 
 
@@ -53,8 +54,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail("diverged", error, 3)
     except Interrupted as error:
         return _fail("interrupted", error, 75)
+    except BrokenPipeError:  # whoever read the output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except OSError as error:
+        return _fail("error", error, 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", "by the keyboard, before training began", 130)
+        return _fail("interrupted", "by the keyboard; nothing was being trained", 130)
 
 
 def _fail(kind: str, error: object, code: int) -> int:

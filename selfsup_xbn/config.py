@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ast
 import difflib
+import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
@@ -26,10 +28,17 @@ def option(
     *,
     choices: Iterable[str] = (),
     least: int | float | None = None,
+    most: int | float = float("inf"),
     affects_results: bool = True,
 ) -> Any:
     """A field with what the command line says of it and the values that it takes."""
-    metadata = {"help": help, "choices": tuple(choices), "least": least, "affects_results": affects_results}
+    metadata = {
+        "help": help,
+        "choices": tuple(choices),
+        "least": least,
+        "most": most,
+        "affects_results": affects_results,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -46,7 +55,7 @@ class Config:
     # The network
     backbone: str = option("convnet4", "convnet4, convnet-digits, resnet18-cifar, a torchvision name, or timm:NAME")
     head: str = option("linear", "what maps features to the embedding: linear, mlp, ...")
-    dim: int = option(128, "dimensions D of the embedding", least=1)
+    dim: int = option(128, "dimensions D of the embedding", least=1, most=2**20)
     weights: str = option("", "state dict that the backbone starts from, or 'imagenet'; '': random")
 
     # The memory
@@ -55,7 +64,7 @@ class Config:
     kalman_q: float = option(1.0, "axbn: variance of the process", least=0)
     kalman_r: float = option(0.01, "axbn: variance of an observation of one sample", least=0)
     kalman_p0: float = option(1.0, "axbn: variance of the first estimate", least=0)
-    gain_interval: int = option(100, "axbn: steps between renewals of the gain", least=1)
+    gain_interval: int = option(100, "axbn: steps between renewals of the gain", least=1, most=2**31)
     temperature: float = option(0.1, "T of the loss", least=1e-6)
 
     # The optimisation
@@ -69,7 +78,7 @@ class Config:
     step_epochs: int = option(15, "schedule step: epochs between two steps", least=1)
     step_factor: float = option(0.33, "schedule step: factor of each step", least=0)
     warmup_epochs: float = option(0.0, "epochs of linear warm-up", least=0)
-    seed: int = option(0, "everything random follows from it", least=0)
+    seed: int = option(0, "everything random follows from it", least=0, most=2**62)
 
     # What is measured
     eval_every: int = option(1, "epochs between evaluations; 0: at the end only", least=0)
@@ -87,7 +96,7 @@ class Config:
         affects_results=False,
     )
     compile: bool = option(False, "torch.compile the networks", affects_results=False)
-    workers: int = option(2, "processes that decode images from disk", least=0, affects_results=False)
+    workers: int = option(2, "processes that decode images from disk", least=0, most=1024, affects_results=False)
     save_every: int = option(1, "epochs between checkpoints", least=1, affects_results=False)
     out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
 
@@ -117,7 +126,7 @@ class PretrainConfig(Config):
 
     queue_size: int = option(1024, "rows M of the queue", least=1)
     bn_splits: int = option(1, "parts of a batch that BatchNorm normalises apart", least=1)
-    momentum: float = option(0.99, "m of the key encoder", least=0)
+    momentum: float = option(0.99, "m of the key encoder", least=0, most=1)
     momentum_schedule: str = option(
         "constant", "m over the run: constant, or cosine up to 1", choices=("constant", "cosine")
     )
@@ -146,7 +155,9 @@ class SuperviseConfig(Config):
     loss: str = option("SupConLoss", "SupConLoss, or another loss of pytorch-metric-learning by name")
     loss_args: str = option("", "its arguments: name=value,name=value")
     miner: str = option("PairMarginMiner", "PairMarginMiner, none, or another miner of pytorch-metric-learning by name")
-    miner_args: str = option("pos_margin=0.2,neg_margin=0.8", "its arguments: name=value,name=value")
+    miner_args: str = option(
+        "", "its arguments: name=value,name=value (PairMarginMiner: pos_margin=0.2,neg_margin=0.8)"
+    )
     miner_distance: str = option(
         "euclidean", "what PairMarginMiner's margins are measured in", choices=("euclidean", "cosine")
     )
@@ -177,7 +188,7 @@ def queue_rows(config: Config, images: int) -> int:
         if not text.endswith("%"):
             rows = int(text)
         elif 0 <= float(text[:-1]) <= 100:
-            rows = round(images * float(text[:-1]) / 100)
+            rows = math.ceil(images * float(text[:-1]) / 100)
         else:
             rows = -1
     except ValueError:
@@ -226,8 +237,10 @@ def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> No
             f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}"
         )
     least = metadata["least"]
-    if least is not None and not least <= value < float("inf"):
-        raise UserError(f"{flag}: expected a number of at least {least:g}, got {value}")
+    most = min(metadata["most"], sys.maxsize if kind is int else sys.float_info.max)
+    if least is not None and not least <= value <= most:
+        limit = "" if metadata["most"] == math.inf else f" and at most {metadata['most']:g}"
+        raise UserError(f"{flag}: expected a number of at least {least:g}{limit}, got {value}")
 
 
 def near(word: str, choices: Iterable[str]) -> str:
@@ -274,7 +287,7 @@ _DIGITS = PretrainConfig(
 )
 _CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size=4096, epochs=200)
 
-# Tables 1 to 3 of arXiv 2303.17127. The paths are where the official archives unpack to, below --data-root.
+# Tables 1 to 3 of arXiv 2303.17127. Without a path the files are looked for in a folder of that name in --data-root.
 _PAPER = SuperviseConfig(
     backbone="resnet50",
     weights="imagenet",
@@ -302,10 +315,10 @@ RECIPES: dict[str, Config] = {
     "digits-disjoint": replace(
         _SMALL, data="digits-disjoint", backbone="convnet-digits", batch_size=60, images_per_class=12, epochs=20
     ),
-    "omniglot": replace(_SMALL, data="omniglot:omniglot", queue_size="6000"),
-    "cars196": replace(_PAPER, data="cars196:cars196", queue_size="100%"),
-    "sop": replace(_PAPER, data="sop:Stanford_Online_Products"),
-    "inshop": replace(_PAPER, data="inshop:inshop"),
-    "deepfashion2": replace(_PAPER, data="deepfashion2:deepfashion2", queue_size="100%", gain_interval=10),
+    "omniglot": replace(_SMALL, data="omniglot", queue_size="6000"),
+    "cars196": replace(_PAPER, data="cars196", queue_size="100%"),
+    "sop": replace(_PAPER, data="sop"),
+    "inshop": replace(_PAPER, data="inshop"),
+    "deepfashion2": replace(_PAPER, data="deepfashion2", queue_size="100%", gain_interval=10),
 }
 DEFAULT_RECIPES = {"pretrain": "digits", "supervise": "digits-disjoint"}

@@ -39,13 +39,18 @@ def open_run(folder: Path, best: bool = False) -> TrainedRun:
     """
     read_config(folder)
     state = checkpoint.load(folder, checkpoint.BEST if best else checkpoint.NAME)
-    config, network = from_resolved(state["config"]), state["network"]
+    config, network = from_resolved(state["config"]), state.get("network")
+    if not isinstance(network, dict) or network.keys() != {"channels", "image_size"}:
+        raise UserError(f"the checkpoint in {folder} does not say what network it is of: it is damaged")
     torch.manual_seed(config.seed)
     untrained = build.random_encoder(config, **network)
     trained = copy.deepcopy(untrained)
     prefix = "encoder_q." if config.mode == "pretrain" else "encoder."
     own = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
-    trained.load_state_dict(own)
+    try:
+        trained.load_state_dict(own)
+    except RuntimeError:
+        raise UserError(f"the checkpoint in {folder} does not fit the network that its config names") from None
     return TrainedRun(config, network["image_size"], network["channels"], trained, untrained)
 
 
@@ -60,6 +65,8 @@ def evaluate_run(kind: str, folder: Path, given: dict[str, Any], best: bool = Fa
             f"--data {config.data} has {data.channels} channels, and the run's network takes {run.channels}: "
             "evaluate it on images like those that it was trained on"
         )
+    if "image_size" in given:
+        build.random_encoder(config, run.channels, data.image_size)  # refuses a size that the network cannot take
     probe = _probe(kind, config, data)
     title = f"{_title(kind, config)}, encoder of {folder}"
     return [*data.notes, title, *comparison_table(_compare(probe, run.trained, run.untrained, config))]

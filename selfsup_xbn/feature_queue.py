@@ -149,8 +149,7 @@ class FeatureQueue(nn.Module):
         target = self.adaptation(observed, len(batch), finite)
         before = after = self.moments()
         if self.adaptation.moves_queue:
-            self._move(before, target, finite)
-            after = target
+            after = self._move(before, target, finite)
         self.trace = Trace(observed, before, after)
 
     @torch.no_grad()
@@ -163,6 +162,8 @@ class FeatureQueue(nn.Module):
             The slot of each row of the batch, -1 for a row that was not kept.
         """
         self._check(batch, labels)
+        if labels is not None and labels.is_floating_point():
+            raise ValueError(f"expected whole numbers as labels, got {labels.dtype}")
         if (labels is None) != (self.labels is None):
             raise ValueError("expected labels if, and only if, the queue was made with labels=True")
         surplus = max(0, len(batch) - self.size)
@@ -274,15 +275,18 @@ class FeatureQueue(nn.Module):
                 torch.addcmul(shift, self.rows[start:stop].to(dtype), scale, out=features)
                 yield Block(start, features, self._labels(start, stop), None)
 
-    def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> None:
-        """Composes the map that takes the current moments to the target onto the frames in use."""
+    def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> Moments:
+        """Composes the map that takes the current moments to the target onto the frames; the moments after it."""
         allowed = finite & (self.count >= 2)
         varies = target.varies()
         factor = torch.where(varies & current.varies() & allowed, target.std / current.std, 1.0)
         offset = torch.where(allowed, target.mean - factor * current.mean, 0.0)
         self.frames[:2].mul_(factor)
         self.frames[:2, 1].add_(offset)
-        _assign(self.frames[2], torch.stack([torch.where(varies, target.std, 1.0), target.mean]), finite)
+        standard = torch.stack([torch.where(varies, target.std, 1.0), target.mean])
+        _assign(self.frames[2], standard, finite)
+        _assign(self.frames[0], standard, finite & (self.count == 0))
+        return Moments(current.mean * factor + offset, current.std * factor)
 
     def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:
         if batch.ndim != 2 or batch.shape[1] != self.dim or len(batch) == 0:

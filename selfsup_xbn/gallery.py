@@ -51,7 +51,7 @@ def draw_gallery(folder: Path, probe: RetrievalProbe, encoder: Encoder, rows: in
 
 def choose_queries(lead: Float[Tensor, "N"], rows: int) -> list[int]:
     """Queries to show, by how far their nearest wrong image leads: the worst half, and a spread over the rest."""
-    order = [int(query) for query in lead.argsort(descending=True) if lead[query].isfinite()]
+    order = [int(query) for query in lead.argsort(descending=True) if lead[query] < torch.inf] or [0]  # inf: no match
     worst, rest = order[: rows // 2], order[rows // 2 :]
     places = torch.linspace(0, len(rest) - 1, min(rows - len(worst), len(rest))).round().int().tolist()
     return worst + [rest[place] for place in places]

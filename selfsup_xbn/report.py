@@ -44,8 +44,14 @@ def draw_curves(folder: Path) -> Path:
     figure.suptitle(f"{config.mode} on {config.data}, {config.adaptation}, seed {config.seed}")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for color, (key, label) in enumerate(keys.items()):
-            _curve(axes, [(record["epoch"], record[key]) for record in records if key in record], label, f"C{color}")
+            _curve(
+                axes,
+                [(record["epoch"], record[key]) for record in records if record.get(key) is not None],
+                label,
+                f"C{color}",
+            )
         axes.set(title=title, xlabel="epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if len(keys) > 1:
             axes.legend(fontsize="small")

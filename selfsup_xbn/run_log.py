@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 import subprocess
@@ -52,8 +53,8 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     path = folder / METRICS
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}") from None
     records = []
     for number, line in enumerate(lines, 1):
         try:
@@ -77,7 +78,11 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give another --out")
-    if not holds_run(folder) or overwrite:
+    if overwrite:
+        return
+    if not holds_run(folder):
+        if found := [name for name in OWN_FILES if (folder / name).exists()]:
+            raise UserError(f"{folder} holds no run, but a file {found[0]} of something else: give another --out")
         return
     if not resume:
         raise UserError(
@@ -104,6 +109,10 @@ class RunFolder:
 
     def __init__(self, folder: Path, config: Config, keep_bytes: int = 0) -> None:
         self.folder = folder
+        if keep_bytes and (not (folder / METRICS).is_file() or (folder / METRICS).stat().st_size < keep_bytes):
+            raise UserError(
+                f"{folder / METRICS} is shorter than at the checkpoint: restore it, or start with --overwrite"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         if not keep_bytes:
             for name in OWN_FILES:
@@ -114,8 +123,8 @@ class RunFolder:
         self._metrics.truncate(keep_bytes)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Adds one line to ``metrics.jsonl``; numbers keep six digits."""
-        rounded = {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in record.items()}
+        """Adds one line to ``metrics.jsonl``; numbers keep six digits, and what is not finite becomes null."""
+        rounded = {key: _rounded(value) for key, value in record.items()}
         self._metrics.write(json.dumps(rounded) + "\n")
         self._metrics.flush()
 
@@ -129,6 +138,12 @@ class RunFolder:
     def close(self) -> None:
         """Closes the files."""
         self._metrics.close()
+
+
+def _rounded(value: Any) -> Any:
+    if not isinstance(value, float):
+        return value
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def environment() -> dict[str, str]:

@@ -48,12 +48,13 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         run.load_state_dict(state)
     if run.data.notes:
         print(*run.data.notes, sep="\n")
+    before = {} if state else run.baselines()  # what cannot be evaluated is found here, before anything is replaced
     with (
         stop_signals() as asked_to_stop,
         contextlib.closing(RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)) as log,
     ):
         if not state:
-            log.log({"epoch": 0, **run.baselines()})
+            log.log({"epoch": 0, **before})
         _fit(run, log, asked_to_stop)
     draw_curves(folder)
     if isinstance(run.probe, RetrievalProbe):
@@ -197,7 +198,10 @@ class Run:
             self.optimizer = self._make_optimizer()
         every = self.config.eval_every
         if self.epoch == self.epochs or (every and self.epoch % every == 0):
-            record |= self.probe.encoder(self.method.encoder)
+            try:
+                record |= self.probe.encoder(self.method.encoder)
+            except UserError as error:  # the same evaluation went well before training
+                raise Diverged(f"the encoder cannot be evaluated after epoch {self.epoch}: {error}") from error
         return record
 
     def is_best(self, record: dict[str, Any]) -> bool:
@@ -234,6 +238,15 @@ class Run:
         """
         if found := differences(from_resolved(state["config"]), self.config):
             raise UserError(f"the checkpoint is of another configuration ({found[0]}): drop the option")
+        try:
+            self._restore(state)
+        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(
+                f"the checkpoint does not fit this run, it is damaged or of another version: {reason}"
+            ) from None
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
         self.method.load_state_dict(state["method"])
         self.optimizer = self._make_optimizer()

@@ -53,6 +53,11 @@ def refused(capsys, argv):
         (["pretrain", "--device", "cuda:77"], ["cuda:77"]),
         (["pretrain", "--device", "tpu9"], ["tpu9", "cpu"]),
         (["pretrain", "--weights", "/no/such.pt"], ["/no/such.pt"]),
+        (["pretrain", "--momentum", "1.5"], ["--momentum", "at most 1", "1.5"]),
+        (["pretrain", "--seed", str(2**70)], ["--seed", str(2**70)]),
+        (["pretrain", "--dim", "1000000000000"], ["--dim", "1000000000000"]),
+        (["pretrain", "--out", "/dev/null/x"], ["/dev/null/x"]),
+        (["pretrain", "--out", "x" * 300], ["xxx"]),
         (["pretrain", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
         (["evaluate", "knn"], ["--run", "--weights"]),
         (["evaluate", "knn", "--run", "/no/such/run"], ["/no/such/run"]),
@@ -111,6 +116,55 @@ def test_a_folder_that_holds_a_run_is_kept_unless_told_otherwise(tmp_path, capsy
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert main([*argv, "--overwrite", "--seed", "4"]) == 0
     assert json.loads((tmp_path / "config.json").read_text())["seed"] == 4
+
+
+@pytest.mark.parametrize(
+    "options",
+    [["--data", "folder:PHOTOS"], ["--momentum", "2"], ["--data", "cifar11"], ["--image-size", "2"], ["--epochs", "0"]],
+)
+def test_overwrite_removes_nothing_before_the_new_run_can_begin(tmp_path, capsys, options):
+    run = ["pretrain", *SMALL, "--out", str(tmp_path / "run")]
+    assert main(run) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    tree(tmp_path / "photos", classes=("a", "b"), images=1)
+    for index, name in enumerate(("a", "b")):  # test classes that no training class is among, one image in all
+        (tmp_path / "photos" / "test" / name).rename(tmp_path / "photos" / "test" / f"other{index}")
+    capsys.readouterr()
+    options = [option.replace("PHOTOS", str(tmp_path / "photos")) for option in options]
+    supervise = ["supervise", "--batch-size", "2", "--images-per-class", "1", "--queue-size", "2", "--workers", "0"]
+    argv = [*supervise, "--out", str(tmp_path / "run")] if "folder" in options[1] else run
+    refused(capsys, [*argv, "--overwrite", *options])
+    assert {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+
+
+@pytest.mark.parametrize("damage", ["removed", "cut", "not text"])
+def test_metrics_that_are_not_those_of_the_checkpoint_are_named(tmp_path, capsys, damage):
+    argv = ["pretrain", *SMALL, "--out", str(tmp_path)]
+    assert main(argv) == 0
+    metrics = tmp_path / "metrics.jsonl"
+    content = metrics.read_bytes()
+    if damage == "removed":
+        metrics.unlink()
+    else:
+        metrics.write_bytes(content[:40] if damage == "cut" else b"\xff" * len(content))
+    capsys.readouterr()
+    assert "metrics.jsonl" in refused(capsys, [*argv, "--resume"])
+
+
+def test_files_of_something_else_are_not_taken_for_a_run(tmp_path, capsys):
+    (tmp_path / "checkpoint.pt").write_bytes(b"precious")
+    assert "checkpoint.pt" in refused(capsys, ["pretrain", *SMALL, "--out", str(tmp_path)])
+    assert (tmp_path / "checkpoint.pt").read_bytes() == b"precious"
+
+
+def test_what_is_not_a_number_is_null_in_the_log(tmp_path):
+    assert main(["pretrain", *SMALL, "--dim", "1", "--drift-every", "1", "--out", str(tmp_path)]) == 0
+    assert "NaN" not in (tmp_path / "metrics.jsonl").read_text()
+
+
+def test_a_run_that_explodes_has_diverged(tmp_path, capsys):
+    assert main(["pretrain", *SMALL, "--lr", "1e10", "--out", str(tmp_path)]) == 3
+    assert capsys.readouterr().err.startswith("diverged: ")
 
 
 @pytest.mark.parametrize("damage", [b"", b"PK\x03\x04 cut short", b"not a checkpoint at all"])

@@ -252,7 +252,7 @@ def test_the_first_batch_is_enqueued_as_it_is():
     queue, batch = FeatureQueue(10, 3, "axbn"), torch.randn(4, 3)
     queue.adapt(batch)
     queue.enqueue(batch)
-    assert torch.equal(queue.features(), batch)
+    torch.testing.assert_close(queue.features(), batch, rtol=1e-6, atol=1e-7)
     assert torch.equal(queue.adaptation.mean, batch.double().mean(0))
 
 
@@ -274,6 +274,28 @@ def test_values_too_large_for_the_storage_are_kept_out():
     queue.enqueue(torch.full((2, 2), 1e6))
     assert len(queue) == 0
     assert int(queue.skipped) == 1
+
+
+@pytest.mark.parametrize("scale", [1e-8, 1e5])
+def test_float16_storage_takes_values_outside_of_float16s_range(scale):
+    queue, batch = FeatureQueue(8, 2, dtype=torch.float16), torch.randn(8, 2) * scale
+    queue.adapt(batch)
+    queue.enqueue(batch)
+    torch.testing.assert_close(queue.features() / scale, batch / scale, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_the_trace_says_what_adapting_made_of_the_moments(adaptation):
+    queue = filled(adaptation)
+    for batch in (torch.randn(9, 6) + 3, torch.full((9, 6), torch.nan)):
+        before = queue.moments()
+        queue.adapt(batch)
+        trace, after = queue.trace, queue.moments()
+        for found, expected in zip((*trace.before, *trace.after), (*before, *after), strict=True):
+            torch.testing.assert_close(found, expected)
+        kept = [value.clone() for value in trace.after]
+        queue.adapt(torch.randn(9, 6))
+        assert all(torch.equal(a, b) for a, b in zip(kept, trace.after, strict=True))
 
 
 def test_a_batch_larger_than_the_queue_keeps_its_last_rows():
@@ -305,9 +327,10 @@ def test_blocks_are_the_features_whichever_way_they_are_read(monkeypatch):
         torch.testing.assert_close(kept, whole, rtol=1e-6, atol=1e-6)
 
 
-def test_bfloat16_storage_keeps_three_digits_of_the_deviations():
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_bfloat16_storage_keeps_three_digits_of_the_deviations(steps):
     stored, exact = (FeatureQueue(64, 8, dtype=dtype) for dtype in (torch.bfloat16, torch.float32))
-    for _ in range(40):
+    for _ in range(steps):
         batch = torch.randn(16, 8) * 0.01 + 1  # of no use in bfloat16 as it is: its steps near 1 are 0.008
         for queue in (stored, exact):
             queue.adapt(batch)

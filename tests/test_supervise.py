@@ -24,7 +24,7 @@ SMALL += ["--drift-every", "4", "--recall-ks", "1,5"]
         ["--queue-size", "0"],
         ["--adaptation", "xbm", "--batch-loss-weight", "1"],
         ["--adaptation", "axbn", "--queue-size", "50%", "--memory-start", "5"],
-        ["--loss", "TripletMarginLoss", "--miner", "MultiSimilarityMiner", "--miner-args", "epsilon=0.2"],
+        ["--loss", "TripletMarginLoss", "--miner", "MultiSimilarityMiner"],
     ],
     ids=["none", "xbm*", "axbn", "peer's loss"],
 )

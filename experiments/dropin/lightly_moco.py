@@ -157,6 +157,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--double", dest="dtype", action="store_const", const=torch.float64, default=torch.float32)
     args = parser.parse_args()
+    torch.set_num_threads(1)  # in a network as small as this one threads mostly wait for one another
 
     losses: dict[str, Callable[..., nn.Module]] = {
         "lightly": lambda **settings: lightly.loss.NTXentLoss(**settings).to(args.dtype),

@@ -130,8 +130,15 @@ class PeerLoss:
         else:
             pairs = pml_pairs.get_all_pairs_indices(labels, row_labels)
         if own_slots is not None:
-            pairs = pml_pairs.remove_self_comparisons(pairs, own_slots, queue.size)
+            pairs = _without_self(pairs, own_slots)
         return self.loss(embeddings, labels, pairs, rows, row_labels)
+
+
+def _without_self(pairs: tuple[Tensor, ...], own_slots: Int64[Tensor, "B"]) -> tuple[Tensor, ...]:
+    """Pairs (a, p, a, n) or triplets (a, p, n) whose positive is not the anchor's own row."""
+    anchor, positive, *negative = pairs
+    others = positive != own_slots[anchor]
+    return (anchor[others], positive[others], *(negative if len(pairs) == 4 else [negative[0][others]]))
 
 
 def make_loss(config: SuperviseConfig) -> PairLoss:
@@ -143,9 +150,12 @@ def make_loss(config: SuperviseConfig) -> PairLoss:
     own_miners = {"none", "PairMarginMiner"}
     miner_args = arguments(config.miner_args, "--miner-args")
     if config.loss == "SupConLoss" and config.miner in own_miners:
-        margins = {"positive": miner_args.pop("pos_margin", 0.2), "negative": miner_args.pop("neg_margin", 0.8)}
         loss_args = arguments(config.loss_args, "--loss-args")
-        temperature = loss_args.pop("temperature", config.temperature)
+        temperature = _number(loss_args.pop("temperature", config.temperature), "--loss-args: temperature")
+        margins = {
+            "positive": _number(miner_args.pop("pos_margin", 0.2), "--miner-args: pos_margin"),
+            "negative": _number(miner_args.pop("neg_margin", 0.8), "--miner-args: neg_margin"),
+        }
         if left := [*loss_args, *(miner_args if config.miner != "none" else ())]:
             raise UserError(
                 f"{config.loss} with {config.miner} takes temperature, pos_margin and neg_margin, not {left[0]!r}"
@@ -153,10 +163,22 @@ def make_loss(config: SuperviseConfig) -> PairLoss:
         return SupCon(
             temperature, None if config.miner == "none" else PairMargin(**margins, distance=config.miner_distance)
         )
+    supported = pml_losses.CrossBatchMemory.supported_losses()
+    if config.loss not in supported:
+        known = ", ".join(supported)
+        raise UserError(
+            f"--loss: no loss against a memory named {config.loss!r}{near(config.loss, supported)}; choose from {known}"
+        )
     loss = _from_pml(pml_losses, config.loss, arguments(config.loss_args, "--loss-args"), "--loss")
     if config.miner == "none":
         return PeerLoss(loss, None)
     return PeerLoss(loss, _from_pml(pml_miners, config.miner, miner_args, "--miner"))
+
+
+def _number(value: Any, what: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise UserError(f"{what}: expected a number above 0, got {value!r}")
+    return float(value)
 
 
 def _from_pml(module: Any, name: str, given: dict[str, Any], flag: str) -> nn.Module:

@@ -61,6 +61,23 @@ def test_with_xbm_training_is_pmls_training(name, weight):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
+def test_with_a_peers_loss_no_row_of_a_batch_larger_than_the_queue_meets_itself():
+    method = make(loss=PeerLoss(TripletMarginLoss(0.3), None), size=8)
+    views, labels = batch()
+    found = method(views, labels)
+    z = F.normalize(method.encoder(views[0]), dim=1)
+    distance = torch.cdist(z, z.detach()[4:])
+    terms = [
+        F.relu(distance[a, p] - distance[a, n] + 0.3)
+        for a in range(12)
+        for p in range(8)
+        for n in range(8)
+        if labels[a] == labels[p + 4] and a != p + 4 and labels[a] != labels[n + 4]
+    ]
+    terms = torch.stack([term for term in terms if term > 0])
+    torch.testing.assert_close(found, terms.mean(), rtol=1e-9, atol=1e-9)
+
+
 def test_xbn_is_the_same_step_on_moved_rows():
     method = make("xbn")
     rows = torch.zeros(0, 8, dtype=torch.float64)
@@ -122,6 +139,10 @@ def test_losses_and_miners_by_name():
         ({"loss": "TripletMarginLos"}, "did you mean TripletMarginLoss"),
         ({"miner": "MultiSimilarityMine", "loss": "TripletMarginLoss"}, "did you mean MultiSimilarityMiner"),
         ({"loss": "TripletMarginLoss", "loss_args": "marign=1", "miner": "none"}, "marign"),
+        ({"loss": "ArcFaceLoss"}, "'ArcFaceLoss'.*choose from"),
+        ({"loss_args": "temperature=abc"}, "temperature: expected a number above 0, got 'abc'"),
+        ({"loss_args": "temperature=0"}, "temperature: expected a number above 0, got 0"),
+        ({"miner_args": "pos_margin=abc"}, "pos_margin: expected a number above 0, got 'abc'"),
         ({"miner_args": "margin=1"}, "'margin'"),
         ({"loss_args": "beta=1"}, "'beta'"),
     ],
