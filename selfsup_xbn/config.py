@@ -283,7 +283,7 @@ def differences(a: Config, b: Config) -> list[str]:
 MODES: dict[str, type[Config]] = {"pretrain": PretrainConfig, "supervise": SuperviseConfig}
 
 _DIGITS = PretrainConfig(
-    backbone="convnet-digits", batch_size=64, temperature=0.2, epochs=40, lr=0.06, knn_k=20, drift_every=11
+    backbone="convnet-digits", batch_size=64, epochs=40, lr=0.06, weight_decay=1e-4, knn_k=20, drift_every=11
 )
 _CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size=4096, epochs=200)
 
