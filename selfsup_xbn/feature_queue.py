@@ -227,7 +227,7 @@ class FeatureQueue(nn.Module):
         On an accelerator, and when compiled, the number of filled rows is not known here without waiting: all M slots
         are read and ``filled`` says which count.
         """
-        if self.rows.device.type == "cpu" and not torch.compiler.is_compiling():
+        if may_wait(self.rows):
             yield from self._turns(block_rows)
             return
         this_frame, last_frame = self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
@@ -309,6 +309,11 @@ def _power_sums(weights: Bool[Tensor, "2 b"], rows: Float[Tensor, "b D"]) -> Flo
     """Sums of the rows and of their squares ([1, 2 power]), over each of two groups."""
     rows = rows.double()
     return weights.double() @ torch.stack([rows, rows.square()])
+
+
+def may_wait(tensor: Tensor) -> bool:
+    """Whether shapes may depend on values here: on a CPU, where nothing is waited for, and not when compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _assign(buffer: Tensor, value: Tensor, condition: Bool[Tensor, ""]) -> None:

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.feature_queue import Block, FeatureQueue
+from selfsup_xbn.feature_queue import Block, FeatureQueue, may_wait
 
 BLOCK_ROWS = 1024  # rows of 512 float32: 2 MB, which a core's cache holds
 
@@ -207,7 +207,7 @@ class _Positives:
         self.count, self.sum, self.slope = unit.new_zeros(3, len(unit)).unbind()
 
     def add(self, positive: Tensor, logits: Tensor, rows: Tensor) -> None:
-        if _may_wait(rows):  # few pairs: their losses alone, and a sparse product
+        if may_wait(rows):  # few pairs: their losses alone, and a sparse product
             anchor, row = pairs = positive.nonzero().T
             loss, slope = self._loss(logits[anchor, row], anchor)
             self.count.index_add_(0, anchor, torch.ones_like(slope))
@@ -245,11 +245,6 @@ def _meet(
     return rows, logits.div_(temperature), counts, pairs
 
 
-def _may_wait(tensor: Tensor) -> bool:
-    """Whether shapes may depend on values here: on a CPU, where nothing is waited for, and not when compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _normalize_(features: Tensor) -> Tensor:
     """Rows divided by their length, in place."""
     length = torch.linalg.vector_norm(features, dim=1, keepdim=True)
@@ -264,7 +259,7 @@ def _may_count(block: Block, own_slots: Tensor | None, logits: Tensor) -> Tensor
     width = logits.shape[1]
     local = own_slots.view(len(logits), -1) - block.start
     inside = (local >= 0) & (local < width)
-    if _may_wait(logits) and not inside.any():
+    if may_wait(logits) and not inside.any():
         return filled
     # A column more than the block has takes the slots that lie outside it, so that nothing depends on their number.
     others = torch.ones(len(logits), width + 1, dtype=torch.bool, device=logits.device)
