@@ -6,12 +6,13 @@ python -m experiments.digits --from-results     # prints the committed table
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
-from experiments import runs
+from experiments.runs import Experiment, Result, table
 from selfsup_xbn.config import RECIPES
 
-NAME = "digits"
 CELLS = {name: replace(RECIPES["digits"], adaptation=name, eval_every=0) for name in ("xbm", "xbn", "axbn")}
 COLUMNS = {
     "knn_top1_raw_pixels": "raw pixels",
@@ -22,13 +23,10 @@ COLUMNS = {
 }
 
 
-def main() -> None:
-    """Trains what is not done, writes the results, prints the table."""
-    options = runs.parser(__doc__ or "").parse_args()
-    if not options.from_results:
-        runs.write(NAME, runs.run_all(NAME, CELLS, range(options.seeds), options.folder, options.jobs))
-    print(*runs.table(runs.read(NAME), COLUMNS), sep="\n")
+def show(results: list[Result], path: Path) -> Sequence[str]:
+    """The table."""
+    return table(results, COLUMNS)
 
 
 if __name__ == "__main__":
-    main()
+    Experiment("digits", __doc__ or "", {"": CELLS}, show).main()

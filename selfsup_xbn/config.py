@@ -53,7 +53,9 @@ class Config:
     image_size: int = option(0, "side of the square that the network sees; 0: the data set's own", least=0)
 
     # The network
-    backbone: str = option("convnet4", "convnet4, convnet-digits, resnet18-cifar, a torchvision name, or timm:NAME")
+    backbone: str = option(
+        "convnet4", "convnet4, convnet-digits, conv4-64, resnet18-cifar, a torchvision name, or timm:NAME"
+    )
     head: str = option("linear", "what maps features to the embedding: linear, mlp, ...")
     dim: int = option(128, "dimensions D of the embedding", least=1, most=2**20)
     weights: str = option("", "state dict that the backbone starts from, or 'imagenet'; '': random")
@@ -146,7 +148,7 @@ class SuperviseConfig(Config):
     data: str = option(
         "digits-disjoint", "data set: digits-disjoint, sop:ROOT, inshop:ROOT, deepfashion2:ROOT, folder:PATH, ..."
     )
-    augmentation: str = option("supervised", "family of random views: supervised, cifar, photo, digits")
+    augmentation: str = option("supervised", "family of random views: supervised, cifar, photo, digits, none")
     images_per_class: int = option(4, "images of a class in a batch", least=1)
     head: str = option("l2", "the embedding: l2, l2+ln or l2+bn (Table 3)")
     queue_size: str = option("100%", "rows M of the memory, or P% of the training images; 0: no memory")
@@ -315,7 +317,7 @@ RECIPES: dict[str, Config] = {
     "digits-disjoint": replace(
         _SMALL, data="digits-disjoint", backbone="convnet-digits", batch_size=60, images_per_class=12, epochs=20
     ),
-    "omniglot": replace(_SMALL, data="omniglot", queue_size="6000"),
+    "omniglot": replace(_SMALL, data="omniglot", backbone="conv4-64", queue_size="6000", augmentation="none"),
     "cars196": replace(_PAPER, data="cars196", queue_size="100%"),
     "sop": replace(_PAPER, data="sop"),
     "inshop": replace(_PAPER, data="inshop"),

@@ -61,9 +61,10 @@ def build_encoder(
     """An encoder from the names of its parts.
 
     Args:
-        backbone: ``"convnet4"`` or ``"convnet-digits"`` (small, for a CPU), a torchvision classification model
-            (``"resnet50"``), a torchvision ResNet with the stem for small images (``"resnet18-cifar"``), or a timm
-            model (``"timm:vit_small_patch16_224"``). Parameters keep the names of their library.
+        backbone: ``"convnet4"``, ``"convnet-digits"`` or ``"conv4-64"`` (small, for a CPU), a torchvision
+            classification model (``"resnet50"``), a torchvision ResNet with the stem for small images
+            (``"resnet18-cifar"``), or a timm model (``"timm:vit_small_patch16_224"``). Parameters keep the names of
+            their library.
         dim: D, dimensions of the embedding.
         channels: C, channels of the images.
         image_size: S, side of the images in pixels; an architecture that adapts to it is built for it.
@@ -221,7 +222,17 @@ def _convnet(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
     return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
 
 
+def _conv4(channels: int) -> nn.Sequential:
+    """Few-shot learning's four blocks of 64 channels (Vinyals et al., arXiv 1606.04080), from 16 x 16 on."""
+    blocks = [
+        nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
+        for width in (channels, 64, 64, 64)
+    ]
+    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
 SMALL_BACKBONES: dict[str, Callable[[int], nn.Module]] = {
+    "conv4-64": _conv4,
     "convnet4": lambda channels: _convnet(channels, (32, 64, 128, 256)),
     "convnet-digits": lambda channels: _convnet(channels, (32, 64, 128)),
 }

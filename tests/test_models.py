@@ -26,8 +26,14 @@ def images(batch: int = 4, channels: int = 3, size: int = 32) -> torch.Tensor:
 # ---------------------------------------------------------------- backbones
 
 
-@pytest.mark.parametrize(("name", "feature_dim"), [("convnet4", 256), ("convnet-digits", 128)])
-@pytest.mark.parametrize(("channels", "size"), [(1, 8), (3, 32), (1, 28)])
+@pytest.mark.parametrize(
+    ("name", "feature_dim", "channels", "size"),
+    [
+        *((*known, *shape) for known in (("convnet4", 256), ("convnet-digits", 128)) for shape in ((1, 8), (3, 32))),
+        ("conv4-64", 64, 1, 28),
+        ("conv4-64", 64, 3, 64),
+    ],
+)
 def test_small_backbones_train_every_parameter_at_any_size(name, feature_dim, channels, size):
     encoder = build_encoder(name, 16, channels=channels, image_size=size)
     x = images(8, channels, size)

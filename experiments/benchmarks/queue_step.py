@@ -8,12 +8,13 @@ thread. Writes ``results/queue_step.json`` and prints a row a size.
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 
 import torch
 
-from experiments import runs
+from experiments.runs import RESULTS
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.run_log import environment
 
@@ -42,7 +43,7 @@ def main() -> None:
             ratio = milliseconds / (1000 * statistics.median(seconds[SIZES[0]]))
             print(f"{adaptation:<5} M {size:>9,}  {milliseconds:.3f} ms  {ratio:.2f} x of M {SIZES[0]:,}")
     setting = {"dim": DIM, "batch": BATCH, "steps": STEPS, "threads": 1, "environment": environment()}
-    runs.write("queue_step", [setting | {"results": results}])
+    (RESULTS / "queue_step.json").write_text(json.dumps(setting | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

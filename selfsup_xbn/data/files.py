@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms import functional as TF
 
 from ..errors import UserError
@@ -76,7 +78,7 @@ class SmallFile:
 
 def file_transform(name: str, data: ImageData) -> Callable[[Image.Image], Tensor]:
     """The family ``name`` for files: lightly's MoCo v2 views ("photo"; "cifar" has no blur) or timm's RandAugment
-    ("supervised": rand-m9-mstd0.5, random erasing 0.2).
+    ("supervised": rand-m9-mstd0.5, random erasing 0.2); "none" is the evaluation's view.
 
     Raises:
         UserError: no such family.
@@ -98,7 +100,9 @@ def file_transform(name: str, data: ImageData) -> Callable[[Image.Image], Tensor
             mean=data.mean,
             std=data.std,
         )
-    raise UserError(f"augmentation {name!r} does not exist for image files; choose from photo, cifar, supervised")
+    if name == "none":
+        return Compose([partial(fit, size=data.image_size), ToTensor(), Normalize(data.mean, data.std)])
+    raise UserError(f"augmentation {name!r} does not exist for image files; choose from photo, cifar, supervised, none")
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from .base import ImageData
+from .files import fit
 from .image_ops import Crop, Jitter, color_jitter, crop_resize, gaussian_blur, gray_and_normalize, normalize
 
 TRIES = 10
@@ -65,6 +66,19 @@ def random_jitter(
         (2 * number - 1) * limit * applied for number, limit in zip(uniform[:, 1:5].unbind(1), strength, strict=True)
     )
     return Jitter(1 + torch.stack([brightness, contrast, saturation], 1), hue, uniform[:, 5:].argsort(1))
+
+
+@dataclass(frozen=True)
+class PlainViews:
+    """The image as an evaluation sees it: nothing is random."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    numbers: ClassVar[int] = 0
+
+    def __call__(self, images: UInt8[Tensor, "B C H W"], uniform: Float[Tensor, "B 0"]) -> Float[Tensor, "B C S S"]:
+        return normalize(fit(images.float() / 255, self.size), self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -148,7 +162,7 @@ class AffineViews:
         return torch.stack([cos, cos * slant - sin, x, sin, sin * slant + cos, y], 1).view(-1, 2, 3)
 
 
-Views = CropViews | ColorViews | AffineViews
+Views = PlainViews | CropViews | ColorViews | AffineViews
 """A family: ``numbers`` uniform random numbers in [0, 1) decide one view."""
 
 
@@ -159,6 +173,7 @@ def memory_views(name: str, data: ImageData) -> Views:
     - "cifar": MoCo's views; "photo": the same with blur.
     - "supervised": light views that keep the class plain; crop and flip in colour; in grey a gentler "digits", for
       letters must not be mirrored.
+    - "none": the image as it is.
 
     Raises:
         UserError: no such family, or one that works on colours and images that have none.
@@ -170,6 +185,7 @@ def memory_views(name: str, data: ImageData) -> Views:
         "cifar": ColorViews(size, mean, std),
         "photo": ColorViews(size, mean, std, blur=0.5),
         "supervised": CropViews(size, mean, std) if data.channels == 3 else light,
+        "none": PlainViews(size, mean, std),
     }
     if name not in families:
         raise UserError(f"augmentation {name!r} is unknown for images in memory; choose from {', '.join(families)}")

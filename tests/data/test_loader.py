@@ -103,6 +103,13 @@ def test_shards_are_the_parts_of_the_whole_batch(data):
         batches(data, shard=(0, 4))
 
 
+def test_without_augmentation_a_view_is_what_an_evaluation_sees(data):
+    seen = torch.cat(list(eval_batches(data.train, data)))
+    for batch in batches(data, augmentation="none").epoch(0):
+        for view in batch.views:
+            torch.testing.assert_close(view, seen[batch.index], atol=1e-6, rtol=1e-5)
+
+
 def test_the_global_random_states_are_left_alone(data):
     def state():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()

@@ -1,0 +1,46 @@
+"""Fig. 3: feature drift (Eq. 5 of arXiv 2303.17127) over training, and what XBN leaves of it in the memory.
+
+Drift is the distance that the embeddings of a fixed batch move in one step, mean and maximum, averaged over an epoch;
+the gap is the distance between the memory's moments and the batch's before and after adapting. Small scale: Omniglot
+(``experiments.omniglot``), 10 epochs, measured every 5 steps; paper scale: SOP, every 50.
+
+    python -m experiments.fig3_drift --data omniglot=omniglot:FOLDER
+    python -m experiments.fig3_drift --scale paper --data sop=sop:ROOT      # not run here
+    python -m experiments.fig3_drift --from-results
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.pictures import course, save_chart
+from experiments.retrieval import recipe, rows
+from experiments.runs import Experiment, Result, table
+
+VALUES = {
+    "drift": "drift, mean",
+    "drift_max": "drift, maximum",
+    "gap_mean_before": "gap of the means before adapting",
+    "gap_std_before": "gap of the deviations before adapting",
+}
+COLUMNS = {"recall@1": "Recall@1", "gap_mean_after": "gap of the means after"} | VALUES
+SCALES = {
+    "small": rows(recipe("omniglot", epochs=10, drift_every=5), "no memory", "XBM", "XBN"),
+    "paper": rows(recipe("sop"), "no memory", "XBM", "XBN"),
+}
+
+
+def show(results: list[Result], path: Path) -> Sequence[str]:
+    """Values of the last epoch; draws their course."""
+    charts = []
+    for key in VALUES:
+        found = {result["label"]: course(result, key) for result in results}
+        epochs = max((epochs for epochs, *_ in found.values()), key=len)
+        charts.append(("epoch", epochs, {name: (m, s) for name, (e, m, s) in found.items() if e}))
+    save_chart(path.with_suffix(".png"), charts, "distance of unit vectors", titles=list(VALUES.values()))
+    return table(results, COLUMNS)
+
+
+if __name__ == "__main__":
+    Experiment("fig3", __doc__ or "", SCALES, show).main()

@@ -1,0 +1,42 @@
+"""Beyond the paper: what does XBN mend when the keys move faster? MoCo's k-NN against the key momentum m.
+
+m 0.9, 0.99 and 0.999 with a plain queue and with XBN. Small scale: the setting of ``experiments.fig2_moco``; paper
+scale: ResNet-18, 200 epochs.
+
+    python -m experiments.momentum_ablation --data cifar10=folder:FOLDER
+    python -m experiments.momentum_ablation --scale paper --data cifar10=cifar10:ROOT      # not run here
+    python -m experiments.momentum_ablation --from-results
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.fig2_moco import moco, small
+from experiments.pictures import save_chart, series
+from experiments.runs import Experiment, Result, table
+
+MOMENTA, NAMES = (0.9, 0.99, 0.999), {"XBM": "xbm", "XBN": "xbn"}
+COLUMNS = {"knn_top1": "k-NN top-1, projection", "knn_top1_backbone": "k-NN top-1, backbone", "loss": "loss"}
+SCALES = {
+    scale: {
+        f"{name}, m {momentum}": base(adaptation=adaptation, momentum=momentum)
+        for momentum in MOMENTA
+        for name, adaptation in NAMES.items()
+    }
+    for scale, base in {"small": small, "paper": lambda **changes: moco("cifar10", **changes)}.items()
+}
+
+
+def show(results: list[Result], path: Path) -> Sequence[str]:
+    """The table; draws k-NN against the keys' speed."""
+    cells = {result["label"]: result for result in results}
+    found = {name: series([cells.get(f"{name}, m {m}") for m in MOMENTA], "knn_top1") for name in NAMES}
+    chart = ("1 - m", [round(1 - m, 3) for m in MOMENTA], found)
+    save_chart(path.with_suffix(".png"), [chart], "k-NN top-1 [%]", log=True)
+    return table(results, COLUMNS)
+
+
+if __name__ == "__main__":
+    Experiment("momentum_ablation", __doc__ or "", SCALES, show).main()

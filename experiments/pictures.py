@@ -1,0 +1,62 @@
+"""Charts of results: mean and spread over the seeds, side by side on one sheet."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
+"""For each name the means and the standard deviations along the chart's axis; NaN where there is no value."""
+
+
+def series(results: Sequence[dict[str, Any] | None], key: str) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of a value in each of these cells."""
+    means = [math.nan if r is None else r["mean"].get(key, math.nan) for r in results]
+    deviations = [0.0 if r is None else r["std"].get(key) or 0.0 for r in results]
+    return means, deviations
+
+
+def course(result: dict[str, Any], key: str) -> tuple[list[int], list[float], list[float]]:
+    """Epochs at which a cell's value was measured with every seed, its means and standard deviations."""
+    by_seed = [history[key] for history in result["history"].values() if key in history]
+    epochs = sorted(set.intersection(*(set(map(int, values)) for values in by_seed))) if by_seed else []
+    at = [[values[str(epoch)] for values in by_seed] for epoch in epochs]
+    return epochs, [statistics.mean(v) for v in at], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in at]
+
+
+def save_chart(
+    path: Path,
+    charts: Sequence[tuple[str, Sequence[float], Series]],
+    y_label: str,
+    *,
+    titles: Sequence[str] = (),
+    log: bool = False,
+) -> None:
+    """Writes a PNG of charts side by side.
+
+    Args:
+        charts: of each chart the x axis' label, its values, and the series.
+        y_label: what all of them show.
+        titles: one for each chart.
+        log: a logarithmic x axis with ticks at its values.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.5 * len(charts), 4), layout="constrained", dpi=120)
+    axes = figure.subplots(1, len(charts), squeeze=False, sharey=not titles)[0]
+    for number, (axis, (x_label, x, found)) in enumerate(zip(axes, charts, strict=True)):
+        for name, (means, deviations) in found.items():
+            axis.errorbar(list(x)[: len(means)], means, deviations, label=name, marker="o", markersize=4, capsize=3)
+        if log:
+            axis.set_xscale("log")
+            axis.set_xticks(list(x), [f"{value:g}" for value in x])
+            axis.minorticks_off()
+        axis.set(xlabel=x_label, ylabel=y_label if not number or titles else "")
+        if titles:
+            axis.set_title(titles[number])
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    figure.savefig(path)

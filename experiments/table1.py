@@ -1,0 +1,37 @@
+"""Table 1: Recall@1 of all methods on SOP and In-Shop (arXiv 2303.17127), ResNet-50, D 512, batch 64, memory 50 %.
+
+The paper: SOP 75.94 without memory, 79.63 without at batch 512, XBM 76.80 +- 2.65, XBM* 79.53, XBN 80.62, AXBN 80.73;
+In-Shop 88.76, 90.39, 86.17, 90.91, 91.49, 91.51. Small scale: Omniglot (``experiments.omniglot``) with the same rows.
+
+    python -m experiments.table1 --data omniglot=omniglot:FOLDER
+    python -m experiments.table1 --scale paper --data sop=sop:ROOT --data inshop=inshop:ROOT      # not run here
+    python -m experiments.table1 --from-results
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from experiments.retrieval import recipe, rows
+from experiments.runs import Experiment, Result, table
+from selfsup_xbn.config import SuperviseConfig
+
+COLUMNS = {"recall@1": "Recall@1", "recall@10": "Recall@10", "r_precision": "R-precision", "map@r": "MAP@R"}
+
+
+def cells(name: str, **changes: str) -> dict[str, SuperviseConfig]:
+    """The rows of one data set, labelled with its name."""
+    found = rows(recipe(name, **changes), label=f"{name}: {{}}")
+    return found | rows(recipe(name, batch_size=512), "no memory", label=f"{name}: {{}}, B 512")
+
+
+def show(results: list[Result], path: Path) -> Sequence[str]:
+    """The table."""
+    return table(results, COLUMNS)
+
+
+SCALES = {"small": cells("omniglot", queue_size="50%"), "paper": cells("sop") | cells("inshop")}
+
+if __name__ == "__main__":
+    Experiment("table1", __doc__ or "", SCALES, show).main()
