@@ -59,10 +59,10 @@ class Frame(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Consecutive slots of the queue as a loss reads them: adapted, not normalised, ``features`` valid until the next
-    block is asked for. ``filled`` is None where every slot of the block holds a row."""
+    """Some slots of the queue as a loss reads them: adapted, not normalised, ``features`` valid until the next block is
+    asked for. ``filled`` is None where every slot of the block holds a row."""
 
-    start: int
+    slots: slice | Int64[Tensor, "b"]
     features: Float[Tensor, "b D"]
     labels: Int64[Tensor, "b"] | None
     filled: Bool[Tensor, "b"] | None
@@ -236,7 +236,15 @@ class FeatureQueue(nn.Module):
             slots = torch.arange(start, stop, device=self.rows.device)
             frame = Frame.where(slots < self.pointer, this_frame, last_frame)
             features = frame.decode(self.rows[start:stop].to(self._read_dtype))
-            yield Block(start, features, self._labels(start, stop), slots < self.count)
+            block = slice(start, stop)
+            yield Block(block, features, self._labels(block), slots < self.count)
+
+    @torch.no_grad()
+    def gather(self, slots: Int64[Tensor, "b"]) -> Block:
+        """The rows at these slots, which must be filled."""
+        this_frame, last_frame = self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
+        frame = Frame.where(slots < self.pointer, this_frame, last_frame)
+        return Block(slots, frame.decode(self.rows[slots].to(self._read_dtype)), self._labels(slots), None)
 
     def reset(self) -> None:
         """Empties the queue and forgets what its adaptation observed."""
@@ -259,8 +267,8 @@ class FeatureQueue(nn.Module):
         """Frame of this turn of the ring (0), of the one before (1), of the one to come (2)."""
         return Frame(*self.frames[turn].unbind())
 
-    def _labels(self, start: int, stop: int) -> Int64[Tensor, "b"] | None:
-        return None if self.labels is None else self.labels[start:stop]
+    def _labels(self, slots: slice | Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
+        return None if self.labels is None else self.labels[slots]
 
     def _turns(self, block_rows: int) -> Iterator[Block]:
         """The filled slots, last turn's after this turn's: each block has one frame and is decoded in one pass."""
@@ -273,7 +281,7 @@ class FeatureQueue(nn.Module):
                 stop = min(start + block_rows, end)
                 features = scratch[: stop - start]
                 torch.addcmul(shift, self.rows[start:stop].to(dtype), scale, out=features)
-                yield Block(start, features, self._labels(start, stop), None)
+                yield Block(slice(start, stop), features, self._labels(slice(start, stop)), None)
 
     def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> Moments:
         """Composes the map that takes the current moments to the target onto the frames; the moments after it."""

@@ -11,7 +11,7 @@ from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from pytorch_metric_learning.miners import PairMarginMiner
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfsup_xbn import FeatureQueue, losses
+from selfsup_xbn import FeatureQueue, queue_scan
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, info_nce, sup_con
 
@@ -20,14 +20,16 @@ CENTRES = torch.randn(6, 12, generator=torch.Generator().manual_seed(3), dtype=t
 
 @pytest.fixture(autouse=True, params=[7, 1024], ids=["small blocks", "one block"])
 def _block_rows(request, monkeypatch):
-    monkeypatch.setattr(losses, "BLOCK_ROWS", request.param)
+    monkeypatch.setattr(queue_scan, "block_rows", lambda anchors, queue: request.param)
 
 
-@pytest.fixture(params=[False, True], ids=["sparse", "fixed shapes"])
-def fixed_shapes(request, monkeypatch):
-    """The path of an accelerator, where no shape may depend on values, and the path of a CPU."""
-    if request.param:
-        monkeypatch.setattr(losses, "may_wait", lambda tensor: False)
+@pytest.fixture(params=["few", "many", "accelerator"])
+def path(request, monkeypatch):
+    """A CPU where rows of the batch's classes count as few, or as many; an accelerator: no shape depends on values."""
+    if request.param == "few":
+        monkeypatch.setattr(queue_scan, "FEW", 0)
+    if request.param == "accelerator":
+        monkeypatch.setattr(queue_scan, "may_wait", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
@@ -51,7 +53,7 @@ def filled_queue(rows, size=60, adaptation="xbm", labels=True, dtype=torch.float
 
 @pytest.mark.parametrize("rows", [0, 45, 60, 90])
 @pytest.mark.parametrize("adaptation", ["xbm", "xbn"])
-def test_info_nce_equals_cross_entropy_over_the_whole_matrix(rows, adaptation, fixed_shapes):
+def test_info_nce_equals_cross_entropy_over_the_whole_matrix(rows, adaptation, path):
     queue = filled_queue(rows, adaptation=adaptation, labels=False)
     q, k = torch.randn(2, 10, 12, dtype=torch.float64).requires_grad_().unbind()
     queue.adapt(k)
@@ -64,7 +66,7 @@ def test_info_nce_equals_cross_entropy_over_the_whole_matrix(rows, adaptation, f
     torch.testing.assert_close(gradient(found, q), gradient(F.cross_entropy(logits, slots), q), rtol=1e-8, atol=1e-10)
 
 
-def test_info_nce_leaves_out_all_of_an_anchors_own_slots(fixed_shapes):
+def test_info_nce_leaves_out_all_of_an_anchors_own_slots(path):
     queue = filled_queue(45, labels=False)
     q, k = torch.randn(2, 4, 12, dtype=torch.float64).unbind()
     own = torch.stack([queue.enqueue(k), queue.enqueue(torch.randn(4, 12, dtype=torch.float64))], dim=1)
@@ -109,7 +111,7 @@ def peers_loss(queue, miner, z, y, batch):
 
 @pytest.mark.parametrize("miner", MINERS)
 @pytest.mark.parametrize("rows", [0, 15, 45, 60, 90])
-def test_sup_con_equals_pmls_value_and_gradient(rows, miner, fixed_shapes):
+def test_sup_con_equals_pmls_value_and_gradient(rows, miner, path):
     ours, theirs = MINERS[miner]
     for lonely in (False, True):
         queue = filled_queue(rows)
@@ -135,7 +137,7 @@ def test_sup_con_in_the_batch_equals_pmls_with_gradient_to_both_sides(miner):
     torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
 
 
-def test_sup_con_is_zero_with_a_finite_gradient_where_there_is_nothing_to_learn(fixed_shapes):
+def test_sup_con_is_zero_with_a_finite_gradient_where_there_is_nothing_to_learn(path):
     for labels in (torch.zeros(8, dtype=torch.int64), torch.arange(8)):  # no negatives; no positives
         queue = FeatureQueue(8, 12, "xbm", labels=True)
         z = torch.randn(8, 12, requires_grad=True)

@@ -225,7 +225,7 @@ class NewStorages(TorchDispatchMode):
 
 
 def test_a_step_makes_nothing_of_the_banks_size():
-    size, made = 20_000, {}
+    size, made = 200_000, {}
     for make in (NTXentLoss, PeerLoss):
         criterion = make(0.1, (size, DIM))
         with NewStorages() as storages:

@@ -1,0 +1,148 @@
+"""Speed and memory of everything that the package does again and again, beside every peer that is installed.
+
+    python -m experiments.benchmarks [WORK ...] [--rounds 7] [--device cpu] [--threads 2]
+
+Each implementation has a process of its own. They take turns, one works while all others wait, so that the machine's
+moods meet them alike; a number is the median over the rounds. Writes ``results/benchmarks-DEVICE.json`` (works that are
+not measured this time keep their numbers) and prints a table and the goals, e.g. ::
+
+    | supervised-29775 | time | x bare | memory beyond inputs |
+    |---|---|---|---|
+    | bare | 22.1 ms | 1.00 | 8 MB |
+    | ours, XBN | ... | ... | ... |
+
+    met      supervised-29775: ours, XBN at most 1.6 x bare: ...
+
+Measure on a quiet machine. All works together take about half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.benchmarks.works import GOALS, Goal, works
+from experiments.runs import RESULTS
+from selfsup_xbn.run_log import environment
+
+Found = dict[str, dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures the works that were named, or all; writes and prints what was found."""
+    options = _parser().parse_args(argv)
+    path: Path = options.out / f"benchmarks-{options.device}.json"
+    found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    for work in [] if options.from_results else options.works or list(works()):
+        found[work] = {"names": measure(work, options), "threads": options.threads, "environment": environment()}
+        path.write_text(json.dumps(found, indent=1) + "\n")
+        print(*table(work, found[work]["names"]), "", sep="\n", flush=True)
+    if options.from_results:
+        for work in options.works or found:
+            print(*table(work, found[work]["names"]), "", sep="\n")
+    print(*(verdict(goal, found[goal.work]["names"]) for goal in GOALS if goal.work in found), sep="\n")
+
+
+def _parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m experiments.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    made.add_argument("works", nargs="*", metavar="WORK", choices=[[], *works()], help=f"some of: {', '.join(works())}")
+    made.add_argument("--rounds", type=int, default=7, help="rounds of each (default 7)")
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    made.add_argument("--threads", type=int, default=2, help="of each process (default 2)")
+    made.add_argument("--scale", type=float, default=1.0, help="size of the evaluators' work, to try them out")
+    made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    made.add_argument("--from-results", action="store_true", help="measure nothing, print what was measured")
+    return made
+
+
+def measure(work: str, options: argparse.Namespace) -> Found:
+    """Every implementation of a work, in turns: seconds of each round, memory in bytes."""
+    workers = {name: Worker(work, name, options) for name in works()[work]}
+    present = {name: worker for name, worker in workers.items() if worker.present}
+    found: Found = {name: {"rounds": []} for name in present}
+    for _ in range(options.rounds):
+        for name, worker in present.items():
+            answer = worker.round()
+            found[name]["rounds"].append(round(answer.pop("seconds"), 7))
+            found[name] |= answer
+    for worker in workers.values():
+        worker.end()
+    return {name: values | {"seconds": statistics.median(values["rounds"])} for name, values in found.items()}
+
+
+class Worker:
+    """A process that does one work of one implementation when it is told to."""
+
+    def __init__(self, work: str, name: str, options: argparse.Namespace) -> None:
+        self.name = f"{work}: {name}"
+        arguments = [work, name, options.device, str(options.threads), str(options.scale)]
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "experiments.benchmarks.worker", *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.present = self._answer().get("ready", False)
+
+    def round(self) -> dict[str, Any]:
+        """One round: seconds of a call, and memory."""
+        assert self.process.stdin is not None
+        self.process.stdin.write("go\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def end(self) -> None:
+        """Lets the process go."""
+        self.process.communicate()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit(f"{self.name} ended with exit code {self.process.wait()}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
+def table(work: str, found: Found) -> list[str]:
+    """A Markdown table of one work; ratios are to its first implementation."""
+    first = next(iter(found.values()))["seconds"]
+    lines = [f"| {work} | time | x {next(iter(found))} | memory beyond inputs | peak |", "|---|---|---|---|---|"]
+    for name, values in found.items():
+        memory = " | ".join(f"{values[key] / 2**20:.0f} MB" for key in ("extra_bytes", "peak_bytes"))
+        lines.append(f"| {name} | {_time(values['seconds'])} | {values['seconds'] / first:.2f} | {memory} |")
+    return lines
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def verdict(goal: Goal, found: Found) -> str:
+    """A line that says whether a goal was met, and by how much."""
+    if goal.name not in found or (goal.than and goal.than not in found):
+        return f"missing  {goal.work}: {goal.name if goal.name not in found else goal.than} was not measured"
+    values = found[goal.name]
+    if goal.unit == "x":
+        value = values["seconds"] / found[goal.than]["seconds"]
+    elif goal.unit.startswith("MB"):
+        value = values["peak_bytes" if "peak" in goal.unit else "extra_bytes"] / 2**20
+    else:
+        value = values["seconds"] - (found[goal.than]["seconds"] if goal.than else 0)
+    than = f" {goal.unit} {goal.than}".rstrip()
+    said = "met     " if value <= goal.limit else "NOT MET "
+    return f"{said} {goal.work}: {goal.name} at most {goal.limit:g}{than}: {value:.2f}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""All works of the benchmarks by name: of each implementation a function that makes the inputs and returns the work."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+from experiments.benchmarks import evaluators, steps
+
+Make = Callable[[], Callable[[], Any]]
+
+
+class Goal(NamedTuple):
+    """``name`` takes at most ``limit`` times as long as ``than``; or ``limit`` seconds more, or megabytes in all."""
+
+    work: str
+    name: str
+    than: str
+    limit: float
+    unit: str = "x"
+
+
+GOALS = (
+    Goal("supervised-29775", "ours, XBN", "bare", 1.6),
+    Goal("supervised-200000", "ours, XBN", "bare", 1.4),
+    Goal("supervised-200000", "ours, XBN", "", 64, "MB more than the inputs"),
+    Goal("moco-4096", "ours, XBN", "plain", 1.1),
+    Goal("moco-65536", "ours, XBN", "plain", 0.9),
+    *(Goal(f"memory-{rows}", "XBN", "XBM", 1.03) for rows in steps.MEMORIES),
+    Goal("knn", "ours", "faiss-cpu", 1.0),
+    Goal("recall", "ours", "faiss-cpu", 1.0),
+    Goal("recall", "ours", "", 1200, "MB peak"),
+    Goal("import", "torch, selfsup_xbn", "torch", 0.3, "s more"),
+    Goal("import", "selfsup-xbn --help", "", 1.0, "s"),
+)
+
+
+def works(device: str = "cpu", scale: float = 1.0) -> dict[str, dict[str, Make]]:
+    """Every work; ``scale`` shrinks the evaluators' sizes, to try them out."""
+    found: dict[str, dict[str, Make]] = {
+        work: {name: partial(make, device) for name, make in peers.items()} for work, peers in steps.WORKS.items()
+    }
+    for work, peers in evaluators.WORKS.items():
+        found[work] = {name: partial(make, scale) for name, make in peers.items()}
+    return found | {"import": {name: partial(_command, command) for name, command in COMMANDS.items()}}
+
+
+COMMANDS = {
+    "torch": ["-c", "import torch"],
+    "torch, selfsup_xbn": ["-c", "import torch, selfsup_xbn; selfsup_xbn.FeatureQueue"],
+    "selfsup-xbn --help": ["-m", "selfsup_xbn", "--help"],
+}
+
+
+def _command(command: list[str]) -> Callable[[], Any]:
+    return lambda: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)

@@ -1,0 +1,121 @@
+"""The experiments' bookkeeping: shared runs, results that grow run by run, verdicts of the benchmarks."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.benchmarks.__main__ import main as benchmark
+from experiments.benchmarks.__main__ import verdict
+from experiments.benchmarks.works import GOALS, Goal, works
+from experiments.runs import RESULTS, Experiment, folder_name, read, table
+from selfsup_xbn.config import RECIPES
+
+TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size=64, dim=16, drift_every=0)
+CELLS = {name: replace(TINY, adaptation=name) for name in ("xbm", "xbn")}
+FIGURES = [
+    path.stem
+    for path in (Path(__file__).parents[1] / "experiments").glob("*.py")
+    if "Experiment(" in path.read_text() and path.stem != "runs"
+]
+
+
+def test_folders_differ_in_what_changes_results_and_in_nothing_else():
+    other = [replace(TINY, lr=0.01), replace(TINY, data="cifar10"), replace(TINY, adaptation="xbm")]
+    same = [
+        replace(TINY, seed=5),
+        replace(TINY, device="cpu"),
+        replace(TINY, out="elsewhere"),
+        replace(TINY, workers=0),
+    ]
+    assert {folder_name(config, 0) for config in same} == {folder_name(TINY, 0)}
+    assert len({folder_name(config, 0) for config in [TINY, *other]} | {folder_name(TINY, 1)}) == 5
+
+
+def test_results_grow_run_by_run_and_runs_that_are_done_are_not_repeated(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.runs.RESULTS", tmp_path)
+    experiment = Experiment("tiny", "", {"": CELLS}, lambda results, path: table(results, {"knn_top1": "k-NN"}))
+    arguments = ["--folder", str(tmp_path / "runs"), "--jobs", "1"]
+    experiment.main([*arguments, "--seeds", "1", "--only", "xbn"])
+    assert [result["label"] for result in read(tmp_path / "tiny.json")] == ["xbn"]
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").glob("*/metrics.jsonl")}
+    experiment.main([*arguments, "--seeds", "2"])
+    assert all(path.stat().st_mtime_ns == time for path, time in before.items())
+
+    results = read(tmp_path / "tiny.json")
+    assert [(result["label"], sorted(result["seeds"])) for result in results] == [
+        ("xbm", ["0", "1"]),
+        ("xbn", ["0", "1"]),
+    ]
+    values = [found["knn_top1"] for found in results[1]["seeds"].values()]
+    assert results[1]["mean"]["knn_top1"] == pytest.approx(statistics.mean(values), abs=1e-3)
+    assert results[1]["std"]["knn_top1"] == pytest.approx(statistics.stdev(values), abs=1e-3)
+    assert list(results[1]["history"]["1"]["knn_top1"]) == ["1", "2"]
+    capsys.readouterr()
+    experiment.main(["--from-results"])
+    assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} | 2 |" in capsys.readouterr().out
+
+    # A cell with other settings starts anew; it does not mix with runs of the old ones.
+    changed = replace(experiment, scales={"": {"xbn": replace(CELLS["xbn"], lr=0.01)}})
+    changed.main([*arguments, "--seeds", "1"])
+    assert [(result["label"], list(result["seeds"])) for result in read(tmp_path / "tiny.json")] == [("xbn", ["0"])]
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_committed_results_are_those_of_the_cells_and_can_be_shown(name, tmp_path, capsys, monkeypatch):
+    module = importlib.import_module(f"experiments.{name}")
+    for path in RESULTS.glob("*.json"):
+        if path.stem.removesuffix("-small") not in (name, name.split("_")[0]) and path.stem != f"{name}-small":
+            continue
+        results = json.loads(path.read_text())
+        for line in module.show(results, tmp_path / path.name):
+            assert isinstance(line, str)
+        for result in results:
+            for key, mean in result["mean"].items():
+                values = [found[key] for found in result["seeds"].values() if found.get(key) is not None]
+                assert math.isclose(mean, statistics.mean(values), abs_tol=1e-3)
+
+
+def test_a_missing_result_is_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("experiments.runs.RESULTS", tmp_path)
+    with pytest.raises(SystemExit):
+        Experiment("tiny", "", {"": CELLS}, lambda results, path: []).main(["--from-results"])
+    assert "no results in" in capsys.readouterr().err
+
+
+def test_every_goal_is_about_works_that_exist():
+    for goal in GOALS:
+        assert {goal.name, goal.than or goal.name} <= set(works()[goal.work])
+
+
+@pytest.mark.parametrize(
+    ("goal", "met"),
+    [
+        (Goal("w", "a", "b", 1.9), False),
+        (Goal("w", "a", "b", 2.1), True),
+        (Goal("w", "a", "b", 0.9, "s more"), False),
+        (Goal("w", "a", "", 2.0, "s"), True),
+        (Goal("w", "a", "", 9, "MB peak"), False),
+        (Goal("w", "a", "", 9, "MB more"), True),
+    ],
+)
+def test_verdicts_compare_the_right_numbers(goal, met):
+    found = {
+        "a": {"seconds": 2.0, "peak_bytes": 10 * 2**20, "extra_bytes": 2**20},
+        "b": {"seconds": 1.0, "peak_bytes": 0, "extra_bytes": 0},
+    }
+    assert verdict(goal, found).startswith("met" if met else "NOT MET")
+
+
+def test_the_benchmarks_measure_in_processes_of_their_own(tmp_path, capsys):
+    benchmark(["memory-4096", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "benchmarks-cpu.json").read_text())["memory-4096"]["names"]
+    assert set(found) == {"XBM", "XBN"}
+    assert all(values["seconds"] > 0 and values["extra_bytes"] >= 0 for values in found.values())
+    assert "memory-4096: XBN at most 1.03 x XBM" in capsys.readouterr().out
