@@ -145,7 +145,7 @@ class FeatureQueue(nn.Module):
         if len(batch) < 2:
             return
         observed = batch_moments(batch)
-        finite = observed.std.isfinite().all()
+        finite = observed.std.sum().isfinite()
         target = self.adaptation(observed, len(batch), finite)
         before = after = self.moments()
         if self.adaptation.moves_queue:
@@ -172,9 +172,10 @@ class FeatureQueue(nn.Module):
         slots, next_turn = position % self.size, position >= self.size
         stored = Frame.where(next_turn, self._frame(2), self._frame(0)).encode(values).to(self.rows.dtype)
         replaced = self.rows[slots]
-        weights = torch.stack([~next_turn, next_turn])
-        entering, leaving = _power_sums(weights, stored), _power_sums(weights & (slots < self.count), replaced)
-        finite = entering.isfinite().all()
+        turns = torch.stack([~next_turn, next_turn])
+        entering = _power_sums(turns, stored)
+        leaving = _power_sums(turns & (slots < self.count), replaced)
+        finite = entering.sum().isfinite()
         if surplus:
             finite = finite & batch.isfinite().all()
         turned = finite & (position[-1] >= self.size - 1)
@@ -206,13 +207,14 @@ class FeatureQueue(nn.Module):
     def moments(self) -> Moments:
         """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
         n = torch.stack([self.pointer, self.count - self.pointer]).double()[:, None]  # rows of this turn, of the last
-        total = n.sum(0).clamp(min=1)
+        total = n.sum(0).clamp_(min=1)
         scale, shift = self.frames[:2, 0], self.frames[:2, 1]
         centre = self.sums[0] / n.clamp(min=1)
-        spread = (self.sums[1] - centre * self.sums[0]).clamp(min=0) * scale.square()
-        mean = torch.addcmul(shift, centre, scale)
-        squares = spread.sum(0) + (mean[0] - mean[1]).square() * (n[0] * n[1] / total)
-        return Moments((n * mean).sum(0) / total, (squares / (total - 1).clamp(min=1)).sqrt())
+        spread = torch.addcmul(self.sums[1], centre, self.sums[0], value=-1).clamp_(min=0).mul_(scale).mul_(scale)
+        means = torch.addcmul(shift, centre, scale)
+        mean = (n.T @ means)[0] / total
+        squares = spread.addcmul_(n, (means - mean).square_()).sum(0)
+        return Moments(mean, squares.div_((total - 1).clamp_(min=1)).sqrt_())
 
     @torch.no_grad()
     def features(self) -> Float[Tensor, "n D"]:
@@ -288,13 +290,13 @@ class FeatureQueue(nn.Module):
         allowed = finite & (self.count >= 2)
         varies = target.varies()
         factor = torch.where(varies & current.varies() & allowed, target.std / current.std, 1.0)
-        offset = torch.where(allowed, target.mean - factor * current.mean, 0.0)
+        offset = torch.where(allowed, torch.addcmul(target.mean, factor, current.mean, value=-1), 0.0)
         self.frames[:2].mul_(factor)
         self.frames[:2, 1].add_(offset)
         standard = torch.stack([torch.where(varies, target.std, 1.0), target.mean])
-        _assign(self.frames[2], standard, finite)
-        _assign(self.frames[0], standard, finite & (self.count == 0))
-        return Moments(current.mean * factor + offset, current.std * factor)
+        empty = finite & (self.count == 0)  # then this turn may start in the frame of the next one
+        _assign(self.frames, standard, torch.stack([empty, empty, finite])[:, None, None])
+        return Moments(torch.addcmul(offset, current.mean, factor), current.std * factor)
 
     def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:
         if batch.ndim != 2 or batch.shape[1] != self.dim or len(batch) == 0:
@@ -315,8 +317,8 @@ class FeatureQueue(nn.Module):
 
 def _power_sums(weights: Bool[Tensor, "2 b"], rows: Float[Tensor, "b D"]) -> Float64[Tensor, "2 2 D"]:
     """Sums of the rows and of their squares ([1, 2 power]), over each of two groups."""
-    rows = rows.double()
-    return weights.double() @ torch.stack([rows, rows.square()])
+    rows, weights = rows.double(), weights.double()
+    return torch.stack([weights @ rows, weights @ rows.square()])
 
 
 def may_wait(tensor: Tensor) -> bool:
@@ -324,6 +326,6 @@ def may_wait(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _assign(buffer: Tensor, value: Tensor, condition: Bool[Tensor, ""]) -> None:
+def _assign(buffer: Tensor, value: Tensor, condition: Bool[Tensor, "*_"]) -> None:
     """``buffer[...] = value`` where the condition, which lives on the device, holds."""
-    buffer.copy_(torch.where(condition, value, buffer))
+    torch.where(condition, value, buffer, out=buffer)
