@@ -22,7 +22,7 @@ def check_memory(config: Config, images: int, device: torch.device) -> None:
     needed, free = queue_bytes(config, images), free_bytes(device)
     if needed > free:
         raise UserError(
-            f"--queue-size: {queue_rows(config, images):,} rows of {config.dim:,} dimensions take {needed:,} bytes, and "
+            f"--queue-size: {queue_rows(config, images):,} rows of {config.dim:,} dimensions take {needed:,} bytes and "
             f"{device} has {free:,} free: give a smaller --queue-size or --dim, or --queue-dtype bfloat16"
         )
 

@@ -89,7 +89,7 @@ def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
             log.log(record)
             progress.epoch(run.epoch, run.epochs, record)
             if warning := collapse_warning(record["embedding_std"], config.dim):
-                warnings.warn(warning, stacklevel=2)
+                warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
             if run.is_best(record) and config.mode == "supervise":
                 checkpoint.save(run.state_dict(), log.folder, checkpoint.BEST)
             if run.epoch == run.epochs or (save_epochs and run.epoch % save_epochs == 0):
