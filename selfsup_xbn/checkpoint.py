@@ -105,13 +105,25 @@ def is_whole(path: Path) -> bool:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
+def read_values(path: Path) -> Any:
+    """What ``torch.save`` wrote, on the CPU, as long as it is tensors and plain values; no code in the file is run.
+
+    Raises:
+        Exception: nearly any, if the file holds something else.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # a refusal follows, and is one line
+        return torch.load(path, map_location="cpu", weights_only=True)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_values(path)
     except Exception as error:  # what is no pickle of tensors can make the reader raise nearly anything
         kind = type(error).__name__
         raise UserError(f"cannot read {path} ({kind}): it holds more than tensors and plain values") from None
-    if not isinstance(state, dict) or "method" not in state or "config" not in state:
+    known = isinstance(state, dict) and "method" in state and "config" in state
+    if not known or type(state.get("log_bytes", 0)) is not int:
         raise UserError(f"{path} is no checkpoint of this program: give the folder of a run, or --weights FILE")
     return state
 

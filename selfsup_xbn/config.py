@@ -250,7 +250,7 @@ def arguments(text: str, flag: str) -> dict[str, Any]:
 def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
     flag = "--" + name.replace("_", "-")
     if type(value) not in ((float, int) if kind is float else (kind,)):
-        raise UserError(f"{flag}: expected {kind.__name__}, got {value!r}")
+        raise UserError(f"{flag}: expected {kind.__name__}, got {' '.join(repr(value).split())}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise UserError(
             f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}"
@@ -291,6 +291,8 @@ def from_resolved(values: Any) -> Config:
 
 def differences(a: Config, b: Config) -> list[str]:
     """``name: value of a, value of b`` for each field that changes results and differs."""
+    if a.mode != b.mode:
+        return [f"mode: {a.mode}, {b.mode}"]
     pairs = [
         (item.name, getattr(a, item.name), getattr(b, item.name))
         for item in fields(a)

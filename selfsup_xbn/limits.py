@@ -49,13 +49,24 @@ def free_bytes(device: torch.device) -> int:
 def queue_note(config: Config, images: int) -> str:
     """A line on a queue of more than N - B rows, "" for a smaller one.
 
-    Such a queue still holds an image's row of the epoch before whenever the image comes again: an anchor meets itself.
+    In no step of a later epoch is such a queue free of rows of the epoch before, so that anchors meet themselves.
     """
-    rows, most = queue_rows(config, images), images - config.batch_size
-    if rows <= most:
+    rows = queue_rows(config, images)
+    if rows <= images - config.batch_size:
         return ""
-    itself = "a positive of its own image" if config.mode == "supervise" else "its own image among the negatives"
+    share = self_meetings(rows, images, config.batch_size)
+    itself = "as a positive" if config.mode == "supervise" else "as a negative"
     return (
         f"note: a queue of {rows:,} rows is more than the {images:,} training images less a batch: from the second "
-        f"epoch on an anchor meets {itself}; --queue-size {max(most, 1)} avoids most of that"
+        f"epoch on about {share:.0%} of the anchors meet their own image's last row {itself}; half the --queue-size "
+        "makes it a quarter of that"
     )
+
+
+def self_meetings(rows: int, images: int, batch_size: int) -> float:
+    """Share of the anchors of an epoch, the first one apart, whose image's row of the epoch before is in the queue.
+
+    Step t has (t + 1) B rows of its own epoch, and of the last one M - (t + 1) B, drawn from all N images.
+    """
+    steps = images // batch_size
+    return sum(max(0, rows - (step + 1) * batch_size) for step in range(steps)) / (images * steps)

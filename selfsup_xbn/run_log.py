@@ -17,6 +17,7 @@ from selfsup_xbn.config import Config, differences, from_resolved, resolved
 from selfsup_xbn.errors import UserError
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+LARGEST = 1e300  # no measurement is larger; whole numbers in JSON can be, and then are no floats
 OWN_FILES = (
     CONFIG,
     METRICS,
@@ -66,7 +67,7 @@ def _record(line: str, where: str) -> dict[str, Any]:
     if not isinstance(record, dict) or type(record.get("epoch")) is not int:
         raise UserError(f"{where}: expected a JSON object with an epoch, got {line[:60]!r}")
     for key, value in record.items():
-        if value is not None and type(value) not in (int, float):
+        if value is not None and not (type(value) in (int, float) and abs(value) < LARGEST):
             raise UserError(f"{where}: expected a number or null as {key[:60]!r}, got {str(value)[:60]!r}")
     return record
 

@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 import warnings
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -261,14 +262,14 @@ class Run:
             raise UserError(f"the checkpoint is of another configuration ({found[0]}): drop the option")
         try:
             self._restore(state)
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # values of another version make torch raise nearly anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
                 f"the checkpoint does not fit this run, it is damaged or of another version: {reason}"
             ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step, self.best = int(state["epoch"]), int(state["step"]), float(state["best"])
+        self.epoch, self.step, self.best = index(state["epoch"]), index(state["step"]), float(state["best"])
         if not (0 <= self.epoch <= self.epochs and 0 <= self.step <= self.steps):
             raise ValueError(f"epoch {self.epoch}, step {self.step}")
         self.method.load_state_dict(state["method"])
