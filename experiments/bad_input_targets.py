@@ -9,7 +9,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from experiments.benchmarks.official_layouts import WRITERS
 from selfsup_xbn import checkpoint
-from selfsup_xbn.config import RECIPES, resolved
+from selfsup_xbn.config import RECIPES, PretrainConfig, resolved
 from selfsup_xbn.data import ImageData, eval_batches, load_data
 from selfsup_xbn.report import result_lines
 from selfsup_xbn.run_log import read_config, read_metrics
@@ -148,7 +148,7 @@ def read_cifar(folder: Path) -> int:
     """With the checksums of the files as they were written in place of the official ones, and without a network."""
     digests = json.loads((folder / "md5.json").read_text())
     meta = {"filename": "meta", "key": "names", "md5": digests["meta"]}
-    lists = {"train_list": [["a", digests["a"]]], "test_list": [["b", digests["b"]]], "meta": meta}
+    lists: dict[str, Any] = {"train_list": [["a", digests["a"]]], "test_list": [["b", digests["b"]]], "meta": meta}
     download = mock.patch(f"{datasets.CIFAR10.__module__}.download_and_extract_archive", side_effect=OSError("offline"))
     with mock.patch.multiple(datasets.CIFAR10, **lists), download:
         return rows(load_data(f"cifar10:{folder}"))
@@ -183,8 +183,11 @@ def count_records(folder: Path) -> int:
 @cache
 def small_run() -> Run:
     """Made once, for it takes longer than to load its state."""
-    sizes = {"limit_train": 32, "batch_size": 16, "queue_size": 16, "dim": 4, "epochs": 3}
-    return Run(replace(RECIPES["digits"], **sizes))
+    return Run(
+        PretrainConfig(
+            backbone="convnet-digits", limit_train=32, batch_size=16, queue_size=16, dim=4, epochs=3, knn_k=5
+        )
+    )
 
 
 @cache

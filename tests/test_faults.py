@@ -4,20 +4,23 @@ import contextlib
 import os
 import random
 import re
+import signal
 import warnings
 import zipfile
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
 import torch
 
-from experiments import faults
+from experiments import faults, killed_runs
 from selfsup_xbn import atomic, checkpoint, train
 from selfsup_xbn.cli import main
 from selfsup_xbn.config import save_interval
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.collapse import collapse_warning, embedding_std
 from selfsup_xbn.run_log import read_metrics
+from selfsup_xbn.signals import stop_signals
 
 STATE = {"method": {"w": torch.arange(300.0)}, "config": {"mode": "pretrain"}, "epoch": 1}
 SMALL = ["pretrain", "--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--drift-every", "0"]
@@ -42,12 +45,12 @@ def test_runs_that_are_killed_or_damaged_or_without_space_end_as_the_one_that_wa
 
 
 def test_the_campaign_tells_runs_apart(tmp_path):
-    argv = [*faults.cells(tmp_path)["supervise xbn"], "--epochs", "1", "--eval-every", "0"]
+    argv = [*killed_runs.cells(tmp_path)["supervise xbn"], "--epochs", "1", "--eval-every", "0"]
     for name, options in {"a": [], "b": [], "c": ["--seed", "1"], "d": ["--lr", "0.0011"]}.items():
-        assert faults.run([*argv, *options], tmp_path / name).code == 0
-    assert faults.differences(tmp_path / "a", tmp_path / "b") == []
+        assert killed_runs.run([*argv, *options], tmp_path / name).code == 0
+    assert killed_runs.differences(tmp_path / "a", tmp_path / "b") == []
     for other in "cd":
-        found = faults.differences(tmp_path / "a", tmp_path / other)
+        found = killed_runs.differences(tmp_path / "a", tmp_path / other)
         assert {"metrics", "checkpoint.pt: .method.queue.rows", "checkpoint.pt: .epoch"} & set(found) >= {"metrics"}
         assert any("encoder.backbone" in name for name in found)
 
@@ -261,3 +264,20 @@ def test_the_deviation_is_that_of_unit_rows_and_the_limit_a_hundredth_of_a_spher
     assert found == pytest.approx(1 / 8, rel=0.02)
     assert collapse_warning(0.00126, 64) == ""
     assert "0.0012," in collapse_warning(0.0012, 64)
+
+
+# ------------------------------------------------------------------------------------------------------- preemption
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    def asked_twice():
+        with stop_signals() as received:
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert received == [signal.SIGTERM]
+            os.kill(os.getpid(), signal.SIGTERM)
+            os._exit(0)
+
+    process = get_context("fork").Process(target=asked_twice)
+    process.start()
+    process.join(20)
+    assert process.exitcode == -signal.SIGTERM
