@@ -16,8 +16,8 @@ from selfsup_xbn.config import DEFAULT_RECIPES, MODES, RECIPES, Config, near, re
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
 
 EXIT_CODES = (
-    "exit codes: 0 done; 2 the input is at fault; 3 the loss diverged; 75 stopped by a signal, go on with --resume; "
-    "130 stopped by the keyboard before training"
+    "exit codes: 0 done; 2 the input is at fault, or a file cannot be written; 3 the loss diverged; "
+    "75 stopped by a signal, go on with --resume; 130 stopped by the keyboard before training"
 )
 
 

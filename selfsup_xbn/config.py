@@ -7,6 +7,7 @@ that the command line can answer at once.
 from __future__ import annotations
 
 import ast
+import contextlib
 import difflib
 import math
 import sys
@@ -99,7 +100,10 @@ class Config:
     )
     compile: bool = option(False, "torch.compile the networks", affects_results=False)
     workers: int = option(2, "processes that decode images from disk", least=0, most=1024, affects_results=False)
-    save_every: int = option(1, "epochs between checkpoints", least=1, affects_results=False)
+    save_every: str = option("1", "epochs between checkpoints, or minutes: 10m", affects_results=False)
+    keep: int = option(
+        2, "checkpoints kept: checkpoint.pt, checkpoint-1.pt before it, ...", least=1, most=10**6, affects_results=False
+    )
     out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
 
     mode = "none"
@@ -114,6 +118,7 @@ class Config:
         for item in fields(self):
             _check(item.name, getattr(self, item.name), types[item.name], item.metadata)
         numbers(self.recall_ks, "--recall-ks")
+        save_interval(self.save_every)
 
     @property
     def run_folder(self) -> str:
@@ -200,6 +205,20 @@ def queue_rows(config: Config, images: int) -> int:
     return rows
 
 
+def save_interval(text: str) -> tuple[int, float]:
+    """What ``save_every`` says: epochs between checkpoints, or seconds; the other one is 0.
+
+    Raises:
+        UserError: it is neither a whole number of epochs nor a number of minutes with an m behind.
+    """
+    with contextlib.suppress(ValueError):
+        if text.endswith("m") and 0 < (minutes := float(text[:-1])) < math.inf:
+            return 0, 60 * minutes
+        if not text.endswith("m") and (epochs := int(text)) > 0:
+            return epochs, 0.0
+    raise UserError(f"--save-every: expected epochs from 1 on, or minutes such as 10m, got {text!r}")
+
+
 def numbers(text: str, flag: str) -> tuple[int, ...]:
     """Whole numbers from 1 on, with commas between.
 
@@ -207,7 +226,7 @@ def numbers(text: str, flag: str) -> tuple[int, ...]:
         UserError: anything else.
     """
     parts = text.split(",")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+    if not all(part.strip().isdecimal() and len(part) < 19 and int(part) > 0 for part in parts):
         raise UserError(f"{flag}: expected whole numbers from 1 on with commas between, got {text!r}")
     return tuple(int(part) for part in parts)
 
@@ -225,7 +244,7 @@ def arguments(text: str, flag: str) -> dict[str, Any]:
             raise UserError(f"{flag}: expected name=value,name=value, got {text!r}")
         try:
             found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             found[name] = value
     return found
 
@@ -233,7 +252,7 @@ def arguments(text: str, flag: str) -> dict[str, Any]:
 def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
     flag = "--" + name.replace("_", "-")
     if type(value) not in ((float, int) if kind is float else (kind,)):
-        raise UserError(f"{flag}: expected {kind.__name__}, got {value!r}")
+        raise UserError(f"{flag}: expected {kind.__name__}, got {' '.join(repr(value).split())}")
     if metadata["choices"] and value not in metadata["choices"]:
         raise UserError(
             f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}"
@@ -274,6 +293,8 @@ def from_resolved(values: Any) -> Config:
 
 def differences(a: Config, b: Config) -> list[str]:
     """``name: value of a, value of b`` for each field that changes results and differs."""
+    if a.mode != b.mode:
+        return [f"mode: {a.mode}, {b.mode}"]
     pairs = [
         (item.name, getattr(a, item.name), getattr(b, item.name))
         for item in fields(a)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -11,17 +12,17 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from selfsup_xbn import atomic, checkpoint
 from selfsup_xbn.config import Config, differences, from_resolved, resolved
 from selfsup_xbn.errors import UserError
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+LARGEST = 1e300  # no measurement is larger; whole numbers in JSON can be, and then are no floats
 OWN_FILES = (
     CONFIG,
     METRICS,
-    "checkpoint.pt",
-    "checkpoint.pt.tmp",
-    "best.pt",
-    "best.pt.tmp",
+    checkpoint.NAME,
+    checkpoint.BEST,
     "curves.png",
     "retrieval.png",
 )
@@ -38,10 +39,10 @@ def read_config(folder: Path) -> Config:
         return from_resolved(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"no run in {folder}: found no {CONFIG} there") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"cannot read {path}: {error}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise UserError(f"cannot read {path} ({error}): restore it, or start anew with --overwrite") from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -52,16 +53,29 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / METRICS
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}") from None
-    return records
+    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+
+
+def _record(line: str, where: str) -> dict[str, Any]:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        record = None
+    if not isinstance(record, dict) or type(record.get("epoch")) is not int:
+        raise UserError(f"{where}: expected a JSON object with an epoch, got {line[:60]!r}")
+    for key, value in record.items():
+        if value is not None and not (type(value) in (int, float) and abs(value) < LARGEST):
+            raise UserError(f"{where}: expected a number or null as {key[:60]!r}, got {str(value)[:60]!r}")
+    return record
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files in the folder that a run writes, with what killed ones left over."""
+    names = {path: path.name.removesuffix(atomic.TEMPORARY).removesuffix(checkpoint.ASIDE) for path in folder.glob("*")}
+    return sorted(path for path, name in names.items() if name in OWN_FILES or checkpoint.OLDER.fullmatch(name))
 
 
 def holds_run(folder: Path) -> bool:
@@ -81,7 +95,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     if overwrite:
         return
     if not holds_run(folder):
-        if found := [name for name in OWN_FILES if (folder / name).exists()]:
+        if found := [path.name for path in own_files(folder) if path.suffix != atomic.TEMPORARY]:
             raise UserError(f"{folder} holds no run, but a file {found[0]} of something else: give another --out")
         return
     if not resume:
@@ -114,30 +128,38 @@ class RunFolder:
                 f"{folder / METRICS} is shorter than at the checkpoint: restore it, or start with --overwrite"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        if not keep_bytes:
-            for name in OWN_FILES:
-                (folder / name).unlink(missing_ok=True)
+        for path in own_files(folder):
+            if not keep_bytes or path.suffix == atomic.TEMPORARY:
+                path.unlink()
+        checkpoint.set_damaged_aside(folder)
         text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
-        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        with atomic.replacing(folder / CONFIG) as file:
+            file.write(text.encode() + b"\n")
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
         self._metrics.truncate(keep_bytes)
 
     def log(self, record: dict[str, Any]) -> None:
-        """Adds one line to ``metrics.jsonl``; numbers keep six digits, and what is not finite becomes null."""
+        """Adds one line to ``metrics.jsonl``; numbers keep six digits, and what is not finite becomes null.
+
+        Raises:
+            UserError: it cannot be written.
+        """
         rounded = {key: _rounded(value) for key, value in record.items()}
-        self._metrics.write(json.dumps(rounded) + "\n")
-        self._metrics.flush()
+        with atomic.writing(self.folder / METRICS):
+            self._metrics.write(json.dumps(rounded) + "\n")
+            self._metrics.flush()
 
     @property
     def position(self) -> int:
         """Bytes of ``metrics.jsonl`` as yet; what a checkpoint remembers, flushed to the disk."""
-        self._metrics.flush()
-        os.fsync(self._metrics.fileno())
+        with atomic.writing(self.folder / METRICS):
+            os.fsync(self._metrics.fileno())
         return os.fstat(self._metrics.fileno()).st_size
 
     def close(self) -> None:
         """Closes the files."""
-        self._metrics.close()
+        with contextlib.suppress(OSError):  # what could not be written was said by ``log``
+            self._metrics.close()
 
 
 def _rounded(value: Any) -> Any:

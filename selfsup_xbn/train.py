@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
+import warnings
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfsup_xbn import build, checkpoint
-from selfsup_xbn.config import Config, differences, from_resolved, resolved
+from selfsup_xbn import build, checkpoint, limits
+from selfsup_xbn.config import Config, differences, from_resolved, resolved, save_interval
 from selfsup_xbn.data import Batch, eval_batches, limit
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
+from selfsup_xbn.evaluation.collapse import collapse_warning, embedding_std
 from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
 from selfsup_xbn.evaluation.probe import RetrievalProbe, baselines
 from selfsup_xbn.feature_queue import FeatureQueue
@@ -43,11 +47,11 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     folder = Path(config.run_folder)
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     run = Run(config)
-    state = checkpoint.load(folder) if resume and (folder / checkpoint.NAME).exists() else None
+    state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
         run.load_state_dict(state)
-    if run.data.notes:
-        print(*run.data.notes, sep="\n")
+    notes = [*run.data.notes, limits.queue_note(config, len(run.data.train))]
+    print(*filter(None, notes), sep="\n", end="\n" * any(notes))
     before = {} if state else run.baselines()  # what cannot be evaluated is found here, before anything is replaced
     with (
         stop_signals() as asked_to_stop,
@@ -56,14 +60,19 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         if not state:
             log.log({"epoch": 0, **before})
         _fit(run, log, asked_to_stop)
-    draw_curves(folder)
-    if isinstance(run.probe, RetrievalProbe):
-        draw_gallery(folder, run.probe, run.method.encoder)
+    try:
+        draw_curves(folder)
+        if isinstance(run.probe, RetrievalProbe):
+            draw_gallery(folder, run.probe, run.method.encoder)
+    except OSError as error:  # a full disk: the run is done and saved
+        warnings.warn(f"a picture could not be drawn in {folder} ({error.strerror})", stacklevel=2)
     return folder
 
 
 def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
     config = run.config
+    save_epochs, save_seconds = save_interval(config.save_every)
+    saved = time.monotonic()
     progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step)
     with contextlib.closing(progress):
         while run.epoch < run.epochs:
@@ -71,20 +80,31 @@ def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
                 run.train_step(batch)
                 if progress.step():
                     progress.look(loss=f"{run.mean_loss():.3f}", lr=f"{run.lr:.2g}")
+                if save_seconds and time.monotonic() - saved >= save_seconds:
+                    _save_good(run, log)
+                    saved = time.monotonic()
                 if asked_to_stop:
-                    _save(run, log)
+                    _save_good(run, log)
                     raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; go on with --resume")
             record = run.end_epoch()
             log.log(record)
             progress.epoch(run.epoch, run.epochs, record)
+            if warning := collapse_warning(record["embedding_std"], config.dim):
+                warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
             if run.is_best(record) and config.mode == "supervise":
                 checkpoint.save(run.state_dict(), log.folder, checkpoint.BEST)
-            if run.epoch % config.save_every == 0 or run.epoch == run.epochs:
+            if run.epoch == run.epochs or (save_epochs and run.epoch % save_epochs == 0):
                 _save(run, log)
 
 
+def _save_good(run: Run, log: RunFolder) -> None:
+    """Saves in the middle of an epoch, unless the run has diverged: the last good checkpoint stays."""
+    run.mean_loss()
+    _save(run, log)
+
+
 def _save(run: Run, log: RunFolder) -> None:
-    checkpoint.save(run.state_dict() | {"log_bytes": log.position}, log.folder)
+    checkpoint.save(run.state_dict() | {"log_bytes": log.position}, log.folder, keep=run.config.keep)
 
 
 class Run:
@@ -94,6 +114,7 @@ class Run:
         self.config, self.device = config, build.device_of(config.device)
         self.data = build.data_of(config)
         build.check_sizes(config, len(self.data.train))
+        limits.check_memory(config, len(self.data.train), self.device)
         torch.manual_seed(config.seed)
         encoder = build.encoder_of(config, self.data)
         self.method = build.method_of(config, encoder, len(self.data.train)).to(self.device)
@@ -193,6 +214,7 @@ class Run:
         self.mean_loss()
         record: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": self.lr}
         record |= self.meter.record(self.config.batch_size) | _queue_record(self.method.queue)
+        record["embedding_std"] = embedding_std(self.method.encoder, self.drift.images).item()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.device)
         if self.epoch == self.head_epochs:
             self.optimizer = self._make_optimizer()
@@ -240,14 +262,16 @@ class Run:
             raise UserError(f"the checkpoint is of another configuration ({found[0]}): drop the option")
         try:
             self._restore(state)
-        except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-            reason = str(error).splitlines()[0]
+        except Exception as error:  # values of another version make torch raise nearly anything
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
             raise UserError(
                 f"the checkpoint does not fit this run, it is damaged or of another version: {reason}"
             ) from None
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step, self.best = state["epoch"], state["step"], state["best"]
+        self.epoch, self.step, self.best = index(state["epoch"]), index(state["step"]), float(state["best"])
+        if not (0 <= self.epoch <= self.epochs and 0 <= self.step <= self.steps):
+            raise ValueError(f"epoch {self.epoch}, step {self.step}")
         self.method.load_state_dict(state["method"])
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from selfsup_xbn.checkpoint import read_values
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.models import Encoder
 
@@ -115,7 +116,7 @@ def _load(path: Path) -> object:
 
         return load_file(path)
     with torch.serialization.safe_globals([argparse.Namespace]):  # the `args` of many training scripts: plain values
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return read_values(path)
 
 
 def _unreadable(path: Path, error: Exception) -> str:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from selfsup_xbn import checkpoint
 from selfsup_xbn.cli import main
 
 SMALL = ["--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--epochs", "1"]
@@ -180,6 +181,8 @@ def test_a_checkpoint_of_another_program_is_refused(tmp_path, capsys):
     assert main(["pretrain", *SMALL, "--out", str(tmp_path)]) == 0
     torch.save({"state_dict": {}}, tmp_path / "checkpoint.pt")
     capsys.readouterr()
+    assert "none of this program's" in refused(capsys, ["pretrain", "--resume", "--out", str(tmp_path)])
+    checkpoint.save({"state_dict": {}}, tmp_path)
     assert "no checkpoint of this program" in refused(capsys, ["pretrain", "--resume", "--out", str(tmp_path)])
 
 

@@ -12,6 +12,8 @@ import torch
 from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
+from ..errors import UserError
+
 
 @dataclass(frozen=True, eq=False)
 class Split:
@@ -36,6 +38,11 @@ class Split:
         assert pixels is not None
         if len(pixels) != len(self.labels):
             raise ValueError(f"expected as many images as labels, got {len(pixels)} and {len(self.labels)}")
+        if self.labels.dtype != torch.int64 or (len(self.labels) and int(self.labels.min()) < 0):
+            least = self.labels.min().item() if len(self.labels) else "none"
+            raise UserError(
+                f"expected int64 labels from 0 on, got {self.labels.dtype} from {least} on: number the classes"
+            )
 
     def __len__(self) -> int:
         return len(self.labels)

@@ -7,6 +7,7 @@ Three layouts: ``cars_annos.mat`` with ``car_ims``; as torchvision's StanfordCar
 
 from __future__ import annotations
 
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -71,8 +72,14 @@ def _samples(file: Path, base: Path, key: str) -> list[Sample]:
 
 
 def _entries(file: Path) -> list[Any]:
+    """The annotations, read in a process of their own: on some broken files scipy's reader ends its process."""
     try:
-        found = loadmat(file, simplify_cells=True)["annotations"]
+        with ProcessPoolExecutor(1) as pool:
+            return pool.submit(_annotations, file).result()
     except Exception as error:  # scipy raises nearly anything on broken bytes
         raise UserError(f"{file}: no MATLAB file with annotations ({shown(str(error))}); unpack it anew") from error
+
+
+def _annotations(file: Path) -> list[Any]:
+    found = loadmat(file, simplify_cells=True)["annotations"]
     return [found] if isinstance(found, dict) else list(found)

@@ -21,6 +21,9 @@ from .base import ImageData, Split
 from .images import read_image, to_bytes
 from .sampler import seed_for
 
+LONGEST = 16
+"""Times as long as wide an image may be before it is resized."""
+
 Key = tuple[int, int, int, int]
 Pixels = TypeVar("Pixels", Image.Image, Tensor)
 
@@ -49,10 +52,14 @@ class RandomFile:
 def fit(image: Pixels, size: int) -> Pixels:
     """The middle S x S pixels after the shorter side is resized to S / 0.875, torchvision's and timm's convention.
 
-    A square image of side S stays as it is.
+    A square image of side S stays as it is. Of a very long one the ends, which are not seen, are cut off first: a file
+    of 100 bytes may hold 1 x 65,000 pixels, and resized these would fill any memory.
     """
-    if TF.get_image_size(image) == [size, size]:
+    width, height = TF.get_image_size(image)
+    if width == height == size:
         return image
+    if max(width, height) > LONGEST * min(width, height):
+        image = TF.center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
     return TF.center_crop(TF.resize(image, [round(size / 0.875)], antialias=True), [size, size])
 
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from official import drawing, edit, fault, line_of, official
 from scipy.io import savemat
 
 from experiments.benchmarks.official_layouts import WRITERS, write_images
-from selfsup_xbn.data import load_data
+from selfsup_xbn.data import cars196, load_data
 from selfsup_xbn.errors import UserError
 
 
@@ -259,3 +260,9 @@ def mutate(lines: list[bytes], seed: random.Random, noise: bytes) -> None:
     else:
         place = seed.randrange(len(lines[number]) + 1)
         lines[number] = lines[number][:place] + noise + lines[number][place + 1 :]
+
+
+def test_a_matlab_file_on_which_the_reader_crashes_does_not_end_the_program(tmp_path, monkeypatch):
+    spec = official("cars196", tmp_path, 0.002)
+    monkeypatch.setattr(cars196, "loadmat", lambda *_, **__: os._exit(7))
+    assert fault(spec).startswith(f"{tmp_path}/cars_annos.mat: no MATLAB file with annotations ('A process ")

@@ -1,0 +1,65 @@
+"""Files that are whole or not there: a process may be killed, or the disk be full, at any moment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from selfsup_xbn.errors import UserError
+
+TEMPORARY = ".tmp"
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A new file, open for writing and reading, that takes the place of ``path`` once all of it is on the disk.
+
+    Whoever reads ``path``, and whoever comes after a process that was killed, finds the old file or the new one.
+
+    Raises:
+        UserError: it cannot be written; the old file is as it was, and nothing is left beside it.
+    """
+    temporary = path.with_name(path.name + TEMPORARY)
+    with writing(path):
+        try:
+            with open(temporary, "w+b") as file:
+                yield file
+                sync(file)
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Within, an error of the file system is a fault of one line that names ``path``.
+
+    Raises:
+        UserError: there was one.
+    """
+    try:
+        yield
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"cannot write {path} ({reason}): make room there, and go on with --resume") from None
+
+
+def sync(file: BinaryIO) -> None:
+    """Waits until what was written is on the disk."""
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def sync_folder(folder: Path) -> None:
+    """Waits until new names in the folder are on the disk; a system that cannot do that is left alone."""
+    with suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
