@@ -80,11 +80,11 @@ def from_first(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def reduce_(sums: list[Tensor], means: list[Tensor]) -> None:
     """Sums some tensors over the processes, averages others, in place."""
-    torch._foreach_div_(means, world())
     tensors = [*sums, *means]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     with _peers():
         dist.all_reduce(flat)
+    flat[sum(tensor.numel() for tensor in sums) :].div_(world())
     for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(values.view_as(tensor))
 
