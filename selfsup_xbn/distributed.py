@@ -97,7 +97,8 @@ class AnyProcess:
     """
 
     def __init__(self) -> None:
-        self._said, self._sent = torch.zeros(()), None
+        self._said = torch.zeros(())
+        self._sent: dist.Work | None = None
 
     def __call__(self, yes: bool) -> bool:
         if world() == 1:

@@ -21,9 +21,8 @@ class Ended(NamedTuple):
     err: list[str]
 
 
-def launch(folder, processes, arguments, at_step=None, wait=60.0):
-    """``main(arguments)`` in each process; ``at_step(run, rank)`` is called after each of its steps. What
-    has not ended after ``wait`` seconds is killed.
+def launch(folder, processes, arguments, at_step=None):
+    """``main(arguments)`` in each process; ``at_step(run, rank)`` is called after each of its steps.
 
     Each process leaves the state of its method in ``rank-R.pt`` in ``folder``, whose files others are of no run.
     """
@@ -38,7 +37,7 @@ def launch(folder, processes, arguments, at_step=None, wait=60.0):
     for child in children:
         child.start()
     for child in children:
-        child.join(max(0.0, since + wait - time.monotonic()))
+        child.join(max(0.0, since + 60 - time.monotonic()))
     for child in children:
         child.kill()
         child.join()
