@@ -48,6 +48,7 @@ def launch(folder, processes, arguments, at_step=None):
 def _child(rank, processes, port, folder, arguments, at_step):
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.setsid()  # as torchrun does
     torch.set_num_threads(1)
     sys.stdout, sys.stderr = (open(folder / f"{name}-{rank}", "w", buffering=1) for name in ("out", "err"))  # noqa: SIM115
     whole, step = train._train, train.Run.train_step

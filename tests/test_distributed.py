@@ -8,7 +8,9 @@ import time
 
 import pytest
 import torch
+from PIL import Image
 from processes import launch
+from test_cli import tree
 from torch import nn
 
 from selfsup_xbn import checkpoint, train
@@ -127,6 +129,21 @@ def test_four_processes_that_stop_and_go_on_end_bit_for_bit_as_without(tmp_path)
     assert launch(tmp_path / "c", 4, again).codes == [0] * 4
     whole, parts = (checkpoint.load(tmp_path / name)["method"] for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_a_signal_to_all_that_torchrun_started_leaves_the_readers_of_files_at_work(tmp_path):
+    root = tree(tmp_path / "photos", classes=("a", "b", "c"), images=16)
+    Image.new("RGB", (11, 9)).save(root / "train" / "a" / "0.png")  # of another size: read from disk
+    options = ["pretrain", "--data", f"folder:{root}", "--backbone", "convnet-digits", "--image-size", "32"]
+    options += ["--batch-size", "4", "--queue-size", "16", "--workers", "1", "--epochs", "1"]
+
+    def stop(run, rank):
+        if rank == 0 and run.step == 2:
+            os.killpg(0, signal.SIGTERM)
+
+    ended = launch(tmp_path / "a", 2, [*options, "--out", str(tmp_path / "run")], stop)
+    assert ended.codes == [75, 75]
+    assert checkpoint.load(tmp_path / "run")["step"] == 3
 
 
 def test_the_first_process_alone_writes_and_prints(tmp_path):
