@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from typing import Literal
 
@@ -13,7 +12,7 @@ from selfsup_xbn.adaptation import AXBN, Adaptation, make_adaptation
 from selfsup_xbn.config import Config, PretrainConfig, SuperviseConfig, numbers, queue_rows
 from selfsup_xbn.data import Batches, ClassBalancedBatches, ImageData, RandomBatches, limit, load_data
 from selfsup_xbn.data.sampler import Sampler
-from selfsup_xbn.distributed import launched, world
+from selfsup_xbn.distributed import launched, local_rank, world
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.probe import KnnProbe, Probe, RetrievalProbe
 from selfsup_xbn.feature_queue import FeatureQueue
@@ -28,7 +27,8 @@ Method = MoCo | MetricLearning
 def device_of(name: str) -> torch.device:
     """The device of that name; ``"auto"`` is CUDA where there is one, else the CPU.
 
-    Of several processes that torchrun started on a machine, each has the CUDA device of its local rank.
+    Of several processes that torchrun started on a machine, each has the CUDA device of its local rank, which becomes
+    torch's current one.
 
     Raises:
         UserError: no such device, or not on this machine, or one without float64, which the queue's moments need.
@@ -42,9 +42,11 @@ def device_of(name: str) -> torch.device:
     if device.type == "cuda" and launched() > 1:
         if device.index is not None:
             raise UserError(f"--device {name}: each of {launched()} processes takes a device of its own; give cuda")
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+    if device.type == "cuda" and launched() > 1:
+        torch.cuda.set_device(device)
     return device
 
 

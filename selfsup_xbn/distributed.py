@@ -45,6 +45,11 @@ def launched() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def local_rank() -> int:
+    """Number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", rank()))
+
+
 def part(total: int, shard: tuple[int, int] | None = None) -> slice:
     """This process's part of ``total`` rows, or that of process ``r`` of ``n``: parts are contiguous, in the order of
     the ranks, and differ by one row at most."""
@@ -92,8 +97,8 @@ def reduce_(sums: list[Tensor], means: list[Tensor]) -> None:
 class AnyProcess:
     """Whether any process said yes, which all hear at the same call.
 
-    What is said at one call is heard at the next: the answers travel on the CPU while the step is computed, so
-    that neither a device nor a process is waited for.
+    What is said at one call is heard at the next: the answers travel on the CPU while a step is computed, so that no
+    device is waited for, and another process only where it is a whole step behind.
     """
 
     def __init__(self) -> None:
@@ -121,34 +126,32 @@ def wait_for_all() -> None:
 
 @contextlib.contextmanager
 def first_goes_first() -> Iterator[None]:
-    """Process 0 does the block before the others begin with it: it downloads, they find what they need."""
-    if rank() > 0:
+    """A machine's first process does the block before the others begin: it downloads, they find what they need."""
+    if local_rank() > 0:
         wait_for_all()
     yield
-    if rank() == 0:
+    if local_rank() == 0:
         wait_for_all()
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device, timeout: int) -> Iterator[bool]:
+def process_group(timeout: int) -> Iterator[bool]:
     """Brings together the processes that torchrun started; yields whether this is the first of them.
 
-    An error that leaves the block gets an attribute ``told``: whether another process has told of its own already.
+    Gloo carries what lies on the CPU, nccl what lies on CUDA devices. An error that leaves the block gets an attribute
+    ``told``: whether another process has told of its own already.
 
     Args:
-        device: what this process computes on. On CUDA, nccl carries what lies there and gloo what lies on the CPU.
         timeout: seconds that a process waits for the others before it gives up.
     """
     if launched() == 1:
         yield True
         return
     patience = timedelta(seconds=timeout)
-    store, rank, world = next(dist.rendezvous("env://", timeout=patience))
-    backend = "gloo"
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        backend = "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _peers():
+        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
     try:
         yield rank == 0
     except Exception as error:
@@ -167,6 +170,6 @@ def _peers() -> Iterator[None]:
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise ProcessLost(
-            f"process {rank()} has lost another process of the run, which ended, or did not answer within --timeout "
-            f"({reason}); go on from the last checkpoint with --resume"
+            f"another process of the run ended, or did not answer within --timeout ({reason}); "
+            "go on from the last checkpoint with --resume"
         ) from error

@@ -45,7 +45,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
         Interrupted: SIGTERM or SIGINT came; the run saved itself and can be resumed.
     """
     folder = Path(config.run_folder)
-    with distributed.process_group(build.device_of(config.device), config.timeout) as first:
+    with distributed.process_group(config.timeout) as first:
         run = _train(config, folder, resume=resume, overwrite=overwrite)
     if first:  # and alone: the others are done
         draw_curves(folder)

@@ -65,7 +65,7 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize(
     ("name", "numbers"),
-    [("pretrain xbn", (2, 4)), ("supervise xbn", (2,)), ("supervise xbm*", (2, 4)), ("supervise without memory", (2,))],
+    [("pretrain xbn", (2, 4)), ("supervise xbn", (2,)), ("supervise xbm*", (4,)), ("supervise without memory", (2,))],
 )
 def test_two_and_four_processes_are_one_after_fifty_steps(tmp_path, name, numbers):
     assert main([*RUNS[name], "--out", str(tmp_path / "one")]) == 0
@@ -116,17 +116,17 @@ def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "parts")
 
 
-def test_four_processes_that_stop_and_go_on_end_bit_for_bit_as_without(tmp_path):
+def test_three_processes_that_stop_and_go_on_end_bit_for_bit_as_without(tmp_path):
     options = ["pretrain", "--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--epochs", "2"]
 
     def stop(run, rank):
-        if run.epoch == 0 and run.step == 2 and rank == 3:
+        if run.epoch == 0 and run.step == 2 and rank == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    assert launch(tmp_path / "a", 4, [*options, "--out", str(tmp_path / "whole")]).codes == [0] * 4
-    assert launch(tmp_path / "b", 4, [*options, "--out", str(tmp_path / "parts")], stop).codes == [75] * 4
+    assert launch(tmp_path / "a", 3, [*options, "--out", str(tmp_path / "whole")]).codes == [0] * 3
+    assert launch(tmp_path / "b", 3, [*options, "--out", str(tmp_path / "parts")], stop).codes == [75] * 3
     again = ["pretrain", "--resume", "--out", str(tmp_path / "parts")]
-    assert launch(tmp_path / "c", 4, again).codes == [0] * 4
+    assert launch(tmp_path / "c", 3, again).codes == [0] * 3
     whole, parts = (checkpoint.load(tmp_path / name)["method"] for name in ("whole", "parts"))
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
@@ -191,7 +191,7 @@ def test_a_process_that_is_gone_ends_the_other_with_a_line_and_in_time(tmp_path,
     assert ended.codes == [4, -signal.SIGKILL]
     assert time.monotonic() - since < 25
     assert bool(re.search(r"\(.*(Timed out|timeout caused)", ended.err[0])) == (fate == "hung")
-    assert ended.err[0].startswith("lost: process 0 has lost another process of the run")
+    assert ended.err[0].startswith("lost: another process of the run ended, or did not answer")
     assert "--resume" in ended.err[0]
     assert ended.err[0].count("\n") == 1
 
