@@ -2,8 +2,9 @@
 
 Each process embeds its part of a batch. The embeddings are gathered in the order of the ranks, with the gradient of a
 process's own rows, and every process computes the queue's step and the loss of the whole batch. So queue, loss and
-log are the same on all, whatever the loss is and however it counts its pairs, and nothing but embeddings and gradients
-has to be exchanged. The price is that each process scores B anchors and not B / n, which is little beside an encoder.
+log are the same on all, whatever the loss is and however it counts its pairs. The price is that each process scores
+B anchors and not B / n, which is little beside an encoder. What is exchanged are embeddings, gradients and, for MoCo's
+shuffle, one view of each image; labels follow from the sampler's plan, which all know.
 
 Gradients are summed in one all-reduce of one flat tensor, which carries BatchNorm's running statistics too.
 DistributedDataParallel would overlap it with the backward pass, but takes the mean where a sum is meant, needs other
