@@ -175,7 +175,7 @@ def main() -> None:
     counts = {name: {end: ends[name, end] for end in ("read", "refused", "failed")} for name in TARGETS}
     failed = [case for case in cases if case["end"] == "failed"]
     result = {"label": "bad input", **vars(options), "counts": counts, "failed": failed, "environment": environment()}
-    runs.write("bad_input", [result | {"seconds": round(time.perf_counter() - started)}])
+    runs.write(runs.RESULTS / "bad_input.json", [result | {"seconds": round(time.perf_counter() - started)}])
     for name, found in counts.items():
         print(f"{name:<22}" + "".join(f"{end} {number:>4}   " for end, number in found.items()))
     print(f"{len(cases)} cases, {len(failed)} failed")

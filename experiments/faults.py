@@ -190,7 +190,7 @@ def main() -> None:
         cases = campaign(Path(folder), options.seed, options.kills, options.damaged, options.full)
     found = counts(cases)
     result = {"label": "faults", **vars(options), "counts": found, "cases": cases, "environment": environment()}
-    runs.write("faults", [result | {"seconds": round(time.perf_counter() - started)}])
+    runs.write(runs.RESULTS / "faults.json", [result | {"seconds": round(time.perf_counter() - started)}])
     for kind, number in found.items():
         print(f"{kind:<26} tried {number['tried']:>3}, equal {number['equal']:>3}")
     half = sum(case.get("half_written", False) for case in cases)

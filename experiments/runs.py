@@ -154,9 +154,7 @@ def add(path: Path, cells: Cells, label: str, seed: int, run: dict[str, Any]) ->
     result["seeds"][str(seed)] = values | {"seconds": run["seconds"], "environment": run["environment"]}
     result["history"][str(seed)] = _history(run["records"])
     results[label] = result | _summary(result["seeds"])
-    path.parent.mkdir(exist_ok=True)
-    lines = [json.dumps(results[name]) for name in cells if name in results]
-    path.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    write(path, [results[name] for name in cells if name in results])
 
 
 def _history(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -173,6 +171,12 @@ def _summary(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, floa
         "mean": {name: round(statistics.mean(v), 4) for name, v in values.items()},
         "std": {name: round(statistics.stdev(v), 4) if len(v) > 1 else None for name, v in values.items()},
     }
+
+
+def write(path: Path, results: Sequence[Result]) -> None:
+    """A results file, an object a line."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
 
 
 def read(path: Path) -> list[Result]:

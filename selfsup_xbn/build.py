@@ -12,6 +12,7 @@ from selfsup_xbn.adaptation import AXBN, Adaptation, make_adaptation
 from selfsup_xbn.config import Config, PretrainConfig, SuperviseConfig, numbers, queue_rows
 from selfsup_xbn.data import Batches, ClassBalancedBatches, ImageData, RandomBatches, limit, load_data
 from selfsup_xbn.data.sampler import Sampler
+from selfsup_xbn.distributed import launched, local_rank, world
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.probe import KnnProbe, Probe, RetrievalProbe
 from selfsup_xbn.feature_queue import FeatureQueue
@@ -26,19 +27,26 @@ Method = MoCo | MetricLearning
 def device_of(name: str) -> torch.device:
     """The device of that name; ``"auto"`` is CUDA where there is one, else the CPU.
 
+    Of several processes that torchrun started on a machine, each has the CUDA device of its local rank, which becomes
+    torch's current one.
+
     Raises:
         UserError: no such device, or not on this machine, or one without float64, which the queue's moments need.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        device = torch.device(name)
+        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
     except RuntimeError:
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}") from None
     if device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and launched() > 1:
+        if device.index is not None:
+            raise UserError(f"--device {name}: each of {launched()} processes takes a device of its own; give cuda")
+        device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+    if device.type == "cuda" and launched() > 1:
+        torch.cuda.set_device(device)
     return device
 
 
@@ -51,11 +59,19 @@ def data_of(config: Config) -> ImageData:
 
 
 def check_sizes(config: Config, images: int) -> None:
-    """Refuses a batch or a queue larger than the training set.
+    """Refuses a batch or a queue larger than the training set, or a batch that the processes cannot share.
 
     Raises:
-        UserError: naming the option, its value and the largest that the data allow.
+        UserError: naming the option, its value and the limit.
     """
+    if config.batch_size < 2 * world():
+        raise UserError(
+            f"--batch-size {config.batch_size} leaves some of {world()} processes fewer than 2 images; "
+            f"give at least {2 * world()}"
+        )
+    splits = getattr(config, "bn_splits", 1)
+    if splits > 1 and splits % world():
+        raise UserError(f"--bn-splits {splits} cannot be shared by {world()} processes; give a multiple of them, or 1")
     if config.batch_size > images:
         raise UserError(
             f"--batch-size {config.batch_size} is more than the {images} training images; give at most {images}"
@@ -68,14 +84,18 @@ def check_sizes(config: Config, images: int) -> None:
 def random_encoder(
     config: Config, channels: int, image_size: int, weights: Literal["imagenet"] | None = None
 ) -> Encoder:
-    """The config's network for images of ``channels`` and ``image_size``, from random weights or ImageNet's."""
+    """The config's network for images of ``channels`` and ``image_size``, from random weights or ImageNet's.
+
+    Each of several processes has its share of ``bn_splits``: BatchNorm then sees the very parts that one process
+    would see.
+    """
     return build_encoder(
         config.backbone,
         config.dim,
         channels=channels,
         image_size=image_size,
         head=config.head,
-        bn_splits=getattr(config, "bn_splits", 1),
+        bn_splits=max(1, getattr(config, "bn_splits", 1) // world()),
         weights=weights,
     )
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
 from selfsup_xbn.config import DEFAULT_RECIPES, MODES, RECIPES, Config, near, resolved
-from selfsup_xbn.errors import Diverged, Interrupted, UserError
+from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 the input is at fault, or a file cannot be written; 3 the loss diverged; "
+    "4 another process of the run was lost; "
     "75 stopped by a signal, go on with --resume; 130 stopped by the keyboard before training"
 )
 
@@ -47,11 +49,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         found = _parser().parse(sys.argv[1:] if argv is None else argv)
-        return int(found.command(found) or 0)
+        with _first_process_prints():
+            return int(found.command(found) or 0)
     except UserError as error:
         return _fail("error", error, 2)
     except Diverged as error:
         return _fail("diverged", error, 3)
+    except ProcessLost as error:
+        return _fail("lost", error, 4)
     except Interrupted as error:
         return _fail("interrupted", error, 75)
     except BrokenPipeError:  # whoever read the output has gone
@@ -64,8 +69,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(kind: str, error: object, code: int) -> int:
-    print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+    if not getattr(error, "told", _rank() > 0):
+        print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
     return code
+
+
+def _rank() -> int:
+    """Number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", 0))
+
+
+@contextlib.contextmanager
+def _first_process_prints() -> Iterator[None]:
+    """What the other processes print is dropped; an error that leaves the block is not."""
+    if _rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
+        yield
 
 
 def _parser() -> _Parser:
@@ -137,7 +158,8 @@ def _train(found: argparse.Namespace, kind: type[Config]) -> None:
     from selfsup_xbn.train import train
 
     folder = train(config, resume=found.resume, overwrite=found.overwrite)
-    print(*result_lines(folder), sep="\n")
+    if _rank() == 0:
+        print(*result_lines(folder), sep="\n")
 
 
 EVALUATIONS = {

@@ -104,6 +104,9 @@ class Config:
     keep: int = option(
         2, "checkpoints kept: checkpoint.pt, checkpoint-1.pt before it, ...", least=1, most=10**6, affects_results=False
     )
+    timeout: int = option(
+        600, "several processes: seconds that one waits for the others", least=1, most=10**6, affects_results=False
+    )
     out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
 
     mode = "none"
@@ -276,7 +279,8 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def from_resolved(values: Any) -> Config:
-    """The config of a ``config.json``; keys that are no options (versions, commit) are passed over.
+    """The config of a ``config.json``; keys that are no options (versions, commit) are passed over. An option that does
+    not affect results may be missing, for an older version may not have had it.
 
     Raises:
         UserError: no such mode, a missing option, or a value that the option does not take.
@@ -284,8 +288,8 @@ def from_resolved(values: Any) -> Config:
     if not isinstance(values, dict) or values.get("mode") not in tuple(MODES):
         raise UserError("expected a config with a mode, " + " or ".join(MODES))
     kind = MODES[values["mode"]]
-    names = {item.name for item in fields(kind)}
-    missing = names - set(values)
+    names = {item.name for item in fields(kind)} & set(values)
+    missing = {item.name for item in fields(kind) if item.metadata["affects_results"]} - names
     if missing:
         raise UserError(f"expected the option {sorted(missing)[0]!r} in the config, found none")
     return kind(**{name: values[name] for name in names})

@@ -9,5 +9,9 @@ class Diverged(RuntimeError):  # noqa: N818
     """The loss is no longer finite; exit code 3. The message names step, learning rate and the last checkpoint."""
 
 
+class ProcessLost(RuntimeError):  # noqa: N818
+    """Another process of the run ended, or did not answer in time; exit code 4. The last checkpoint stands."""
+
+
 class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to stop, and saved itself)
     """SIGTERM or SIGINT came, the step was finished and a checkpoint written; exit code 75, try again later."""

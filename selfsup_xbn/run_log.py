@@ -169,8 +169,15 @@ def _rounded(value: Any) -> Any:
 
 
 def environment() -> dict[str, str]:
-    """Versions, machine and commit that a result may depend on."""
-    found = {"python": platform.python_version(), "machine": platform.machine(), "system": platform.system()}
+    """Versions, machine, number of processes and commit that a result may depend on."""
+    from selfsup_xbn.distributed import world  # here, for reading a run's folder needs no torch
+
+    found = {
+        "processes": str(world()),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "system": platform.system(),
+    }
     for name in ("selfsup-xbn", "torch", "torchvision", "lightly", "pytorch-metric-learning", "timm", "scikit-learn"):
         try:
             found[name] = version(name)

@@ -13,9 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfsup_xbn import build, checkpoint, limits
+from selfsup_xbn import build, checkpoint, distributed, limits
 from selfsup_xbn.config import Config, differences, from_resolved, resolved, save_interval
 from selfsup_xbn.data import Batch, eval_batches, limit
+from selfsup_xbn.data.sampler import seed_for
+from selfsup_xbn.distributed import rank, world
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
 from selfsup_xbn.evaluation.collapse import collapse_warning, embedding_std
 from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
@@ -37,14 +39,24 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     """Trains as ``config`` says and returns the run's folder.
 
     Nothing is written before folder, data and sizes were found in order. A resumed run goes on from its last
-    checkpoint and ends, on a CPU, bit for bit where it would have ended without the interruption.
+    checkpoint and ends, on a CPU, bit for bit where it would have ended without the interruption. Of several
+    processes that torchrun started, all must see the folder, which the first of them writes.
 
     Raises:
         UserError: the input is at fault.
         Diverged: the loss is no longer finite.
+        ProcessLost: another process of the run ended, or did not answer in time.
         Interrupted: SIGTERM or SIGINT came; the run saved itself and can be resumed.
     """
     folder = Path(config.run_folder)
+    with distributed.process_group(config.timeout) as first:
+        run = _train(config, folder, resume=resume, overwrite=overwrite)
+    if first:  # and alone: the others are done
+        _draw(run, folder)
+    return folder
+
+
+def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Run:
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     run = Run(config)
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
@@ -53,24 +65,30 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     notes = [*run.data.notes, limits.queue_note(config, len(run.data.train))]
     print(*filter(None, notes), sep="\n", end="\n" * any(notes))
     before = {} if state else run.baselines()  # what cannot be evaluated is found here, before anything is replaced
-    with (
-        stop_signals() as asked_to_stop,
-        contextlib.closing(RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)) as log,
-    ):
-        if not state:
-            log.log({"epoch": 0, **before})
+    distributed.wait_for_all()  # all have read the folder
+    with stop_signals() as asked_to_stop, contextlib.ExitStack() as stack:
+        log = None
+        if rank() == 0:
+            log = RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)
+            stack.callback(log.close)
+            if not state:
+                log.log({"epoch": 0, **before})
         _fit(run, log, asked_to_stop)
+    return run
+
+
+def _draw(run: Run, folder: Path) -> None:
     try:
         draw_curves(folder)
         if isinstance(run.probe, RetrievalProbe):
             draw_gallery(folder, run.probe, run.method.encoder)
     except OSError as error:  # a full disk: the run is done and saved
         warnings.warn(f"a picture could not be drawn in {folder} ({error.strerror})", stacklevel=2)
-    return folder
 
 
-def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
-    config = run.config
+def _fit(run: Run, log: RunFolder | None, asked_to_stop: list[int]) -> None:
+    """Trains to the end. The process that is given a log keeps it and the checkpoints."""
+    config, any_process = run.config, distributed.AnyProcess()
     save_epochs, save_seconds = save_interval(config.save_every)
     saved = time.monotonic()
     progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step)
@@ -83,10 +101,13 @@ def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
                 if save_seconds and time.monotonic() - saved >= save_seconds:
                     _save_good(run, log)
                     saved = time.monotonic()
-                if asked_to_stop:
+                if any_process(bool(asked_to_stop)):
                     _save_good(run, log)
+                    distributed.wait_for_all()
                     raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; go on with --resume")
             record = run.end_epoch()
+            if not log:
+                continue
             log.log(record)
             progress.epoch(run.epoch, run.epochs, record)
             if warning := collapse_warning(record["embedding_std"], config.dim):
@@ -97,10 +118,11 @@ def _fit(run: Run, log: RunFolder, asked_to_stop: list[int]) -> None:
                 _save(run, log)
 
 
-def _save_good(run: Run, log: RunFolder) -> None:
+def _save_good(run: Run, log: RunFolder | None) -> None:
     """Saves in the middle of an epoch, unless the run has diverged: the last good checkpoint stays."""
-    run.mean_loss()
-    _save(run, log)
+    if log:
+        run.mean_loss()
+        _save(run, log)
 
 
 def _save(run: Run, log: RunFolder) -> None:
@@ -112,13 +134,14 @@ class Run:
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, build.device_of(config.device)
-        self.data = build.data_of(config)
+        with distributed.first_goes_first():
+            self.data = build.data_of(config)
         build.check_sizes(config, len(self.data.train))
         limits.check_memory(config, len(self.data.train), self.device)
         torch.manual_seed(config.seed)
         encoder = build.encoder_of(config, self.data)
         self.method = build.method_of(config, encoder, len(self.data.train)).to(self.device)
-        self.batches = build.batches_of(config, self.data, self.device)
+        self.batches = build.batches_of(config, self.data, self.device, (rank(), world()))
         self.probe = build.probe_of(config, self.data, self.device)
         fixed = limit(self.data.train, DRIFT_IMAGES, config.seed)
         images = next(eval_batches(fixed, self.data, device=self.device, batch_size=DRIFT_IMAGES))
@@ -132,6 +155,8 @@ class Run:
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.method.to(memory_format=self.layout)
+        statistics = ("running_mean", "running_var")
+        self.statistics = [value for name, value in self.method.named_buffers() if name.endswith(statistics)]
         if config.compile:
             for module in self.method.children():
                 module.compile()
@@ -150,6 +175,8 @@ class Run:
 
     def train_step(self, batch: Batch) -> None:
         """One step; nothing here waits for the device."""
+        if rank() > 0:  # dropout of its own; process 0 draws from the stream that the checkpoint holds
+            torch.manual_seed(seed_for(self.config.seed, rank(), self.epoch, self.step))
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
@@ -160,6 +187,8 @@ class Run:
             loss = self._loss(views, batch.labels)
         self.optimizer.zero_grad()
         loss.backward()
+        if world() > 1:
+            self._share()
         self.optimizer.step()
         self.step += 1
         self.meter.add("loss", loss)
@@ -172,6 +201,11 @@ class Run:
             return self.method.head_loss(views, labels)
         step = (self.epoch - self.head_epochs) * self.steps + self.step
         return self.method(views, labels, step, self.config.epochs * self.steps)
+
+    def _share(self) -> None:
+        """Makes the gradients those of the whole batch, and running statistics the mean over the processes."""
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        distributed.reduce_([parameter.grad for parameter in trained if parameter.grad is not None], self.statistics)
 
     def _measure(self) -> None:
         """Drift over the last step (Eq. 5), and what adapting made of the gap between queue and batch."""

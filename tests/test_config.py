@@ -70,3 +70,11 @@ def test_every_option_has_a_help_text():
 def test_the_nearest_word_is_offered():
     assert near("--bach-size", ["--batch-size", "--seed"]) == "; did you mean --batch-size?"
     assert near("--zzz", ["--batch-size", "--seed"]) == ""
+
+
+def test_a_config_of_a_version_without_an_option_that_does_not_affect_results_is_read():
+    config = PretrainConfig(seed=3)
+    values = resolved(config)
+    assert from_resolved({name: value for name, value in values.items() if name != "timeout"}) == config
+    with pytest.raises(UserError, match="'lr'"):
+        from_resolved({name: value for name, value in values.items() if name != "lr"})

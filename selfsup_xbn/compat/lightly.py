@@ -25,11 +25,10 @@ import lightly.loss
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
-from lightly.models.utils import concat_all_gather
-from lightly.utils import dist
 from torch import Tensor, nn
 
 from selfsup_xbn.adaptation import Adaptation
+from selfsup_xbn.distributed import gather, world
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.losses import info_nce
@@ -105,9 +104,7 @@ class MemoryBankModule(nn.Module):
 
     def gathered(self, output: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
         """The batch's rows without gradient: this process's, or with ``gather_distributed`` those of all."""
-        if self.gather_distributed and dist.world_size() > 1:
-            return concat_all_gather(output.detach())
-        return output.detach()
+        return gather(output.detach(), len(output) * world()) if self.gather_distributed else output.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Torch's hook for older checkpoints: one without any part of a bank leaves this bank as it is."""

@@ -30,9 +30,10 @@ from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
 from pytorch_metric_learning.miners import PairMarginMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from selfsup_xbn.adaptation import Adaptation
+from selfsup_xbn.distributed import rank, world
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.losses import PairLoss, PairMargin, nt_xent_pairs, sup_con_pairs
@@ -261,13 +262,10 @@ def _in_rank_order(rows: int, device: torch.device) -> Int64[Tensor, "B"]:
     known here; one that was not has its rows in another order, which is as good.
     """
     index = torch.arange(rows, device=device)
-    if not (distributed.is_available() and distributed.is_initialized()):
+    if world() == 1 or rows % world():
         return index
-    world_size, rank = distributed.get_world_size(), distributed.get_rank()
-    if rows % world_size:
-        return index
-    own, *others = index.chunk(world_size)
-    return torch.cat([*others[:rank], own, *others[rank:]])
+    own, *others = index.chunk(world())
+    return torch.cat([*others[: rank()], own, *others[rank() :]])
 
 
 def _beside(tensor: Tensor, other: Tensor) -> Tensor:

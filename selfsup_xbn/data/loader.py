@@ -3,7 +3,7 @@
 Everything random in a batch is a pure function of (seed, epoch, step, position in the batch, view). So a run that
 resumes at any step, with any number of workers, sees the very same views.
 
-Axis legend: B batch, C channels, N samples, S the view's side, F features.
+Axis legend: B batch, b this process's part of it, C channels, N samples, S the view's side, F features.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from ..errors import UserError
+from ..distributed import part
 from .base import ImageData, Split
 from .files import EvalFile, RandomFile, SmallFile, fit
 from .image_ops import normalize
@@ -30,9 +30,10 @@ PIECE = 128
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One step's input, on the device: views of the same B samples, their labels, and their numbers in the split."""
+    """One step's input, on the device: labels and numbers in the split of its B samples, and views of those b of them
+    that are this process's part."""
 
-    views: tuple[Float[Tensor, "B C S S"], ...]
+    views: tuple[Float[Tensor, "b C S S"], ...]
     labels: Int64[Tensor, "B"]
     index: Int64[Tensor, "B"]
 
@@ -47,11 +48,10 @@ class Batches:
         views: random views of each sample.
         sampler: which samples make up each batch.
         workers: processes that read files; in memory unused.
-        shard: (rank, world): of each batch only the rank's contiguous part of B / world samples, with the same views
-            as in the whole batch.
+        shard: (rank, world): views of the rank's ``part`` of each batch only, the same as in the whole batch.
 
     Raises:
-        UserError: no such family, or B is no multiple of world.
+        UserError: no such family.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Batches:
     ) -> None:
         self.sampler, self.device, self.seed = sampler, torch.device(device), seed
         self.labels = split.labels.to(self.device)
-        self.part = _part(sampler.batch_size, shard)
+        self.part = part(sampler.batch_size, shard)
         self._source: _MemoryViews | _FileViews
         if split.images is not None:
             family = memory_views(augmentation, data)
@@ -85,9 +85,9 @@ class Batches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of an epoch, counted from 0, from step ``start`` on."""
-        plan = self.sampler.epoch(self.seed, epoch)[:, self.part]
+        plan = self.sampler.epoch(self.seed, epoch)
         index = plan.to(self.device)
-        for step, views in enumerate(self._source.epoch(plan, epoch, start), start):
+        for step, views in enumerate(self._source.epoch(plan[:, self.part], epoch, start), start):
             yield Batch(views, self.labels[index[step]], index[step])
 
 
@@ -132,13 +132,6 @@ class _FileViews:
         )
         for views in self.read(keys):
             yield tuple(view.to(self.device, non_blocking=True) for view in views)
-
-
-def _part(batch_size: int, shard: tuple[int, int]) -> slice:
-    rank, world = shard
-    if batch_size % world:
-        raise UserError(f"batch size {batch_size} cannot be shared by {world} processes; choose a multiple of {world}")
-    return slice(rank * batch_size // world, (rank + 1) * batch_size // world)
 
 
 def eval_batches(

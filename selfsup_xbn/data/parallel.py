@@ -5,6 +5,7 @@ Axis legend: N files, H, W sides in pixels.
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -50,6 +51,13 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_process_group(worker: int) -> None:
+    """A signal to stop, which a terminal or torchrun sends to the whole group, is for the process that trains: it
+    finishes its step, for which it needs the workers."""
+    if hasattr(os, "setpgrp"):
+        os.setpgrp()
+
+
 class ParallelReader:
     """``reader(batches)`` yields ``function`` of the keys of each batch, collated, in order.
 
@@ -67,6 +75,7 @@ class ParallelReader:
             num_workers=workers,
             persistent_workers=workers > 0,
             collate_fn=_as_is,
+            worker_init_fn=_leave_process_group,
             pin_memory=pin_memory,
             generator=torch.Generator(),  # else each pass would draw from the global one
         )

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from selfsup_xbn.adaptation import Moments
+from selfsup_xbn.distributed import gather, part
 from selfsup_xbn.evaluation.features import evaluating
 
 
@@ -34,14 +35,15 @@ class FeatureDrift:
 
     Args:
         encoder: images to embeddings [B, D], normalised here; a module, a module's method, or any other callable.
-        images: the batch to watch, as the encoder takes it; it costs a forward pass per update.
+        images: the batch to watch, as the encoder takes it; it costs a forward pass per update. Several processes
+            embed a part of it each, and all must call ``update``.
     """
 
     def __init__(
         self, encoder: Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B D"]], images: Float[Tensor, "B C H W"]
     ) -> None:
         self.encoder = encoder
-        self.images = images
+        self.images, self.count = images[part(len(images))], len(images)
         self.previous: Tensor | None = None
 
     @torch.no_grad()
@@ -52,7 +54,7 @@ class FeatureDrift:
         previous, self.previous = self.previous, current
         if previous is None:
             return None
-        distance = torch.linalg.vector_norm(current - previous, dim=1)
+        distance = gather(torch.linalg.vector_norm(current - previous, dim=1), self.count)
         return Drift(distance.mean(), distance.max())
 
 

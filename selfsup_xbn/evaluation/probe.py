@@ -6,7 +6,7 @@ Axis legend: N samples, F features.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,6 +14,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfsup_xbn.data import ImageData, Split, eval_batches, raw_pixels
+from selfsup_xbn.distributed import gather, part, world
 from selfsup_xbn.evaluation.features import extract_features
 from selfsup_xbn.evaluation.knn import knn_classify
 from selfsup_xbn.evaluation.retrieval import retrieval_metrics
@@ -77,7 +78,7 @@ class KnnProbe:
 
     def raw_pixels(self) -> dict[str, float]:
         """Top-1 of the pixels themselves: what an encoder must beat."""
-        return {"knn_top1": self._top1(*(raw_pixels(split, workers=self.workers) for split in self._splits()))}
+        return {"knn_top1": self._top1(*(pixel_features(split, self.workers) for split in self._splits()))}
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
         """Top-1 of the projection (``knn_top1``) and of the backbone's features (``knn_top1_backbone``)."""
@@ -121,7 +122,7 @@ class RetrievalProbe:
 
     def raw_pixels(self) -> dict[str, float]:
         """Retrieval by the pixels themselves."""
-        return self._metrics([raw_pixels(split, workers=self.workers) for split in self._splits()])
+        return self._metrics([pixel_features(split, self.workers) for split in self._splits()])
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
         """Retrieval by the encoder's embeddings."""
@@ -145,5 +146,22 @@ def backbone_features(
     encoder: Encoder, split: Split, data: ImageData, device: torch.device, workers: int
 ) -> Float[Tensor, "N F"]:
     """The backbone's features of a split, in order."""
-    batches = eval_batches(split, data, device=device, batch_size=CHUNK, workers=workers)
-    return extract_features(encoder.features, batches)
+    return _in_parts(
+        split,
+        lambda own: extract_features(
+            encoder.features, eval_batches(own, data, device=device, batch_size=CHUNK, workers=workers)
+        ),
+    )
+
+
+def pixel_features(split: Split, workers: int) -> Float[Tensor, "N F"]:
+    """The pixels of a split, in order."""
+    return _in_parts(split, lambda own: raw_pixels(own, workers=workers))
+
+
+def _in_parts(split: Split, function: Callable[[Split], Tensor]) -> Tensor:
+    """``function`` of all samples, a row each, in order: each process computes its part of them."""
+    if not 1 < world() <= len(split):
+        return function(split)
+    own = part(len(split))
+    return gather(function(split.subset(torch.arange(own.start, own.stop))), len(split))

@@ -1,6 +1,6 @@
 """Supervised metric learning with a cross-batch memory: XBM (arXiv 1912.06798), XBN and AXBN (arXiv 2303.17127).
 
-Axis legend: B batch, C channels, S side of an image, D dimensions, M queue rows.
+Axis legend: B batch, b this process's part of it, C channels, S side of an image, D dimensions, M queue rows.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
 from torch import Tensor, nn
 
 from selfsup_xbn.config import SuperviseConfig, arguments, near
+from selfsup_xbn.distributed import gather
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.losses import PairMargin, sup_con
@@ -66,10 +67,10 @@ class MetricLearning(nn.Module):
         self.batch_loss_weight, self.memory_start = batch_loss_weight, memory_start
 
     def forward(
-        self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
+        self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
     ) -> Float[Tensor, ""]:
         """The loss of a step; moves the queue. Only the first view is used."""
-        z = self.encoder(views[0])
+        z = gather(self.encoder(views[0]), len(labels))
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
         if self.queue is None:
             return self.loss(z, labels)
@@ -82,13 +83,13 @@ class MetricLearning(nn.Module):
             loss = loss + self.batch_loss_weight * self.loss(z, labels)
         return loss
 
-    def head_loss(self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
+    def head_loss(self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
         """Plain SupCon in the batch, for the stage in which the head alone is trained; the backbone stays as it is."""
         self.encoder.backbone.eval()
         with torch.no_grad():
             features = self.encoder.features(views[0])
         self.encoder.backbone.train()
-        return sup_con(self.encoder.head(features), labels)
+        return sup_con(gather(self.encoder.head(features), len(labels)), labels)
 
 
 class SupCon:

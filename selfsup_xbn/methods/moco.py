@@ -1,6 +1,6 @@
 """MoCo (He et al., arXiv 1911.05722) whose queue is adapted at each step (arXiv 2303.17127, Sec. 5.3).
 
-Axis legend: B batch, C channels, S side of an image, D dimensions.
+Axis legend: B batch, b this process's part of it, C channels, S side of an image, D dimensions.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from selfsup_xbn.distributed import from_first, gather, part
 from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.losses import info_nce
 from selfsup_xbn.models import Encoder
@@ -61,22 +62,23 @@ class MoCo(nn.Module):
         return self.encoder_q
 
     def forward(
-        self, views: tuple[Float[Tensor, "B C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
+        self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
     ) -> Float[Tensor, ""]:
         """The loss of a step; moves the key encoder and the queue.
 
         Args:
-            views: two random views of each image: queries, keys.
-            labels: not used.
+            views: two random views of each image: queries, keys; of this process's part of the batch.
+            labels: those of the whole batch, of which only the number is used.
             step, steps: position in the run, for the momentum schedule.
         """
         view_q, view_k = views
-        q = self.encoder_q(view_q)
+        B = len(labels)
+        q = gather(self.encoder_q(view_q), B)
         self.update_key_encoder(self.momentum_at(step / steps))
-        k = self.keys(view_k)
+        k = self.keys(view_k, B)
         if not self.symmetric:
             return self.contrast([(q, k)])
-        return self.contrast([(q, k), (self.encoder_q(view_k), self.keys(view_q))])
+        return self.contrast([(q, k), (gather(self.encoder_q(view_k), B), self.keys(view_q, B))])
 
     def contrast(self, pairs: list[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]]) -> Float[Tensor, ""]:
         """InfoNCE of each (queries, keys) against the queue, in the order that was asked for; the mean over pairs."""
@@ -92,10 +94,14 @@ class MoCo(nn.Module):
         return loss
 
     @torch.no_grad()
-    def keys(self, view: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
-        """Keys of a view, embedded in shuffled order so that BatchNorm's splits do not tell which query is whose."""
-        order = torch.randperm(len(view), device=view.device)
-        k = self.encoder_k(view[order])[order.argsort()]
+    def keys(self, view: Float[Tensor, "b C S S"], batch_size: int) -> Float[Tensor, "B D"]:
+        """Keys of a view, embedded in shuffled order so that BatchNorm's splits do not tell which query is whose.
+
+        Several processes shuffle the whole batch among them, as MoCo does: each embeds images of all.
+        """
+        order = from_first(torch.randperm(batch_size, device=view.device))
+        k = self.encoder_k(gather(view, batch_size)[order[part(batch_size)]])
+        k = gather(k, batch_size)[order.argsort()]
         k = k.to(torch.promote_types(k.dtype, torch.float32))  # bfloat16 under autocast
         return F.normalize(k, dim=1) if self.moments == "unit" else k
 

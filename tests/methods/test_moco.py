@@ -83,7 +83,7 @@ def test_keys_are_shuffled_for_batch_norm_and_come_back_in_order():
     seen = []
     method.encoder_k.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     _, view = views(64)
-    keys = method.keys(view)
+    keys = method.keys(view, 64)
     assert not torch.equal(seen[0], view)
     method.eval()
     expected = F.normalize(method.encoder_k.train()(view), dim=1)
