@@ -248,7 +248,7 @@ class Run:
         self.mean_loss()
         record: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": self.lr}
         record |= self.meter.record(self.config.batch_size) | _queue_record(self.method.queue)
-        record["embedding_std"] = embedding_std(self.method.encoder, self.drift.images).item()
+        record["embedding_std"] = embedding_std(self.drift.embeddings()).item()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.device)
         if self.epoch == self.head_epochs:
             self.optimizer = self._make_optimizer()

@@ -19,6 +19,7 @@ from selfsup_xbn.cli import main
 from selfsup_xbn.config import save_interval
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.collapse import collapse_warning, embedding_std
+from selfsup_xbn.evaluation.drift import FeatureDrift
 from selfsup_xbn.run_log import read_metrics
 from selfsup_xbn.signals import stop_signals
 
@@ -258,7 +259,8 @@ def test_a_healthy_embedding_is_not_warned_of(tmp_path, capsys):
 
 def test_the_deviation_is_that_of_unit_rows_and_the_limit_a_hundredth_of_a_spheres():
     images = torch.randn(1000, 64, 1, 1)
-    found = embedding_std(lambda x: 7 * x.flatten(1), images).item()
+    drift = FeatureDrift(lambda x: 7 * x.flatten(1), images)
+    found = embedding_std(drift.embeddings()).item()
     unit = images.flatten(1).numpy() / np.linalg.norm(images.flatten(1).numpy(), axis=1, keepdims=True)
     assert found == pytest.approx(unit.std(0, ddof=1).mean(), rel=1e-5)
     assert found == pytest.approx(1 / 8, rel=0.02)

@@ -1,34 +1,23 @@
 """Whether an encoder still tells images apart.
 
-Axis legend: B batch, C channels, H height, W width, D dimensions.
+Axis legend: B batch, D dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
-
-from selfsup_xbn.evaluation.features import evaluating
 
 COLLAPSED = 0.01
 """Share of a sphere's standard deviation below which an embedding counts as collapsed."""
 
 
-@torch.no_grad()
-def embedding_std(
-    encoder: Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B D"]], images: Float[Tensor, "B C H W"]
-) -> Float[Tensor, ""]:
-    """Standard deviation of the unit embeddings over the batch, mean over the dimensions (SimSiam, arXiv 2011.10566).
+def embedding_std(unit: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Standard deviation of unit embeddings over the batch, mean over the dimensions (SimSiam, arXiv 2011.10566).
 
-    1 / sqrt(D) for embeddings spread over the sphere, 0 where all images have one embedding. In eval mode; modes,
-    weights and running statistics stay as they are.
+    1 / sqrt(D) for embeddings spread over the sphere, 0 where all images have one embedding.
     """
-    with evaluating(encoder):
-        return F.normalize(encoder(images).float(), dim=1).std(0).mean()
+    return unit.std(0).mean()
 
 
 def collapse_warning(std: float, dim: int) -> str:

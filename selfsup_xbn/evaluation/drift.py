@@ -49,13 +49,21 @@ class FeatureDrift:
     @torch.no_grad()
     def update(self) -> Drift | None:
         """Drift since the last call; None at the first, which only looks. Call it after each step."""
-        with evaluating(self.encoder):
-            current = F.normalize(self.encoder(self.images).float(), dim=1)
+        current = self._embed()
         previous, self.previous = self.previous, current
         if previous is None:
             return None
         distance = gather(torch.linalg.vector_norm(current - previous, dim=1), self.count)
         return Drift(distance.mean(), distance.max())
+
+    @torch.no_grad()
+    def embeddings(self) -> Float[Tensor, "B D"]:
+        """Unit embeddings of the whole batch as the encoder is now; all processes must call it."""
+        return gather(self._embed(), self.count)
+
+    def _embed(self) -> Float[Tensor, "b D"]:
+        with evaluating(self.encoder):
+            return F.normalize(self.encoder(self.images).float(), dim=1)
 
 
 class MomentGap(NamedTuple):
