@@ -98,6 +98,7 @@ class Config:
     compile: bool = option(False, "torch.compile the networks", affects_results=False)
     workers: int = option(2, "processes that decode images from disk", least=0, most=1024, affects_results=False)
     save_every: int = option(1, "epochs between checkpoints", least=1, affects_results=False)
+    tensorboard: bool = option(False, "log to TensorBoard too, in the run folder", affects_results=False)
     out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
 
     mode = "none"
@@ -257,17 +258,18 @@ def resolved(config: Config) -> dict[str, Any]:
 def from_resolved(values: Any) -> Config:
     """The config of a ``config.json``; keys that are no options (versions, commit) are passed over.
 
+    What an older version did not know is at its default, as long as it does not change results.
+
     Raises:
         UserError: no such mode, a missing option, or a value that the option does not take.
     """
     if not isinstance(values, dict) or values.get("mode") not in tuple(MODES):
         raise UserError("expected a config with a mode, " + " or ".join(MODES))
     kind = MODES[values["mode"]]
-    names = {item.name for item in fields(kind)}
-    missing = names - set(values)
+    missing = [item.name for item in fields(kind) if item.name not in values and item.metadata["affects_results"]]
     if missing:
-        raise UserError(f"expected the option {sorted(missing)[0]!r} in the config, found none")
-    return kind(**{name: values[name] for name in names})
+        raise UserError(f"expected the option {missing[0]!r} in the config, found none")
+    return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
 
 
 def differences(a: Config, b: Config) -> list[str]:

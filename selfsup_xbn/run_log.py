@@ -12,9 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from selfsup_xbn.config import Config, differences, from_resolved, resolved
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, require_package
+from selfsup_xbn.scalar_log import EVENTS, ScalarLog
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+EXPORTS = {
+    "csv": "metrics.csv",
+    "torchvision": "backbone.pt",
+    "safetensors": "encoder.safetensors",
+    "onnx": "encoder.onnx",
+}
+"""The file of each format that a run is exported to, unless another is named."""
 OWN_FILES = (
     CONFIG,
     METRICS,
@@ -24,6 +32,7 @@ OWN_FILES = (
     "best.pt.tmp",
     "curves.png",
     "retrieval.png",
+    *EXPORTS.values(),
 )
 
 
@@ -58,10 +67,24 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            raise UserError(f"{path}, line {number}: expected a JSON object, got {line[:60]!r}") from None
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+            raise UserError(f"{path}, line {number}: expected a JSON object with an epoch, got {line[:60]!r}")
+        records.append(record)
     return records
+
+
+def read_environment(folder: Path) -> dict[str, str]:
+    """Versions, machine and commit of a run whose config can be read."""
+    found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("environment")
+    return {name: str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+
+
+def own_files(folder: Path) -> list[Path]:
+    """Where the files of a run are, or would be."""
+    return [*(folder / name for name in OWN_FILES), *folder.glob(EVENTS)]
 
 
 def holds_run(folder: Path) -> bool:
@@ -76,12 +99,14 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
         UserError: a run is there and neither ``resume`` nor ``overwrite`` was asked for, it was made with another
             configuration, or the path is no folder.
     """
+    if config.tensorboard:
+        require_package("tensorboard", "--tensorboard", "tensorboard")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give another --out")
     if overwrite:
         return
     if not holds_run(folder):
-        if found := [name for name in OWN_FILES if (folder / name).exists()]:
+        if found := [path.name for path in own_files(folder) if path.exists()]:
             raise UserError(f"{folder} holds no run, but a file {found[0]} of something else: give another --out")
         return
     if not resume:
@@ -115,18 +140,21 @@ class RunFolder:
             )
         folder.mkdir(parents=True, exist_ok=True)
         if not keep_bytes:
-            for name in OWN_FILES:
-                (folder / name).unlink(missing_ok=True)
+            for path in own_files(folder):
+                path.unlink(missing_ok=True)
         text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
         (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
         self._metrics.truncate(keep_bytes)
+        self._scalars = ScalarLog(folder, read_metrics(folder)) if config.tensorboard else None
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``; numbers keep six digits, and what is not finite becomes null."""
         rounded = {key: _rounded(value) for key, value in record.items()}
         self._metrics.write(json.dumps(rounded) + "\n")
         self._metrics.flush()
+        if self._scalars:
+            self._scalars.log(rounded)
 
     @property
     def position(self) -> int:
@@ -138,6 +166,8 @@ class RunFolder:
     def close(self) -> None:
         """Closes the files."""
         self._metrics.close()
+        if self._scalars:
+            self._scalars.close()
 
 
 def _rounded(value: Any) -> Any:
