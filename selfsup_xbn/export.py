@@ -129,7 +129,7 @@ def write_onnx(run: TrainedRun, path: Path) -> list[str]:
     model = _FeaturesAndEmbeddings(run.trained).eval()
     images = torch.zeros(2, run.channels, run.image_size, run.image_size)  # 1 would be taken for a constant
     try:
-        torch.onnx.export(
+        program = torch.onnx.export(
             model,
             (images,),
             path,
@@ -143,6 +143,9 @@ def write_onnx(run: TrainedRun, path: Path) -> list[str]:
     except torch.onnx.OnnxExporterError as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"backbone {run.config.backbone!r} has no ONNX form ({reason}): try safetensors") from None
+    assert program is not None
+    if isinstance(program.model.graph.inputs[0].shape[0], int):
+        raise UserError(f"backbone {run.config.backbone!r} has no ONNX form for any batch size: try safetensors")
     return [f"images to features [B, {run.trained.feature_dim}] and embeddings [B, {run.trained.dim}], not normalised"]
 
 

@@ -23,7 +23,7 @@ from selfsup_xbn.evaluate import open_run
 from selfsup_xbn.line_plot import Curve, Plot, line_plot
 from selfsup_xbn.pictures import Pictures, draw_pictures
 from selfsup_xbn.repeat import command_of
-from selfsup_xbn.report import COLUMNS, PANELS, comparison_rows, is_baseline, latest, points_of
+from selfsup_xbn.report import COLUMNS, PANELS, Points, comparison_rows, is_baseline, latest, points_of
 from selfsup_xbn.run_log import read_config, read_environment, read_metrics
 
 NAME = "index.html"
@@ -152,7 +152,8 @@ def _text(value: Any) -> str:
 
 def _plot(title: str, keys: Mapping[str, str], runs: list[RunEntry]) -> Plot | None:
     """The panel of ``keys`` for all runs: a colour for each run, dashes for each key."""
-    curves, dashes = [], {True: 0, False: 0}
+    curves: list[Curve] = []
+    dashes = {True: 0, False: 0}
     for key, label in keys.items():
         found = [(run, points) for run in runs if (points := points_of(run.records, key))]
         if not found:
@@ -164,9 +165,7 @@ def _plot(title: str, keys: Mapping[str, str], runs: list[RunEntry]) -> Plot | N
     return line_plot(title, curves) if curves else None
 
 
-def _curves(
-    found: Sequence[tuple[RunEntry, list[tuple[int, float]]]], label: str, dash: str, across: bool
-) -> Iterable[Curve]:
+def _curves(found: Sequence[tuple[RunEntry, Points]], label: str, dash: str, across: bool) -> Iterable[Curve]:
     """A curve for each run; a level that several runs have in common is one curve, in no run's colour."""
     if across and len(found) > 1 and len({points[0] for _, points in found}) == 1:
         return [Curve(found[0][1], label, "all", dash, across)]

@@ -7,11 +7,10 @@ from dataclasses import dataclass
 
 from matplotlib.ticker import MaxNLocator
 
-WIDTH, HEIGHT = 420, 250
-LEFT, RIGHT, TOP, BOTTOM = 50, 410, 10, 215
-"""Edges of the frame that the curves are drawn in."""
+from selfsup_xbn.report import Points
 
-Points = Sequence[tuple[float, float]]
+LEFT, RIGHT, TOP, BOTTOM = 50.0, 410.0, 10.0, 215.0
+"""Edges of the frame that the curves are drawn in, of a picture of 420 by 250."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ def line_plot(title: str, curves: Sequence[Curve]) -> Plot:
         curves: at least one, each of at least one point, with finite numbers.
     """
     xs, ys = zip(*(point for curve in curves for point in curve.points), strict=True)
-    x_range, y_range = (min(0, *xs), max(1, *xs)), _padded(min(ys), max(ys))
+    x_range, y_range = (min(0.0, *xs), max(1.0, *xs)), _padded(min(ys), max(ys))
     lines = [_line(curve, x_range, y_range) for curve in curves]
-    x_ticks = [(_place(tick, x_range, LEFT, RIGHT), f"{tick:g}") for tick in _ticks(x_range, integer=True)]
-    y_ticks = [(_place(tick, y_range, BOTTOM, TOP), f"{tick:g}") for tick in _ticks(y_range)]
+    x_ticks = [(_place(tick, x_range, LEFT, RIGHT), f"{tick:.10g}") for tick in _ticks(x_range, integer=True)]
+    y_ticks = [(_place(tick, y_range, BOTTOM, TOP), f"{tick:.10g}") for tick in _ticks(y_range)]
     return Plot(title, lines, x_ticks, y_ticks)
 
 

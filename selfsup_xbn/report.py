@@ -56,17 +56,21 @@ def draw_curves(folder: Path) -> Path:
     return path
 
 
-def points_of(records: list[dict[str, Any]], key: str) -> list[tuple[int, float]]:
-    """(epoch, value) of each record that has a number there."""
-    return [(r["epoch"], r[key]) for r in records if isinstance(r.get(key), int | float) and math.isfinite(r[key])]
+Points = list[tuple[float, float]]
 
 
-def is_baseline(points: list[tuple[int, float]]) -> bool:
+def points_of(records: list[dict[str, Any]], key: str) -> Points:
+    """(epoch, value) of each record that has a finite number there."""
+    numbers = [(record["epoch"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+    return [(float(epoch), float(value)) for epoch, value in numbers if math.isfinite(value)]
+
+
+def is_baseline(points: Points) -> bool:
     """Whether the value was measured before the first epoch only: what training must beat."""
     return len(points) == 1 and points[0][0] == 0
 
 
-def _curve(axes: Any, points: list[tuple[int, float]], label: str, color: str) -> None:
+def _curve(axes: Any, points: Points, label: str, color: str) -> None:
     """A curve; a baseline is a dashed line across."""
     if is_baseline(points):
         axes.axhline(points[0][1], label=label, color=color, linestyle="--", linewidth=1)
