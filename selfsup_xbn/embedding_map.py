@@ -26,7 +26,7 @@ def first_of_each(labels: Int64[Tensor, "N"], classes: Int64[Tensor, "C"], count
 
 
 def plane_of(embeddings: Float[Tensor, "N D"]) -> Float32[Tensor, "N 2"]:
-    """Places in the plane by t-SNE of the unit embeddings; the longer side spans 0 to 1, the other one begins at 0.
+    """Places in the plane by t-SNE of the unit embeddings; x, the longer side, spans 0 to 1; y begins at 0.
 
     Deterministic: t-SNE starts from the first two principal components. Distances far apart mean little.
 
@@ -43,4 +43,5 @@ def plane_of(embeddings: Float[Tensor, "N D"]) -> Float32[Tensor, "N 2"]:
     found = TSNE(init=start, perplexity=perplexity, random_state=0, n_jobs=1).fit_transform(rows)
     places = torch.from_numpy(found).float()
     places = places - places.amin(0)
+    places = places[:, places.amax(0).argsort(descending=True)]
     return places / places.amax().clamp_min(1e-9)

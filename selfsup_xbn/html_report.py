@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from selfsup_xbn import build, embedding_map
-from selfsup_xbn.config import Config, PretrainConfig, resolved
+from selfsup_xbn.config import Config, PretrainConfig, queue_rows, resolved
 from selfsup_xbn.data import ImageData
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluate import open_run
@@ -46,9 +46,14 @@ class RunEntry:
     note: str = ""
 
     @property
-    def command(self) -> str:
-        """The command that makes the run again."""
+    def command(self) -> list[str]:
+        """The words of the command that makes the run again."""
         return command_of(self.config)
+
+    @property
+    def memory(self) -> str:
+        """The adaptation, where there is a memory to adapt."""
+        return self.config.adaptation if queue_rows(self.config, 100) else "no memory"
 
 
 @dataclass(frozen=True)
@@ -89,10 +94,15 @@ def _check_out(path: Path) -> None:
 
 
 def _named(folders: Sequence[Path]) -> dict[Path, str]:
-    """Each folder once, by its own name; by its path where two have the same name."""
-    unique = list(dict.fromkeys(folders))
-    names = [folder.resolve().name for folder in unique]
-    return {folder: str(folder) if names.count(name) > 1 else name for folder, name in zip(unique, names, strict=True)}
+    """Each folder once, by as many last parts of its path as tell the runs apart."""
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        paths.setdefault(folder.resolve(), folder)
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(paths.values(), names, strict=True))
 
 
 def _entry(folder: Path, name: str, color: str) -> RunEntry:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import fields
 from typing import Any
 
 from selfsup_xbn.config import DEFAULT_RECIPES, RECIPES, Config
 
 
-def command_of(config: Config) -> str:
-    """The command line whose settings are ``config``: the options that differ from the mode's default recipe."""
+def command_of(config: Config) -> list[str]:
+    """Words of the command whose settings are ``config``: the options that differ from the mode's default recipe."""
     recipe = RECIPES[DEFAULT_RECIPES[config.mode]]
     words = ["selfsup-xbn", config.mode]
     for item in fields(config):
         value = getattr(config, item.name)
         if value != getattr(recipe, item.name):
             words += _option("--" + item.name.replace("_", "-"), value)
-    return shlex.join(words)
+    return words
 
 
 def _option(flag: str, value: Any) -> list[str]:

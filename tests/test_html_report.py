@@ -1,9 +1,11 @@
 """The page: one file that needs nothing else, whose numbers are the runs', and in which nothing of theirs is markup."""
 
 import base64
+import html
 import io
 import json
 import re
+import shlex
 import shutil
 from collections import Counter
 from html.parser import HTMLParser
@@ -124,9 +126,9 @@ def test_every_run_has_a_gallery_and_a_map_of_its_images(page):
 
 
 def test_commands_make_the_same_runs(page, runs):
-    commands = page.text_in("pre")
+    commands = [html.unescape(re.sub("<.*?>", "", text)) for text in re.findall("<pre>(.*?)</pre>", page.source)]
     for name, command in zip(("xbm", "axbn", "supervised"), commands, strict=False):
-        assert command == command_of(from_resolved(json.loads((runs / name / "config.json").read_text())))
+        assert shlex.split(command) == command_of(from_resolved(json.loads((runs / name / "config.json").read_text())))
     assert commands[3].startswith("selfsup-xbn report ")
     versions = json.loads((runs / "xbm" / "config.json").read_text())["environment"]
     assert set(versions.values()) <= set(page.text_in("td"))
@@ -150,7 +152,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     assert not [found for _, found in page.tags if "onload" in found or found.get("src") == "x"]
     assert bad in page.text_in("title") + [found["title"] for found in page.all("img")]
     assert any(bad in text for text in page.text_in("h1"))
-    assert any(bad in text for text in page.text_in("pre"))
+    assert any(bad in text for text in page.text_in("span"))
 
 
 def test_what_cannot_be_pictured_has_curves_and_a_line_that_says_why(runs, tmp_path, capsys):
@@ -227,3 +229,12 @@ def test_values_of_the_wrong_kind_in_the_log_are_passed_over(runs, tmp_path):
     page = Page(tmp_path / "page" / "index.html")
     assert len(page.all("figure", class_="plot")) == 1
     assert len(page.all("circle")) == 1
+
+
+def test_runs_of_one_name_are_told_apart_and_a_run_is_shown_once(runs, tmp_path):
+    for place in ("a", "b"):
+        shutil.copytree(runs / "xbm", tmp_path / place / "run")
+        (tmp_path / place / "run" / "checkpoint.pt").unlink()
+    folders = [tmp_path / "a" / "run", tmp_path / "b" / "run", tmp_path / "b" / ".." / "a" / "run"]
+    assert main(["report", *map(str, folders), "--out", str(tmp_path / "page")]) == 0
+    assert Page(tmp_path / "page" / "index.html").text_in("title")[0] == "a/run, b/run"
