@@ -13,7 +13,7 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from selfsup_xbn.config import DEFAULT_RECIPES, MODES, RECIPES, Config, near, resolved
+from selfsup_xbn.config import DEFAULT_RECIPES, EXPORTS, MODES, RECIPES, Config, near, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError
 
 EXIT_CODES = (
@@ -98,6 +98,8 @@ def _parser() -> _Parser:
         text = (kind.__doc__ or "").split("(")[0].strip().rstrip(".")
         _add_training(commands.add_parser(mode, help=text, description=kind.__doc__, epilog=EXIT_CODES), kind)
     _add_evaluate(commands.add_parser("evaluate", help="evaluate an encoder", description="Evaluate an encoder."))
+    _add_report(commands.add_parser("report", help="make one page of runs", description="One HTML page about runs."))
+    _add_export(commands.add_parser("export", help="a run for other programs", description="A run for other programs."))
     return parser
 
 
@@ -203,3 +205,36 @@ def _evaluate(found: argparse.Namespace) -> None:
     else:
         lines = evaluate_weights(found.kind, found.weights, found.backbone, given)
     print(*lines, sep="\n")
+
+
+def _add_report(parser: _Parser) -> None:
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run")
+    parser.add_argument("--out", metavar="DIR", default="report", help="where index.html goes (default: report)")
+    parser.set_defaults(parser=parser, command=_report)
+
+
+def _report(found: argparse.Namespace) -> None:
+    from selfsup_xbn.html_report import write_report
+
+    path, notes = write_report([Path(run) for run in found.runs], Path(found.out))
+    print(*notes, path, sep="\n")
+
+
+def _add_export(parser: _Parser) -> None:
+    text = (
+        "csv: the metrics; torchvision: the backbone's state dict for torchvision's model; safetensors: backbone and "
+        "head; onnx: a graph of both"
+    )
+    parser.add_argument("run", metavar="RUN", help="folder of a run")
+    parser.add_argument("--format", required=True, choices=tuple(EXPORTS), help=text)
+    parser.add_argument("--out", metavar="FILE", help=f"default: {', '.join(EXPORTS.values())} in the run folder")
+    parser.add_argument("--best", action="store_true", help="the run's best model by Recall@1, not its last")
+    parser.add_argument("--overwrite", action="store_true", help="replace the file")
+    parser.set_defaults(parser=parser, command=_export)
+
+
+def _export(found: argparse.Namespace) -> None:
+    from selfsup_xbn.export import export_run
+
+    out = Path(found.out) if found.out else None
+    print(*export_run(Path(found.run), found.format, out, best=found.best, overwrite=found.overwrite), sep="\n")

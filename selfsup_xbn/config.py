@@ -23,6 +23,15 @@ DATA_HELP = (
 )
 
 
+EXPORTS = {
+    "csv": "metrics.csv",
+    "torchvision": "backbone.pt",
+    "safetensors": "encoder.safetensors",
+    "onnx": "encoder.onnx",
+}
+"""The file of each format that a run is exported to, unless another is named."""
+
+
 def option(
     default: Any,
     help: str,
@@ -107,6 +116,7 @@ class Config:
     timeout: int = option(
         600, "several processes: seconds that one waits for the others", least=1, most=10**6, affects_results=False
     )
+    tensorboard: bool = option(False, "log to TensorBoard too, in the run folder", affects_results=False)
     out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
 
     mode = "none"
@@ -279,8 +289,9 @@ def resolved(config: Config) -> dict[str, Any]:
 
 
 def from_resolved(values: Any) -> Config:
-    """The config of a ``config.json``; keys that are no options (versions, commit) are passed over. An option that does
-    not affect results may be missing, for an older version may not have had it.
+    """The config of a ``config.json``; keys that are no options (versions, commit) are passed over.
+
+    What an older version did not know is at its default, as long as it does not change results.
 
     Raises:
         UserError: no such mode, a missing option, or a value that the option does not take.
@@ -288,11 +299,10 @@ def from_resolved(values: Any) -> Config:
     if not isinstance(values, dict) or values.get("mode") not in tuple(MODES):
         raise UserError("expected a config with a mode, " + " or ".join(MODES))
     kind = MODES[values["mode"]]
-    names = {item.name for item in fields(kind)} & set(values)
-    missing = {item.name for item in fields(kind) if item.metadata["affects_results"]} - names
+    missing = [item.name for item in fields(kind) if item.name not in values and item.metadata["affects_results"]]
     if missing:
-        raise UserError(f"expected the option {sorted(missing)[0]!r} in the config, found none")
-    return kind(**{name: values[name] for name in names})
+        raise UserError(f"expected the option {missing[0]!r} in the config, found none")
+    return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
 
 
 def differences(a: Config, b: Config) -> list[str]:

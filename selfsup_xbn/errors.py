@@ -1,5 +1,9 @@
 """What a run may end with besides success, and the exit code that the command line gives each."""
 
+from __future__ import annotations
+
+import importlib.util
+
 
 class UserError(ValueError):
     """A fault in the user's input; exit code 2. The message is one line that names the value and the cure."""
@@ -15,3 +19,13 @@ class ProcessLost(RuntimeError):  # noqa: N818
 
 class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to stop, and saved itself)
     """SIGTERM or SIGINT came, the step was finished and a checkpoint written; exit code 75, try again later."""
+
+
+def require_package(package: str, option: str, extra: str) -> None:
+    """Refuses an option whose package is not installed; asked before anything is written.
+
+    Raises:
+        UserError: it is not; the extra of this project that installs it is named.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise UserError(f"{option} needs the package {package}, which is missing: pip install 'selfsup-xbn[{extra}]'")

@@ -1,16 +1,17 @@
 """A picture of retrieval: queries and their nearest images, right and wrong.
 
-Axis legend: N queries, G gallery rows, D dimensions, Q queries shown, K images a row.
+Axis legend: N queries, G gallery rows, C channels, D dimensions, K images a row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from selfsup_xbn.data import ImageData, Split
@@ -31,22 +32,37 @@ def draw_gallery(folder: Path, probe: RetrievalProbe, encoder: Encoder, rows: in
     from matplotlib.figure import Figure
 
     data = probe.data
-    embeddings = [F.normalize(part, dim=1) for part in probe.embeddings(encoder)]
-    nearest = min(nearest, len(embeddings[-1]) - 1)
-    lead, columns = _search(embeddings[0], embeddings[-1], data, nearest)
-    shown = choose_queries(lead, rows)
-    figure = Figure(figsize=(1.2 * (nearest + 1), 1.25 * len(shown)), layout="constrained")
+    shown = nearest_images(probe.embeddings(encoder), data, rows, nearest)
+    columns = 1 + len(shown[0].nearest)
+    figure = Figure(figsize=(1.2 * columns, 1.25 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("query, then its nearest images: green right, red wrong", fontsize="medium")
     searched = data.gallery or data.test
-    for axes, query in zip(figure.subplots(len(shown), nearest + 1, squeeze=False), shown, strict=True):
-        _thumbnail(axes[0], data.test, query, data, "black")
-        for cell, column in zip(axes[1:], columns[query].tolist(), strict=True):
-            right = bool(searched.labels[column] == data.test.labels[query])
-            _thumbnail(cell, searched, column, data, "tab:green" if right else "tab:red")
+    for axes, row in zip(figure.subplots(len(shown), columns, squeeze=False), shown, strict=True):
+        _thumbnail(axes[0], image_pixels(data.test, row.query, data), "black")
+        for cell, index, right in zip(axes[1:], row.nearest, row.right, strict=True):
+            _thumbnail(cell, image_pixels(searched, index, data), "tab:green" if right else "tab:red")
     path = folder / "retrieval.png"
     figure.savefig(path, dpi=100)
     return path
+
+
+class GalleryRow(NamedTuple):
+    """A query among the test images, its nearest images in the gallery, or among the test images, and which match."""
+
+    query: int
+    nearest: list[int]
+    right: list[bool]
+
+
+def nearest_images(
+    embeddings: Sequence[Float[Tensor, "_ D"]], data: ImageData, rows: int = 10, nearest: int = 5
+) -> list[GalleryRow]:
+    """The rows of a gallery picture, from embeddings of the test images and, where there is one, of the gallery."""
+    queries, gallery = F.normalize(embeddings[0], dim=1), F.normalize(embeddings[-1], dim=1)
+    lead, columns = _search(queries, gallery, data, min(nearest, len(gallery) - 1))
+    right = (data.gallery or data.test).labels[columns] == data.test.labels[:, None]
+    return [GalleryRow(q, columns[q].tolist(), right[q].tolist()) for q in choose_queries(lead, rows)]
 
 
 def choose_queries(lead: Float[Tensor, "N"], rows: int) -> list[int]:
@@ -75,8 +91,12 @@ def _search(
     return torch.cat(lead), torch.cat(columns)
 
 
-def _thumbnail(axes: Any, split: Split, index: int, data: ImageData, color: str) -> None:
-    pixels = EvalFile(split, data.image_size)(index) if split.images is None else split.images[index]
+def image_pixels(split: Split, index: int, data: ImageData) -> UInt8[Tensor, "C _ _"]:
+    """An image of the split as an evaluation sees it."""
+    return EvalFile(split, data.image_size)(index) if split.images is None else split.images[index]
+
+
+def _thumbnail(axes: Any, pixels: UInt8[Tensor, "C _ _"], color: str) -> None:
     axes.imshow(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy(), cmap="gray")
     axes.set(xticks=[], yticks=[])
     for side in axes.spines.values():

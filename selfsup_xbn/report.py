@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +45,7 @@ def draw_curves(folder: Path) -> Path:
     figure.suptitle(f"{config.mode} on {config.data}, {config.adaptation}, seed {config.seed}")
     for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         for color, (key, label) in enumerate(keys.items()):
-            _curve(
-                axes,
-                [(record["epoch"], record[key]) for record in records if record.get(key) is not None],
-                label,
-                f"C{color}",
-            )
+            _curve(axes, points_of(records, key), label, f"C{color}")
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
@@ -60,9 +56,23 @@ def draw_curves(folder: Path) -> Path:
     return path
 
 
-def _curve(axes: Any, points: list[tuple[int, float]], label: str, color: str) -> None:
-    """A curve; a baseline, measured before the first epoch only, is a dashed line across."""
-    if len(points) == 1 and points[0][0] == 0:
+Points = list[tuple[float, float]]
+
+
+def points_of(records: list[dict[str, Any]], key: str) -> Points:
+    """(epoch, value) of each record that has a finite number there."""
+    numbers = [(record["epoch"], record[key]) for record in records if isinstance(record.get(key), int | float)]
+    return [(float(epoch), float(value)) for epoch, value in numbers if math.isfinite(value)]
+
+
+def is_baseline(points: Points) -> bool:
+    """Whether the value was measured before the first epoch only: what training must beat."""
+    return len(points) == 1 and points[0][0] == 0
+
+
+def _curve(axes: Any, points: Points, label: str, color: str) -> None:
+    """A curve; a baseline is a dashed line across."""
+    if is_baseline(points):
         axes.axhline(points[0][1], label=label, color=color, linestyle="--", linewidth=1)
     elif points:
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker="." if len(points) < 40 else None)
@@ -85,17 +95,28 @@ def comparison_table(found: dict[str, Any]) -> list[str]:
     """Rows raw pixels, untrained encoder, trained encoder; a column for each value that was measured, in percent."""
     names = [name for name in COLUMNS if name in found]
     lines = [f"{'percent':<20}" + "".join(f"{COLUMNS[name]:>18}" for name in names)]
-    for row, suffix in (("raw pixels", "_raw_pixels"), ("untrained encoder", "_untrained"), ("trained encoder", "")):
-        # Pixels have no projection apart from a backbone: their one k-NN stands in both columns.
-        values = [found.get(name + suffix, found.get(name.removesuffix("_backbone") + suffix)) for name in names]
+    for row, values in comparison_rows(found, names).items():
         lines.append(f"{row:<20}" + "".join(f"{'-':>18}" if v is None else f"{v:>18.2f}" for v in values))
     return lines
 
 
+def comparison_rows(found: dict[str, Any], names: list[str]) -> dict[str, list[float | None]]:
+    """The values ``names`` of raw pixels, untrained encoder and trained encoder; ``None`` where there is none."""
+    rows = {"raw pixels": "_raw_pixels", "untrained encoder": "_untrained", "trained encoder": ""}
+    # Pixels have no projection apart from a backbone: their one k-NN stands in both columns.
+    return {
+        row: [found.get(name + suffix, found.get(name.removesuffix("_backbone") + suffix)) for name in names]
+        for row, suffix in rows.items()
+    }
+
+
+def latest(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last number of each key, or ``None`` where it was not finite."""
+    known = int | float | None
+    return {key: value for record in records for key, value in record.items() if isinstance(value, known)}
+
+
 def result_lines(folder: Path) -> list[str]:
     """What a finished run found, and where it is."""
-    found: dict[str, Any] = {}
-    for record in read_metrics(folder):
-        found |= record
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    return ["", *comparison_table(found), "", f"run folder: {folder}  ({files})"]
+    return ["", *comparison_table(latest(read_metrics(folder))), "", f"run folder: {folder}  ({files})"]

@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from selfsup_xbn import atomic, checkpoint
-from selfsup_xbn.config import Config, differences, from_resolved, resolved
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.config import EXPORTS, Config, differences, from_resolved, resolved
+from selfsup_xbn.errors import UserError, require_package
+from selfsup_xbn.scalar_log import EVENTS, ScalarLog
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 LARGEST = 1e300  # no measurement is larger; whole numbers in JSON can be, and then are no floats
@@ -25,6 +26,7 @@ OWN_FILES = (
     checkpoint.BEST,
     "curves.png",
     "retrieval.png",
+    *EXPORTS.values(),
 )
 
 
@@ -75,7 +77,14 @@ def _record(line: str, where: str) -> dict[str, Any]:
 def own_files(folder: Path) -> list[Path]:
     """The files in the folder that a run writes, with what killed ones left over."""
     names = {path: path.name.removesuffix(atomic.TEMPORARY).removesuffix(checkpoint.ASIDE) for path in folder.glob("*")}
-    return sorted(path for path, name in names.items() if name in OWN_FILES or checkpoint.OLDER.fullmatch(name))
+    own = {path for path, name in names.items() if name in OWN_FILES or checkpoint.OLDER.fullmatch(name)}
+    return sorted(own | set(folder.glob(EVENTS)))
+
+
+def read_environment(folder: Path) -> dict[str, str]:
+    """Versions, machine and commit of a run whose config can be read."""
+    found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("environment")
+    return {name: str(value) for name, value in found.items()} if isinstance(found, dict) else {}
 
 
 def holds_run(folder: Path) -> bool:
@@ -90,6 +99,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
         UserError: a run is there and neither ``resume`` nor ``overwrite`` was asked for, it was made with another
             configuration, or the path is no folder.
     """
+    if config.tensorboard:
+        require_package("tensorboard", "--tensorboard", "tensorboard")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: give another --out")
     if overwrite:
@@ -137,6 +148,7 @@ class RunFolder:
             file.write(text.encode() + b"\n")
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
         self._metrics.truncate(keep_bytes)
+        self._scalars = ScalarLog(folder, read_metrics(folder)) if config.tensorboard else None
 
     def log(self, record: dict[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``; numbers keep six digits, and what is not finite becomes null.
@@ -148,6 +160,8 @@ class RunFolder:
         with atomic.writing(self.folder / METRICS):
             self._metrics.write(json.dumps(rounded) + "\n")
             self._metrics.flush()
+            if self._scalars:
+                self._scalars.log(rounded)
 
     @property
     def position(self) -> int:
@@ -160,6 +174,8 @@ class RunFolder:
         """Closes the files."""
         with contextlib.suppress(OSError):  # what could not be written was said by ``log``
             self._metrics.close()
+            if self._scalars:
+                self._scalars.close()
 
 
 def _rounded(value: Any) -> Any:

@@ -40,8 +40,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Each channel of each part with mean 0 and variance 1, scaled and shifted; same memory format as ``input``."""
-        count = min(self.splits, len(input) // 2)
-        if not self.training or count <= 1:
+        count = min(self.splits, len(input) // 2) if self.training else 1  # no look at the size where a graph is made
+        if count <= 1:
             return super().forward(input)
         means, variances = self.running_mean.repeat(count, 1), self.running_var.repeat(count, 1)
         parts = [

@@ -41,6 +41,14 @@ def test_a_damaged_config_is_refused(values):
         from_resolved(values)
 
 
+def test_options_that_an_older_version_did_not_know_are_at_their_default_unless_they_change_results():
+    config = RECIPES["sop"]
+    saved = resolved(config)
+    assert from_resolved({name: value for name, value in saved.items() if name != "tensorboard"}) == config
+    with pytest.raises(UserError, match="'loss_args'"):
+        from_resolved({name: value for name, value in saved.items() if name != "loss_args"})
+
+
 def test_differences_name_what_changes_results_only():
     a = PretrainConfig()
     assert differences(a, replace(a, device="cuda", out="elsewhere", workers=7)) == []
