@@ -145,7 +145,9 @@ def write_onnx(run: TrainedRun, path: Path) -> list[str]:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"backbone {run.config.backbone!r} has no ONNX form ({reason}): try safetensors") from None
     assert program is not None
-    if isinstance(program.model.graph.inputs[0].shape[0], int):
+    shape = program.model.graph.inputs[0].shape
+    assert shape is not None
+    if isinstance(shape[0], int):
         raise UserError(f"backbone {run.config.backbone!r} has no ONNX form for any batch size: try safetensors")
     return [f"images to features [B, {run.trained.feature_dim}] and embeddings [B, {run.trained.dim}], not normalised"]
 

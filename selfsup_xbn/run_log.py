@@ -55,9 +55,10 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """
     path = folder / METRICS
     try:
-        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
+    lines = text.removesuffix("\n").split("\n") if text else []
     return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
 
 

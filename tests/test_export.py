@@ -26,7 +26,7 @@ def made_run(folder, channels=3, image_size=32, best=False, **options):
                 tensor.mul_(1 + 0.1 * torch.rand_like(tensor)).add_(0.01 * torch.rand_like(tensor))
     log = RunFolder(folder, config)
     log.log({"epoch": 0, "recall@1_untrained": 4.0})
-    log.log({"epoch": 1, "loss": float("nan"), "note": 'with "quotes", and commas'})
+    log.log({"epoch": 1, "loss": float("nan"), 'with "quotes", and commas': 2})
     log.close()
     prefix = "encoder." if best else "encoder_q."
     state = {"config": resolved(config), "network": {"channels": channels, "image_size": image_size}}
@@ -116,7 +116,7 @@ def test_csv_is_the_metrics_with_blanks(tmp_path):
     export_run(tmp_path, "csv")
     with open(tmp_path / "metrics.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    assert list(rows[0]) == ["epoch", "recall@1_untrained", "loss", "note"]
+    assert list(rows[0]) == ["epoch", "recall@1_untrained", "loss", 'with "quotes", and commas']
     for row, record in zip(rows, read_metrics(tmp_path), strict=True):
         known = {name: str(value) for name, value in record.items() if value is not None}
         assert {name: value for name, value in row.items() if value} == known

@@ -160,6 +160,8 @@ def test_what_cannot_be_pictured_has_curves_and_a_line_that_says_why(runs, tmp_p
     reasons = {"lost": "checkpoint.pt", "damaged": "checkpoint.pt", "moved": "/gone"}
     for name in reasons:
         shutil.copytree(runs / "xbm", tmp_path / name)
+    for path in tmp_path.glob("*/checkpoint-*.pt"):
+        path.unlink()
     (tmp_path / "lost" / "checkpoint.pt").unlink()
     (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"PK\x03\x04")
     config = json.loads((tmp_path / "moved" / "config.json").read_text())
@@ -180,7 +182,8 @@ def test_what_cannot_be_pictured_has_curves_and_a_line_that_says_why(runs, tmp_p
 
 def test_a_run_that_was_stopped_before_its_first_epoch_has_a_page(runs, tmp_path):
     shutil.copytree(runs / "xbm", tmp_path / "run")
-    (tmp_path / "run" / "checkpoint.pt").unlink()
+    for path in (tmp_path / "run").glob("checkpoint*.pt"):
+        path.unlink()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page")]) == 0
     assert "Nothing was logged as yet" in Page(tmp_path / "page" / "index.html").source
@@ -197,6 +200,7 @@ def test_a_run_that_was_stopped_before_its_first_epoch_has_a_page(runs, tmp_path
         ("metrics.jsonl", '{"epoch": 0}\n3\n', "line 2"),
         ("metrics.jsonl", '{"loss": 0}\n', "line 1"),
         ("metrics.jsonl", '{"epoch": "one"}\n', "line 1"),
+        ("metrics.jsonl", '{"epoch": 0}\n{"epoch": 1, "knn_top1": "a"}\n', "line 2"),
     ],
 )
 def test_damage_is_one_line_and_nothing_is_written(runs, tmp_path, capsys, name, content, part):
@@ -217,12 +221,13 @@ def test_files_of_something_else_are_kept(runs, tmp_path, capsys):
     assert {path.read_text() for path in tmp_path.iterdir()} == {"precious", "<p>precious"}
 
 
-def test_values_of_the_wrong_kind_in_the_log_are_passed_over(runs, tmp_path):
+def test_missing_values_in_the_log_are_passed_over(runs, tmp_path):
     shutil.copytree(runs / "xbm", tmp_path / "run")
-    (tmp_path / "run" / "checkpoint.pt").unlink()
+    for path in (tmp_path / "run").glob("checkpoint*.pt"):
+        path.unlink()
     lines = [
-        '{"epoch": 0, "knn_top1_untrained": "a"}',
-        '{"epoch": 1, "loss": NaN, "knn_top1": null}',
+        '{"epoch": 0}',
+        '{"epoch": 1, "loss": null, "knn_top1": null}',
         '{"epoch": 2, "loss": 3}',
     ]
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))

@@ -9,7 +9,7 @@ from selfsup_xbn.config import MODES, RECIPES
 from selfsup_xbn.repeat import command_of
 
 ODD = 'it\'s $HOME/a b; "c" -- \\d é'
-SPECIAL = {"recall_ks": "1,7", "queue_size": "7", "loss_args": "margin=-0.5", "miner_args": "a=1"}
+SPECIAL = {"save_every": "9m", "recall_ks": "1,7", "queue_size": "7", "loss_args": "margin=-0.5", "miner_args": "a=1"}
 
 
 def parsed(command):
