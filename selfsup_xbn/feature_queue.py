@@ -32,6 +32,9 @@ from torch import Tensor, nn
 from selfsup_xbn.adaptation import Adaptation, Moments, batch_moments, make_adaptation
 from selfsup_xbn.errors import UserError
 
+PIECE = 2**18
+"""Numbers that are decoded at a time: 1 MB."""
+
 
 class Frame(NamedTuple):
     """The map between stored rows and adapted rows. The only place that knows its form."""
@@ -39,13 +42,14 @@ class Frame(NamedTuple):
     scale: Float[Tensor, "*b D"]
     shift: Float[Tensor, "*b D"]
 
-    def decode(self, stored: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+    def __call__(self, rows: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
         """Adapted rows of stored ones."""
-        return torch.addcmul(self.shift, stored, self.scale)
+        return torch.addcmul(self.shift, rows, self.scale)
 
-    def encode(self, features: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
-        """Stored rows of adapted ones."""
-        return (features - self.shift) / self.scale
+    def inverse(self) -> Frame:
+        """The map from adapted rows to stored ones."""
+        scale = self.scale.reciprocal()
+        return Frame(scale, -self.shift * scale)
 
     def to(self, dtype: torch.dtype) -> Frame:
         """The same map in another precision."""
@@ -59,11 +63,12 @@ class Frame(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Some slots of the queue as a loss reads them: adapted, not normalised, ``features`` valid until the next block is
-    asked for. ``filled`` is None where every slot of the block holds a row."""
+    """Some slots of the queue as a loss reads them: adapted, not normalised, with the rows' lengths; ``features`` and
+    ``lengths`` are valid until the next block is asked for. ``filled`` is None where every slot holds a row."""
 
     slots: slice | Int64[Tensor, "b"]
     features: Float[Tensor, "b D"]
+    lengths: Float[Tensor, "b"]
     labels: Int64[Tensor, "b"] | None
     filled: Bool[Tensor, "b"] | None
 
@@ -167,35 +172,13 @@ class FeatureQueue(nn.Module):
         if (labels is None) != (self.labels is None):
             raise ValueError("expected labels if, and only if, the queue was made with labels=True")
         surplus = max(0, len(batch) - self.size)
-        values = batch.detach()[surplus:].double()
-        position = self.pointer + torch.arange(len(values), device=values.device)
-        slots, next_turn = position % self.size, position >= self.size
-        stored = Frame.where(next_turn, self._frame(2), self._frame(0)).encode(values).to(self.rows.dtype)
-        replaced = self.rows[slots]
-        turns = torch.stack([~next_turn, next_turn])
-        entering = _power_sums(turns, stored)
-        leaving = _power_sums(turns & (slots < self.count), replaced)
-        finite = entering.sum().isfinite()
-        if surplus:
-            finite = finite & batch.isfinite().all()
-        turned = finite & (position[-1] >= self.size - 1)
-
-        # Rows up to the ring's end replace the last turn's; rows past it open the next turn and replace this one's.
-        this = self.sums[:, 0] + entering[:, 0]
-        stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
-        turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
-        _assign(self.sums, torch.where(turned, turn, stay), finite)
-        _assign(self.frames, torch.stack([self.frames[2], self.frames[0], self.frames[2]]), turned)
-        self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
-        if self.labels is not None:
-            assert labels is not None
-            kept = labels[surplus:].to(self.labels)
-            self.labels.index_copy_(0, slots, torch.where(finite, kept, self.labels[slots]))
-        advance = finite * len(values)
-        self.pointer.add_(advance).remainder_(self.size)
-        self.count.add_(advance).clamp_(max=self.size)
-        self.skipped.add_(~finite)
-        slots = torch.where(finite, slots, -1)
+        values, labels = (
+            batch.detach()[surplus:].double(),
+            None if labels is None else labels[surplus:].to(self.rows.device),
+        )
+        allowed = batch[:surplus].isfinite().all() if surplus else None
+        write = self._write_parts if may_wait(self.rows) else self._write_masked
+        slots = write(values, labels, allowed)
         return torch.cat([slots.new_full((surplus,), -1), slots]) if surplus else slots
 
     # --------------------------------------------------------------------------------------------------- reading
@@ -237,16 +220,17 @@ class FeatureQueue(nn.Module):
             stop = min(start + block_rows, self.size)
             slots = torch.arange(start, stop, device=self.rows.device)
             frame = Frame.where(slots < self.pointer, this_frame, last_frame)
-            features = frame.decode(self.rows[start:stop].to(self._read_dtype))
             block = slice(start, stop)
-            yield Block(block, features, self._labels(block), slots < self.count)
+            features = frame(self.rows[block].to(self._read_dtype))
+            yield Block(block, features, _lengths(features), self._labels(block), slots < self.count)
 
     @torch.no_grad()
     def gather(self, slots: Int64[Tensor, "b"]) -> Block:
         """The rows at these slots, which must be filled."""
         this_frame, last_frame = self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
         frame = Frame.where(slots < self.pointer, this_frame, last_frame)
-        return Block(slots, frame.decode(self.rows[slots].to(self._read_dtype)), self._labels(slots), None)
+        features = frame(self.rows[slots].to(self._read_dtype))
+        return Block(slots, features, _lengths(features), self._labels(slots), None)
 
     def reset(self) -> None:
         """Empties the queue and forgets what its adaptation observed."""
@@ -273,17 +257,85 @@ class FeatureQueue(nn.Module):
         return None if self.labels is None else self.labels[slots]
 
     def _turns(self, block_rows: int) -> Iterator[Block]:
-        """The filled slots, last turn's after this turn's: each block has one frame and is decoded in one pass."""
+        """The filled slots, in order: this turn's, then the last one's."""
         pointer, count = int(self.pointer), int(self.count)
-        dtype = self._read_dtype
+        dtype, piece_rows = self._read_dtype, max(1, PIECE // self.dim)
+        turns = [self._frame(turn).to(dtype) for turn in (0, 1)]
         scratch = self.rows.new_empty(min(block_rows, self.size), self.dim, dtype=dtype)
-        for turn, first, end in ((0, 0, pointer), (1, pointer, count)):
-            scale, shift = self._frame(turn).to(dtype)
-            for start in range(first, end, block_rows):
-                stop = min(start + block_rows, end)
-                features = scratch[: stop - start]
-                torch.addcmul(shift, self.rows[start:stop].to(dtype), scale, out=features)
-                yield Block(slice(start, stop), features, self._labels(slice(start, stop)), None)
+        lengths = scratch.new_empty(len(scratch))
+        for start in range(0, count, block_rows):
+            stop = min(start + block_rows, count)
+            seam = min(max(pointer, start), stop)
+            for (scale, shift), first, end in zip(turns, (start, seam), (seam, stop), strict=True):
+                for piece in range(first, end, piece_rows):  # measured while it is in a core's cache
+                    last = min(piece + piece_rows, end)
+                    part = scratch[piece - start : last - start]
+                    torch.addcmul(shift, self.rows[piece:last].to(dtype), scale, out=part)
+                    torch.linalg.vector_norm(part, dim=1, out=lengths[piece - start : last - start])
+            slots, rows = slice(start, stop), stop - start
+            yield Block(slots, scratch[:rows], lengths[:rows], self._labels(slots), None)
+
+    def _write_parts(
+        self, values: Float64[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
+    ) -> Int64[Tensor, "b"]:
+        """``enqueue`` where the pointer may be looked at: the rows up to the ring's end, then those past it."""
+        pointer, count = int(self.pointer), int(self.count)
+        end = self.size - pointer
+        parts = [self._frame(0).inverse()(values[:end]).to(self.rows.dtype)]
+        if len(values) > end:
+            parts.append(self._frame(2).inverse()(values[end:]).to(self.rows.dtype))
+        sums = [_power_sums(part) for part in parts]
+        if not (torch.stack(sums).sum().isfinite() and (allowed is None or allowed)):
+            self.skipped.add_(1)
+            return torch.full((len(values),), -1)
+        slots = torch.arange(pointer, pointer + len(values)).remainder_(self.size)
+        if labels is not None and self.labels is not None:
+            self.labels[slots] = labels
+        for part, entering in zip(parts, sums, strict=True):
+            place = slice(pointer, pointer + len(part))
+            if count == self.size:  # the rows that were there are of the last turn
+                self.sums[:, 1].sub_(_power_sums(self.rows[place]))
+            self.sums[:, 0].add_(entering)
+            self.rows[place] = part
+            pointer, count = place.stop % self.size, max(count, place.stop)
+            if pointer == 0:
+                self.sums[:, 1], self.frames[1] = self.sums[:, 0], self.frames[0]
+                self.sums[:, 0], self.frames[0] = 0, self.frames[2]
+        self.pointer.fill_(pointer)
+        self.count.fill_(count)
+        return slots
+
+    def _write_masked(
+        self, values: Float64[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
+    ) -> Int64[Tensor, "b"]:
+        """``enqueue`` on an accelerator, where nothing may be looked at: every row of the batch in one way."""
+        position = self.pointer + torch.arange(len(values), device=values.device)
+        slots, next_turn = position % self.size, position >= self.size
+        encode = Frame.where(next_turn, self._frame(2).inverse(), self._frame(0).inverse())
+        stored = encode(values).to(self.rows.dtype)
+        replaced = self.rows.index_select(0, slots)
+        turns = torch.stack([~next_turn, next_turn])
+        entering = _power_sums(stored, turns)
+        leaving = _power_sums(replaced, turns & (slots < self.count))
+        finite = entering.sum().isfinite()
+        if allowed is not None:
+            finite = finite & allowed
+        turned = finite & (position[-1] >= self.size - 1)
+
+        # Rows up to the ring's end replace the last turn's; rows past it open the next turn and replace this one's.
+        this = self.sums[:, 0] + entering[:, 0]
+        stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
+        turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
+        _assign(self.sums, torch.where(turned, turn, stay), finite)
+        _assign(self.frames, torch.stack([self.frames[2], self.frames[0], self.frames[2]]), turned)
+        self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
+        if labels is not None and self.labels is not None:
+            self.labels.index_copy_(0, slots, torch.where(finite, labels, self.labels[slots]))
+        advance = finite * len(values)
+        self.pointer.add_(advance).remainder_(self.size)
+        self.count.add_(advance).clamp_(max=self.size)
+        self.skipped.add_(~finite)
+        return torch.where(finite, slots, -1)
 
     def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> Moments:
         """Composes the map that takes the current moments to the target onto the frames; the moments after it."""
@@ -315,10 +367,17 @@ class FeatureQueue(nn.Module):
         return self
 
 
-def _power_sums(weights: Bool[Tensor, "2 b"], rows: Float[Tensor, "b D"]) -> Float64[Tensor, "2 2 D"]:
-    """Sums of the rows and of their squares ([1, 2 power]), over each of two groups."""
-    rows, weights = rows.double(), weights.double()
-    return torch.stack([weights @ rows, weights @ rows.square()])
+def _power_sums(rows: Float[Tensor, "b D"], groups: Bool[Tensor, "g b"] | None = None) -> Float64[Tensor, "2 *g D"]:
+    """Sums of the rows and of their squares ([1, 2 power]), over all of them or over each of some groups."""
+    rows = rows.double()
+    if groups is None:
+        return torch.stack([rows.sum(0), (rows * rows).sum(0)])
+    weights = groups.double()
+    return torch.stack([weights @ rows, weights @ (rows * rows)])
+
+
+def _lengths(features: Float[Tensor, "b D"]) -> Float[Tensor, "b"]:
+    return torch.linalg.vector_norm(features, dim=1)
 
 
 def may_wait(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
-from selfsup_xbn.queue_scan import FLOOR, PairRule, Scan, scan_positives, scan_queue
+from selfsup_xbn.queue_scan import FLOOR, PairRule, Scan, scan_negatives, scan_positives, scan_queue
 
 
 class PairMargin(NamedTuple):
@@ -77,10 +77,7 @@ def info_nce(
         own_slots: where the keys themselves stand in the queue, if they do: the row that is each query's own
             positive is no negative of it. -1 for none.
     """
-    negatives = scan_queue(_unit(q), queue, temperature, own_slots).logsumexp
-    with torch.autocast(q.device.type, enabled=False):
-        positive = F.cosine_similarity(q.to(negatives.dtype), k.to(negatives.dtype), dim=1, eps=1e-12) / temperature
-        return F.softplus(negatives - positive, threshold=40).mean()
+    return scan_negatives(q, k, queue, temperature, own_slots)
 
 
 def sup_con(
@@ -111,7 +108,8 @@ def sup_con(
     """
     if queue is None:
         return _sup_con(_scan_batch(embeddings, temperature, PairMargin.rule(miner, labels)))
-    return sup_con_pairs(embeddings, labels, queue, temperature=temperature, miner=miner, own_slots=own_slots).value
+    rule = PairMargin.rule(miner, labels)
+    return _sup_con(scan_queue(_unit(embeddings), queue, temperature, own_slots, rule, count_negatives=False))
 
 
 def sup_con_pairs(

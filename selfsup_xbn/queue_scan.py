@@ -68,34 +68,47 @@ class Scan(NamedTuple):
     logsumexp: Float[Tensor, "B"]  # of the logits that count; FLOOR where none does
     positive_sum: Float[Tensor, "B"]  # of the positive logits
     positives: Float[Tensor, "B"]  # how many there are
-    negatives: Int64[Tensor, ""]  # how many all anchors have together; 0 without a rule
+    negatives: Int64[Tensor, ""]  # how many all anchors have together
+
+
+def scan_negatives(
+    q: Float[Tensor, "B D"],
+    k: Float[Tensor, "B D"],
+    queue: FeatureQueue,
+    temperature: float,
+    own_slots: Int64[Tensor, "B *E"] | None = None,
+) -> Float[Tensor, ""]:
+    """``losses.info_nce``: no pair is chosen, all rows are negatives but an anchor's own slots."""
+    with torch.autocast(q.device.type, enabled=False):
+        return _InfoNCE.apply(q, k, _Reader(queue, temperature, own_slots))
 
 
 def scan_queue(
     unit: Float[Tensor, "B D"],
     queue: FeatureQueue,
     temperature: float,
-    own_slots: Int64[Tensor, "B *E"] | None = None,
-    rule: PairRule | None = None,
+    own_slots: Int64[Tensor, "B *E"] | None,
+    rule: PairRule,
     *,
     positives_count: bool = True,
+    count_negatives: bool = True,
 ) -> Scan:
-    """Log-sum-exp of cos(anchor, row) / T over the queue, and the sum of the positive ones, in one pass.
+    """Log-sum-exp of cos(anchor, row) / T over the pairs that count, and the sum of the positive ones, in one pass.
 
     Args:
         unit: anchors of unit length, at least float32. Gradient flows to them.
         queue: the memory; only its filled rows count, at unit length.
         temperature: T > 0.
         own_slots: slots that an anchor must not meet (its own copies); -1 for none.
-        rule: which pairs count; None: all do, and none is positive.
+        rule: which pairs count.
         positives_count: whether the log-sum-exp is over positive pairs too, or over negative ones alone.
+        count_negatives: otherwise ``negatives`` is a number that is 0 only where there are none, which costs less.
     """
-    if temperature <= 0:
-        raise UserError(f"expected a temperature above 0, got {temperature}")
-    if rule is not None and queue.labels is None:
+    if queue.labels is None:
         raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
     with torch.autocast(unit.device.type, enabled=False):
-        return Scan(*_QueueScan.apply(unit, _Reader(queue, temperature, own_slots, rule), positives_count))
+        reader = _Reader(queue, temperature, own_slots, rule)
+        return Scan(*_QueueScan.apply(unit, reader, positives_count, count_negatives))
 
 
 def scan_positives(
@@ -115,9 +128,10 @@ def scan_positives(
 
 
 def block_rows(anchors: int, queue: FeatureQueue) -> int:
-    """Rows of a block: its similarities, and its rows, shall fit a core's cache, on an accelerator 16 MB."""
-    cells = 2**17 if queue.rows.device.type == "cpu" else 2**19
-    rows = max(1, min(cells // anchors, 16 * cells // queue.dim))
+    """Rows of a block: on a CPU a thread's share of the similarities is 1 MB, half of a core's cache, and on any device
+    the rows are 16 MB at most."""
+    cells = 2**18 * torch.get_num_threads() if queue.rows.device.type == "cpu" else 2**19
+    rows = max(1, min(cells // anchors, 2**22 // queue.dim))
     # Compiled, each block is unrolled: better few than small.
     return max(rows, -(-queue.size // 8)) if torch.compiler.is_compiling() else rows
 
@@ -126,8 +140,10 @@ class _Reader:
     """How a pass reads a queue: which blocks there are, and which of their pairs count."""
 
     def __init__(
-        self, queue: FeatureQueue, temperature: float, own_slots: Tensor | None, rule: PairRule | None
+        self, queue: FeatureQueue, temperature: float, own_slots: Tensor | None, rule: PairRule | None = None
     ) -> None:
+        if temperature <= 0:
+            raise UserError(f"expected a temperature above 0, got {temperature}")
         self.queue, self.temperature, self.own_slots = queue, temperature, own_slots
         self.rule = None if rule is None else rule.scaled(temperature)
         self.own_range = (0, queue.size)
@@ -163,8 +179,19 @@ class _Reader:
     def logits(self, scaled: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """The block's rows [b, D], the inverse of their lengths [b], and their logits [B, b] with anchors over T."""
         rows = block.features.to(scaled.dtype)
-        inverse = torch.linalg.vector_norm(rows, dim=1).clamp_(min=1e-12).reciprocal_()
+        inverse = _inverse(block.lengths.to(scaled.dtype))
         return rows, inverse, (scaled @ rows.T).mul_(inverse)
+
+    def leave_out_(self, logits: Tensor, block: Block) -> None:
+        """Puts FLOOR in the place of pairs that are an empty slot or an anchor's own copy."""
+        if may_wait(logits) and self.own_slots is not None:
+            if not self._is_foreign(block):
+                assert isinstance(block.slots, slice)
+                column = self.own_slots.view(len(logits), -1) - block.slots.start
+                anchor, which = ((column >= 0) & (column < logits.shape[1])).nonzero().T
+                logits[anchor, column[anchor, which]] = FLOOR
+        elif (excluded := self.excluded(block)) is not None:
+            logits.masked_fill_(excluded, FLOOR)
 
     def excluded(self, block: Block) -> Tensor | None:
         """[B, b] or [b] pairs that are an empty slot or an anchor's own copy; None where no pair is."""
@@ -199,23 +226,68 @@ def _related(queue: FeatureQueue, labels: Tensor) -> Tensor | None:
     return found if FEW * len(found) < len(queue) else None
 
 
-class _QueueScan(torch.autograd.Function):
-    """The pass with an online softmax; the gradient by the anchors is made on the way."""
+class _InfoNCE(torch.autograd.Function):
+    """InfoNCE of queries and keys of any length, with its gradient by both."""
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor, reader: _Reader, positives_count: bool) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, q: Tensor, k: Tensor, reader: _Reader) -> Tensor:
+        dtype = torch.promote_types(q.dtype, torch.float32)
+        (query, q_inverse), (key, k_inverse) = _unit(q.to(dtype)), _unit(k.to(dtype))
+        scaled, sums = query / reader.temperature, _LogSumExp(query)
+        for block, _ in reader.plain(len(query)):
+            rows, inverse, logits = reader.logits(scaled, block)
+            reader.leave_out_(logits, block)
+            sums.add(logits, rows, inverse)
+        negatives, attended = sums.result()
+        gap = negatives - (scaled * key).sum(1)
+        slope = gap.sigmoid().div_(len(q) * reader.temperature)[:, None]
+        by_query = _by_length(attended.sub_(key).mul_(slope), query, q_inverse).to(q.dtype)
+        by_key = _by_length(-slope * query, key, k_inverse).to(k.dtype) if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(by_query, by_key)
+        return F.softplus(gap, threshold=40).mean()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        by_query, by_key = ctx.saved_tensors
+        return grads[0] * by_query, None if by_key is None else grads[0] * by_key, None
+
+
+def _unit(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows at unit length, and what they were multiplied by [B, 1]."""
+    inverse = _inverse(torch.linalg.vector_norm(rows, dim=1, keepdim=True))
+    return rows * inverse, inverse
+
+
+def _inverse(lengths: Tensor) -> Tensor:
+    return lengths.clamp(min=1e-12).reciprocal_()
+
+
+def _by_length(by_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient by rows, of that by the rows at unit length."""
+    along = (by_unit * unit).sum(1, keepdim=True)
+    return torch.addcmul(by_unit, along, unit, value=-1).mul_(inverse)
+
+
+class _QueueScan(torch.autograd.Function):
+    """The pass of a loss that chooses pairs by labels; the gradient by the anchors is made on the way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, unit: Tensor, reader: _Reader, positives_count: bool, count_negatives: bool
+    ) -> tuple[Tensor, ...]:
         scaled, sums, positives = unit / reader.temperature, _LogSumExp(unit), _Positives(unit)
-        negatives = torch.zeros((), dtype=torch.int64, device=unit.device)
+        negatives, rule = torch.zeros((), dtype=torch.int64, device=unit.device), reader.rule
+        assert rule is not None
         for block, skipped in reader.plain(len(unit)):
             rows, inverse, logits = reader.logits(scaled, block)
-            if reader.rule is not None:
-                F.threshold(logits, reader.rule.above, FLOOR, inplace=True)
-                if skipped:
-                    logits.index_fill_(1, torch.tensor(skipped), FLOOR)
+            F.threshold(logits, rule.above, FLOOR, inplace=True)
+            if skipped:
+                logits.index_fill_(1, torch.tensor(skipped), FLOOR)
+            if count_negatives:
                 negatives.add_((logits > FLOOR).count_nonzero())
-            elif (excluded := reader.excluded(block)) is not None:
-                logits.masked_fill_(excluded, FLOOR)
             sums.add(logits, rows, inverse)
+        if not count_negatives:
+            negatives.add_((sums.peak > FLOOR).count_nonzero())
         for block in reader.paired(len(unit)):
             rows, inverse, logits = reader.logits(scaled, block)
             positive, negative = reader.pairs(logits, block)
@@ -233,7 +305,7 @@ class _QueueScan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         attended, positive_rows = ctx.saved_tensors
         grad = torch.addcmul(grads[0][:, None] * attended, grads[1][:, None], positive_rows)
-        return grad / ctx.temperature, None, None
+        return grad / ctx.temperature, None, None, None
 
 
 class _PositivePairs(torch.autograd.Function):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from reference import ReferenceQueue
 
-from selfsup_xbn import AXBN, XBN, FeatureQueue
+from selfsup_xbn import AXBN, XBN, FeatureQueue, feature_queue
 from selfsup_xbn.errors import UserError
 
 ADAPTATIONS = ["xbm", "xbn", "axbn"]
@@ -54,8 +54,15 @@ def saved_and_loaded(queue):
     return fresh
 
 
+@pytest.fixture(params=["cpu", "accelerator"])
+def path(request, monkeypatch):
+    """A CPU, where pointer and values may be looked at; an accelerator, where a look would be waited for."""
+    if request.param == "accelerator":
+        monkeypatch.setattr(feature_queue, "may_wait", lambda tensor: False)
+
+
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_equals_the_literal_equations_over_2000_random_steps(adaptation, unchecked):
+def test_equals_the_literal_equations_over_2000_random_steps(adaptation, path, unchecked):
     size, dim, rng = 37, 5, np.random.default_rng(0)
     queue, reference = FeatureQueue(size, dim, adaptation, labels=True), ReferenceQueue(size, adaptation)
     for step in range(2000):
@@ -236,7 +243,7 @@ def test_a_dimension_that_collapses_again_and_again_stays_finite():
         assert np.abs(in_order(queue)[0] - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_a_batch_of_one_adapts_nothing_and_is_enqueued():
+def test_a_batch_of_one_adapts_nothing_and_is_enqueued(path):
     queue = filled()
     before = queue.features()
     row = torch.randn(1, 6)
@@ -256,7 +263,7 @@ def test_the_first_batch_is_enqueued_as_it_is():
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_batch_changes_nothing_but_the_count(adaptation, bad):
+def test_a_non_finite_batch_changes_nothing_but_the_count(adaptation, bad, path):
     queue = filled(adaptation)
     before = {name: value.clone() for name, value in queue.state_dict().items()}
     batch = torch.randn(7, 6)
@@ -267,7 +274,7 @@ def test_a_non_finite_batch_changes_nothing_but_the_count(adaptation, bad):
         assert torch.equal(value, before[name] + (name == "skipped")), name
 
 
-def test_values_too_large_for_the_storage_are_kept_out():
+def test_values_too_large_for_the_storage_are_kept_out(path):
     queue = FeatureQueue(8, 2, "xbm", dtype=torch.float16)
     queue.enqueue(torch.full((2, 2), 1e6))
     assert len(queue) == 0
@@ -275,7 +282,7 @@ def test_values_too_large_for_the_storage_are_kept_out():
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e5])
-def test_float16_storage_takes_values_outside_of_float16s_range(scale):
+def test_float16_storage_takes_values_outside_of_float16s_range(scale, path):
     queue, batch = FeatureQueue(8, 2, dtype=torch.float16), torch.randn(8, 2) * scale
     queue.adapt(batch)
     queue.enqueue(batch)
@@ -296,7 +303,7 @@ def test_the_trace_says_what_adapting_made_of_the_moments(adaptation):
         assert all(torch.equal(a, b) for a, b in zip(kept, trace.after, strict=True))
 
 
-def test_a_batch_larger_than_the_queue_keeps_its_last_rows():
+def test_a_batch_larger_than_the_queue_keeps_its_last_rows(path):
     queue, batch = FeatureQueue(5, 2, labels=True), torch.randn(12, 2)
     slots = queue.enqueue(batch, torch.arange(12))
     assert slots.tolist() == [-1] * 7 + [0, 1, 2, 3, 4]
