@@ -141,15 +141,23 @@ def verdict(target: Target, folder: Path) -> tuple[str, str]:
 
 def campaign(folder: Path, seed: int, cases: int) -> list[dict[str, Any]]:
     """So many cases, the targets in turn; each with what became of it."""
+    write_targets(folder)
+    names = [list(TARGETS)[number % len(TARGETS)] for number in range(cases)]
+    seeds = [f"{seed} {number}" for number in range(cases)]
+    return [case(folder, name, random.Random(s)) | {"seed": s} for name, s in zip(names, seeds, strict=True)]
+
+
+def write_targets(folder: Path) -> None:
+    """Valid files of each kind, in a folder each."""
     for name, target in TARGETS.items():
         (folder / name).mkdir()
         target.write(folder / name)
         assert verdict(target, folder / name) == ("read", ""), name
-    return [_case(folder, list(TARGETS)[number % len(TARGETS)], f"{seed} {number}") for number in range(cases)]
 
 
-def _case(folder: Path, name: str, seed: str) -> dict[str, Any]:
-    rng, target = random.Random(seed), TARGETS[name]
+def case(folder: Path, name: str, rng: random.Random) -> dict[str, Any]:
+    """What becomes of a target of which one file is spoiled; afterwards the file is as before."""
+    target = TARGETS[name]
     file = rng.choice(sorted((folder / name).glob(target.spoiled)))
     content = file.read_bytes()
     file.write_bytes(spoil(content, rng))
@@ -157,7 +165,7 @@ def _case(folder: Path, name: str, seed: str) -> dict[str, Any]:
         end, reason = verdict(target, folder / name)
     finally:
         file.write_bytes(content)
-    return {"target": name, "file": file.name, "seed": seed, "end": end, "reason": reason}
+    return {"target": name, "file": file.name, "end": end, "reason": reason}
 
 
 def main() -> None:

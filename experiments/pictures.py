@@ -34,6 +34,7 @@ def save_chart(
     *,
     titles: Sequence[str] = (),
     log: bool = False,
+    both: bool = False,
 ) -> None:
     """Writes a PNG of charts side by side.
 
@@ -42,16 +43,20 @@ def save_chart(
         y_label: what all of them show.
         titles: one for each chart.
         log: a logarithmic x axis with ticks at its values.
+        both: the y axis logarithmic too.
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.5 * len(charts), 4), layout="constrained", dpi=120)
-    axes = figure.subplots(1, len(charts), squeeze=False, sharey=not titles)[0]
-    for number, (axis, (x_label, x, found)) in enumerate(zip(axes, charts, strict=True)):
+    columns = min(len(charts), 4)
+    rows = -(-len(charts) // columns)
+    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained", dpi=100)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey=not titles).flatten()
+    for number, (axis, (x_label, x, found)) in enumerate(zip(axes, charts, strict=False)):
         for name, (means, deviations) in found.items():
             axis.errorbar(list(x)[: len(means)], means, deviations, label=name, marker="o", markersize=4, capsize=3)
         if log:
             axis.set_xscale("log")
+            axis.set_yscale("log" if both else "linear")
             axis.set_xticks(list(x), [f"{value:g}" for value in x])
             axis.minorticks_off()
         axis.set(xlabel=x_label, ylabel=y_label if not number or titles else "")

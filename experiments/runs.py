@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import hashlib
 import json
+import shlex
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any
 
 from selfsup_xbn.config import Config, resolved
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.repeat import command_of
 from selfsup_xbn.run_log import CONFIG, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,6 +56,10 @@ class Experiment:
         options = parser.parse_args(argv)
         scale = getattr(options, "scale", "")
         path = RESULTS / f"{self.name}{'-' * bool(scale)}{scale}.json"
+        if options.commands:
+            for label, cell in self.scales[scale].items():
+                print(f"# {label}", shlex.join(command_of(cell)), sep="\n")
+            return
         try:
             if not options.from_results:
                 run_all(self.scales[scale], options, path)
@@ -68,6 +74,7 @@ class Experiment:
         if "" not in self.scales:
             made.add_argument("--scale", choices=list(self.scales), default="small", help="sizes (default small)")
         made.add_argument("--from-results", action="store_true", help="train nothing, show the committed results")
+        made.add_argument("--commands", action="store_true", help="train nothing, print the command of every cell")
         made.add_argument(
             "--data",
             action="append",

@@ -339,15 +339,25 @@ class FeatureQueue(nn.Module):
 
     def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> Moments:
         """Composes the map that takes the current moments to the target onto the frames; the moments after it."""
-        allowed = finite & (self.count >= 2)
         varies = target.varies()
-        factor = torch.where(varies & current.varies() & allowed, target.std / current.std, 1.0)
-        offset = torch.where(allowed, torch.addcmul(target.mean, factor, current.mean, value=-1), 0.0)
+        factor = torch.where(varies & current.varies(), target.std / current.std, 1.0)
+        offset = torch.addcmul(target.mean, factor, current.mean, value=-1)
+        standard = torch.stack([torch.where(varies, target.std, 1.0), target.mean])
+        # The next turn starts in the frame of these moments; so does this one if the queue is empty.
+        if may_wait(self.rows):
+            count = int(self.count)
+            if finite:
+                self.frames[2] = standard
+            if finite and count == 0:
+                self.frames[0] = standard
+            if not finite or count < 2:
+                return current
+        else:
+            empty, allowed = finite & (self.count == 0), finite & (self.count >= 2)
+            _assign(self.frames, standard, torch.stack([empty, empty, finite])[:, None, None])
+            factor, offset = torch.where(allowed, factor, 1.0), torch.where(allowed, offset, 0.0)
         self.frames[:2].mul_(factor)
         self.frames[:2, 1].add_(offset)
-        standard = torch.stack([torch.where(varies, target.std, 1.0), target.mean])
-        empty = finite & (self.count == 0)  # then this turn may start in the frame of the next one
-        _assign(self.frames, standard, torch.stack([empty, empty, finite])[:, None, None])
         return Moments(torch.addcmul(offset, current.mean, factor), current.std * factor)
 
     def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:

@@ -19,6 +19,7 @@ Measure on a quiet machine. All works together take about half an hour on two co
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import subprocess
@@ -28,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.works import GOALS, Goal, works
+from experiments.pictures import save_chart
 from experiments.runs import RESULTS
 from selfsup_xbn.run_log import environment
 
@@ -39,13 +41,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(argv)
     path: Path = options.out / f"benchmarks-{options.device}.json"
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    for work in [] if options.from_results else options.works or list(works()):
+    wanted = [work for work in works() if not options.works or any(work.startswith(name) for name in options.works)]
+    for work in [] if options.from_results else wanted:
         found[work] = {"names": measure(work, options), "threads": options.threads, "environment": environment()}
         path.write_text(json.dumps(found, indent=1) + "\n")
         print(*table(work, found[work]["names"]), "", sep="\n", flush=True)
     if options.from_results:
-        for work in options.works or found:
+        for work in [work for work in wanted if work in found]:
             print(*table(work, found[work]["names"]), "", sep="\n")
+    draw_scaling(found, path.with_name(f"scaling-{options.device}.png"))
     print(*(verdict(goal, found[goal.work]["names"]) for goal in GOALS if goal.work in found), sep="\n")
 
 
@@ -55,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("works", nargs="*", metavar="WORK", choices=[[], *works()], help=f"some of: {', '.join(works())}")
+    made.add_argument("works", nargs="*", metavar="WORK", help=f"all whose name begins so: {', '.join(works())}")
     made.add_argument("--rounds", type=int, default=7, help="rounds of each (default 7)")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
     made.add_argument("--threads", type=int, default=2, help="of each process (default 2)")
@@ -126,6 +130,20 @@ def table(work: str, found: Found) -> list[str]:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def draw_scaling(found: Found, path: Path) -> None:
+    """Time and memory beyond the inputs against each size, where any was measured."""
+    charts, titles = [], []
+    for axis, unit in itertools.product("MDBN", ("seconds", "extra_bytes")):
+        sizes = sorted(int(work.rpartition("-")[2]) for work in found if work.startswith(f"scale-{axis}-"))
+        at = [found[f"scale-{axis}-{size}"]["names"] for size in sizes]
+        scale = 1e3 if unit == "seconds" else 2**-20
+        lines = {name: ([values[name][unit] * scale for values in at], [0.0] * len(at)) for name in at[0]} if at else {}
+        charts.append((axis, sizes, lines))
+        titles.append(f"{'time [ms]' if unit == 'seconds' else 'memory beyond inputs [MB]'} against {axis}")
+    if any(lines for *_, lines in charts):
+        save_chart(path, charts, "", titles=titles, log=True, both=True)
 
 
 def verdict(goal: Goal, found: Found) -> str:

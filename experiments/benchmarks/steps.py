@@ -174,8 +174,8 @@ def moco_pml(sizes: tuple[int, int, int], device: str) -> Step:
     return step_of(loss, queries, device)
 
 
-def _supervised(rows: int) -> dict[str, Callable[[str], Step]]:
-    sizes = (64, rows, 512)
+def _supervised(rows: int, batch: int = 64, dim: int = 512) -> dict[str, Callable[[str], Step]]:
+    sizes = (batch, rows, dim)
     return {
         "bare": partial(bare, supervised_inputs, sizes),
         "ours, XBN": partial(supervised_ours, "xbn", sizes),
@@ -203,6 +203,11 @@ def _memory(rows: int) -> dict[str, Callable[[str], Step]]:
     return {name: partial(moco_ours, name.lower(), (128, rows, 128)) for name in ("XBM", "XBN")}
 
 
+SCALES: dict[str, dict[int, dict[str, Callable[[str], Step]]]] = {
+    "M": {rows: _supervised(rows) for rows in (4_096, 16_384, 65_536, 262_144)},
+    "D": {dim: _supervised(29_775, dim=dim) for dim in (64, 128, 256, 512, 1_024)},
+    "B": {batch: _supervised(29_775, batch=batch) for batch in (16, 64, 256)},
+}
 MEMORIES = (4_096, 65_536, 262_144, 1_000_000)
 WORKS: dict[str, dict[str, Callable[[str], Step]]] = {
     "supervised-29775": _supervised(29_775),

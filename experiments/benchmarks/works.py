@@ -45,9 +45,17 @@ def works(device: str = "cpu", scale: float = 1.0) -> dict[str, dict[str, Make]]
     }
     for work, peers in evaluators.WORKS.items():
         found[work] = {name: partial(make, scale) for name, make in peers.items()}
+    for axis, sizes in steps.SCALES.items():  # scaling curves
+        for size, scaled in sizes.items():
+            found[f"scale-{axis}-{size}"] = {name: partial(scaled[name], device) for name in SCALED}
+    for share in EVALUATED:
+        found[f"scale-N-{round(60_502 * share)}"] = {
+            name: partial(evaluators.WORKS["recall"][name], share * scale) for name in ("ours", "faiss-cpu")
+        }
     return found | {"import": {name: partial(_command, command) for name, command in COMMANDS.items()}}
 
 
+SCALED, EVALUATED = ("ours, XBN", "pytorch-metric-learning"), (0.1, 0.2, 0.4)
 COMMANDS = {
     "torch": ["-c", "import torch"],
     "torch, selfsup_xbn": ["-c", "import torch, selfsup_xbn; selfsup_xbn.FeatureQueue"],
