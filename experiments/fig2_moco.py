@@ -8,6 +8,12 @@ one core).
     python -m experiments.fig2_moco --data cifar10=folder:FOLDER
     python -m experiments.fig2_moco --scale paper --only cifar10: --jobs 6 --data cifar10=cifar10:ROOT      # one GPU
     python -m experiments.fig2_moco --from-results
+
+On a GPU that is lent for 25 minutes at a time: each stretch goes on where the last one was killed, from the checkpoint
+of the last whole epoch, if ``--folder`` is kept; ``--collect`` takes in what unfinished runs have logged::
+
+    timeout 1450 python -m experiments.fig2_moco --scale paper --only cifar10: --jobs 6 --seeds 3 --folder FOLDER ...
+    python -m experiments.fig2_moco --scale paper --only cifar10: --folder FOLDER --collect
 """
 
 from __future__ import annotations

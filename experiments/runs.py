@@ -61,7 +61,9 @@ class Experiment:
                 print(f"# {label}", shlex.join(command_of(cell)), sep="\n")
             return
         try:
-            if not options.from_results:
+            if options.collect:
+                collect(self.scales[scale], options, path)
+            elif not options.from_results:
                 run_all(self.scales[scale], options, path)
             print(*self.show(read(path), path), sep="\n")
         except UserError as error:
@@ -75,6 +77,7 @@ class Experiment:
             made.add_argument("--scale", choices=list(self.scales), default="small", help="sizes (default small)")
         made.add_argument("--from-results", action="store_true", help="train nothing, show the committed results")
         made.add_argument("--commands", action="store_true", help="train nothing, print the command of every cell")
+        made.add_argument("--collect", action="store_true", help="train nothing, take in what runs have done so far")
         made.add_argument(
             "--data",
             action="append",
@@ -143,9 +146,26 @@ def _run(config: Config, threads: int) -> dict[str, Any]:
         with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log):
             train(config, resume=True)
         (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.1f}\n")
-    environment = json.loads((folder / CONFIG).read_text())["environment"] | {"threads": threads}
-    seconds = float((folder / "seconds.txt").read_text())
-    return {"records": read_metrics(folder), "seconds": seconds, "environment": environment}
+    return _outcome(folder)
+
+
+def _outcome(folder: Path) -> dict[str, Any]:
+    """What a run has logged, where, and its seconds: 0 as long as it is not done."""
+    seconds = folder / "seconds.txt"
+    return {
+        "records": read_metrics(folder),
+        "seconds": float(seconds.read_text()) if seconds.exists() else 0.0,
+        "environment": json.loads((folder / CONFIG).read_text())["environment"],
+    }
+
+
+def collect(cells: Cells, options: argparse.Namespace, path: Path) -> None:
+    """Adds every run that has begun to the results, as far as it has come."""
+    for label, cell in cells.items():
+        for seed in range(options.seeds):
+            folder = options.folder / folder_name(cell, seed)
+            if options.only in label and (folder / CONFIG).exists():
+                add(path, cells, label, seed, _outcome(folder))
 
 
 def add(path: Path, cells: Cells, label: str, seed: int, run: dict[str, Any]) -> None:

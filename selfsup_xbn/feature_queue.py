@@ -23,7 +23,6 @@ Axis legend: B batch, M queue rows, D dimensions, n filled rows, b rows of a blo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64, Int64
@@ -31,54 +30,10 @@ from torch import Tensor, nn
 
 from selfsup_xbn.adaptation import Adaptation, Moments, batch_moments, make_adaptation
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.queue_parts import Block, Frame, Trace, assign_, may_wait, power_sums
 
 PIECE = 2**18
 """Numbers that are decoded at a time: 1 MB."""
-
-
-class Frame(NamedTuple):
-    """The map between stored rows and adapted rows. The only place that knows its form."""
-
-    scale: Float[Tensor, "*b D"]
-    shift: Float[Tensor, "*b D"]
-
-    def __call__(self, rows: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
-        """Adapted rows of stored ones."""
-        return torch.addcmul(self.shift, rows, self.scale)
-
-    def inverse(self) -> Frame:
-        """The map from adapted rows to stored ones."""
-        scale = self.scale.reciprocal()
-        return Frame(scale, -self.shift * scale)
-
-    def to(self, dtype: torch.dtype) -> Frame:
-        """The same map in another precision."""
-        return Frame(self.scale.to(dtype), self.shift.to(dtype))
-
-    @staticmethod
-    def where(condition: Bool[Tensor, "b"], a: Frame, b: Frame) -> Frame:
-        """A map for each row: ``a`` where the condition holds, ``b`` elsewhere."""
-        choose = condition[:, None]
-        return Frame(torch.where(choose, a.scale, b.scale), torch.where(choose, a.shift, b.shift))
-
-
-class Block(NamedTuple):
-    """Some slots of the queue as a loss reads them: adapted, not normalised, with the rows' lengths; ``features`` and
-    ``lengths`` are valid until the next block is asked for. ``filled`` is None where every slot holds a row."""
-
-    slots: slice | Int64[Tensor, "b"]
-    features: Float[Tensor, "b D"]
-    lengths: Float[Tensor, "b"]
-    labels: Int64[Tensor, "b"] | None
-    filled: Bool[Tensor, "b"] | None
-
-
-class Trace(NamedTuple):
-    """What the last ``adapt`` saw: moments of the batch, and of the queue before and after."""
-
-    batch: Moments
-    before: Moments
-    after: Moments
 
 
 class FeatureQueue(nn.Module):
@@ -222,7 +177,9 @@ class FeatureQueue(nn.Module):
             frame = Frame.where(slots < self.pointer, this_frame, last_frame)
             block = slice(start, stop)
             features = frame(self.rows[block].to(self._read_dtype))
-            yield Block(block, features, _lengths(features), self._labels(block), slots < self.count)
+            yield Block(
+                block, features, torch.linalg.vector_norm(features, dim=1), self._labels(block), slots < self.count
+            )
 
     @torch.no_grad()
     def gather(self, slots: Int64[Tensor, "b"]) -> Block:
@@ -230,7 +187,7 @@ class FeatureQueue(nn.Module):
         this_frame, last_frame = self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
         frame = Frame.where(slots < self.pointer, this_frame, last_frame)
         features = frame(self.rows[slots].to(self._read_dtype))
-        return Block(slots, features, _lengths(features), self._labels(slots), None)
+        return Block(slots, features, torch.linalg.vector_norm(features, dim=1), self._labels(slots), None)
 
     def reset(self) -> None:
         """Empties the queue and forgets what its adaptation observed."""
@@ -284,7 +241,7 @@ class FeatureQueue(nn.Module):
         parts = [self._frame(0).inverse()(values[:end]).to(self.rows.dtype)]
         if len(values) > end:
             parts.append(self._frame(2).inverse()(values[end:]).to(self.rows.dtype))
-        sums = [_power_sums(part) for part in parts]
+        sums = [power_sums(part) for part in parts]
         if not (torch.stack(sums).sum().isfinite() and (allowed is None or allowed)):
             self.skipped.add_(1)
             return torch.full((len(values),), -1)
@@ -294,7 +251,7 @@ class FeatureQueue(nn.Module):
         for part, entering in zip(parts, sums, strict=True):
             place = slice(pointer, pointer + len(part))
             if count == self.size:  # the rows that were there are of the last turn
-                self.sums[:, 1].sub_(_power_sums(self.rows[place]))
+                self.sums[:, 1].sub_(power_sums(self.rows[place]))
             self.sums[:, 0].add_(entering)
             self.rows[place] = part
             pointer, count = place.stop % self.size, max(count, place.stop)
@@ -315,8 +272,8 @@ class FeatureQueue(nn.Module):
         stored = encode(values).to(self.rows.dtype)
         replaced = self.rows.index_select(0, slots)
         turns = torch.stack([~next_turn, next_turn])
-        entering = _power_sums(stored, turns)
-        leaving = _power_sums(replaced, turns & (slots < self.count))
+        entering = power_sums(stored, turns)
+        leaving = power_sums(replaced, turns & (slots < self.count))
         finite = entering.sum().isfinite()
         if allowed is not None:
             finite = finite & allowed
@@ -326,8 +283,8 @@ class FeatureQueue(nn.Module):
         this = self.sums[:, 0] + entering[:, 0]
         stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
         turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
-        _assign(self.sums, torch.where(turned, turn, stay), finite)
-        _assign(self.frames, torch.stack([self.frames[2], self.frames[0], self.frames[2]]), turned)
+        assign_(self.sums, torch.where(turned, turn, stay), finite)
+        assign_(self.frames, torch.stack([self.frames[2], self.frames[0], self.frames[2]]), turned)
         self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
         if labels is not None and self.labels is not None:
             self.labels.index_copy_(0, slots, torch.where(finite, labels, self.labels[slots]))
@@ -354,7 +311,7 @@ class FeatureQueue(nn.Module):
                 return current
         else:
             empty, allowed = finite & (self.count == 0), finite & (self.count >= 2)
-            _assign(self.frames, standard, torch.stack([empty, empty, finite])[:, None, None])
+            assign_(self.frames, standard, torch.stack([empty, empty, finite])[:, None, None])
             factor, offset = torch.where(allowed, factor, 1.0), torch.where(allowed, offset, 0.0)
         self.frames[:2].mul_(factor)
         self.frames[:2, 1].add_(offset)
@@ -375,26 +332,3 @@ class FeatureQueue(nn.Module):
 
         super()._apply(move, recurse)
         return self
-
-
-def _power_sums(rows: Float[Tensor, "b D"], groups: Bool[Tensor, "g b"] | None = None) -> Float64[Tensor, "2 *g D"]:
-    """Sums of the rows and of their squares ([1, 2 power]), over all of them or over each of some groups."""
-    rows = rows.double()
-    if groups is None:
-        return torch.stack([rows.sum(0), (rows * rows).sum(0)])
-    weights = groups.double()
-    return torch.stack([weights @ rows, weights @ (rows * rows)])
-
-
-def _lengths(features: Float[Tensor, "b D"]) -> Float[Tensor, "b"]:
-    return torch.linalg.vector_norm(features, dim=1)
-
-
-def may_wait(tensor: Tensor) -> bool:
-    """Whether shapes may depend on values here: on a CPU, where nothing is waited for, and not when compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
-def _assign(buffer: Tensor, value: Tensor, condition: Bool[Tensor, "*_"]) -> None:
-    """``buffer[...] = value`` where the condition, which lives on the device, holds."""
-    torch.where(condition, value, buffer, out=buffer)

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
-from selfsup_xbn.queue_scan import FLOOR, PairRule, Scan, scan_negatives, scan_positives, scan_queue
+from selfsup_xbn.online import FLOOR
+from selfsup_xbn.queue_reader import PairRule
+from selfsup_xbn.queue_scan import Scan, scan_negatives, scan_positives, scan_queue
 
 
 class PairMargin(NamedTuple):

@@ -61,6 +61,16 @@ def test_results_grow_run_by_run_and_runs_that_are_done_are_not_repeated(tmp_pat
     experiment.main(["--from-results"])
     assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f} | 2 |" in capsys.readouterr().out
 
+    # What a run that is not done has logged is taken in as well.
+    folder = tmp_path / "runs" / folder_name(CELLS["xbm"], 1)
+    (folder / "seconds.txt").unlink()
+    (tmp_path / "tiny.json").unlink()
+    experiment.main([*arguments, "--collect"])
+    collected = {result["label"]: result for result in read(tmp_path / "tiny.json")}
+    assert collected["xbn"] == results[1]
+    assert collected["xbm"]["history"] == results[0]["history"]
+    assert collected["xbm"]["seeds"]["1"]["seconds"] == 0
+
     # A cell with other settings starts anew; it does not mix with runs of the old ones.
     changed = replace(experiment, scales={"": {"xbn": replace(CELLS["xbn"], lr=0.01)}})
     changed.main([*arguments, "--seeds", "1"])

@@ -11,7 +11,7 @@ from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from pytorch_metric_learning.miners import PairMarginMiner
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfsup_xbn import FeatureQueue, queue_scan
+from selfsup_xbn import FeatureQueue, queue_reader
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, info_nce, sup_con
 
@@ -20,16 +20,16 @@ CENTRES = torch.randn(6, 12, generator=torch.Generator().manual_seed(3), dtype=t
 
 @pytest.fixture(autouse=True, params=[7, 1024], ids=["small blocks", "one block"])
 def _block_rows(request, monkeypatch):
-    monkeypatch.setattr(queue_scan, "block_rows", lambda anchors, queue: request.param)
+    monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: request.param)
 
 
 @pytest.fixture(params=["few", "many", "accelerator"])
 def path(request, monkeypatch):
     """A CPU where rows of the batch's classes count as few, or as many; an accelerator: no shape depends on values."""
     if request.param == "few":
-        monkeypatch.setattr(queue_scan, "FEW", 0)
+        monkeypatch.setattr(queue_reader, "FEW", 0)
     if request.param == "accelerator":
-        monkeypatch.setattr(queue_scan, "may_wait", lambda tensor: False)
+        monkeypatch.setattr(queue_reader, "may_wait", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 

@@ -28,7 +28,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmarks.works import GOALS, Goal, works
+from experiments.benchmarks.works import GOALS, TITLES, Goal, works
 from experiments.pictures import save_chart
 from experiments.runs import RESULTS
 from selfsup_xbn.run_log import environment
@@ -49,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.from_results:
         for work in [work for work in wanted if work in found]:
             print(*table(work, found[work]["names"]), "", sep="\n")
+    print(*summary(found), "", sep="\n")
     draw_scaling(found, path.with_name(f"scaling-{options.device}.png"))
     print(*(verdict(goal, found[goal.work]["names"]) for goal in GOALS if goal.work in found), sep="\n")
 
@@ -130,6 +131,23 @@ def table(work: str, found: Found) -> list[str]:
 
 def _time(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def summary(found: Found) -> list[str]:
+    """The README's table: time, and memory beyond the inputs."""
+    lines = ["| work | ours | bare products | peers |", "|---|---|---|---|"]
+    for work, title in TITLES.items():
+        if work not in found:
+            continue
+        names = found[work]["names"]
+        shown = {
+            name: f"{_time(values['seconds'])}, {values['extra_bytes'] / 2**20:.0f} MB"
+            for name, values in names.items()
+        }
+        own = shown.get("ours, XBN") or shown["ours"]
+        peers = [f"{name} {text}" for name, text in shown.items() if name != "bare" and not name.startswith("ours")]
+        lines.append(f"| {title} | {own} | {shown.get('bare', '-').partition(',')[0]} | {'; '.join(peers)} |")
+    return lines
 
 
 def draw_scaling(found: Found, path: Path) -> None:

@@ -23,6 +23,15 @@ class Goal(NamedTuple):
     unit: str = "x"
 
 
+TITLES = {
+    "supervised-29775": "supervised step, SupCon + pair margin miner, B 64, M 29,775, D 512",
+    "supervised-200000": "the same, M 200,000",
+    "moco-4096": "MoCo loss step, B 128, M 4,096, D 128",
+    "moco-65536": "MoCo loss step, B 256, M 65,536, D 128",
+    "knn": "weighted k-NN, 10,000 x 50,000, D 512, k 200",
+    "recall": "Recall@1/10/100/1000, 60,502 x 60,502, D 512",
+}
+"""The works of the README's table; steps are loss and gradient, ours with XBN."""
 GOALS = (
     Goal("supervised-29775", "ours, XBN", "bare", 1.6),
     Goal("supervised-200000", "ours, XBN", "bare", 1.4),

@@ -13,7 +13,7 @@ from pytorch_metric_learning.regularizers import LpRegularizer
 from reference import ReferenceQueue
 from torch import nn
 
-from selfsup_xbn import CrossBatchMemory, FeatureQueue, losses, queue_scan
+from selfsup_xbn import CrossBatchMemory, FeatureQueue, losses, queue_reader
 
 BATCHES = {"first batch": [8], "partly filled": [8, 7], "full": [8, 8, 8], "wrapped": [8, 7, 7, 8, 5]}
 
@@ -21,11 +21,11 @@ BATCHES = {"first batch": [8], "partly filled": [8, 7], "full": [8, 8, 8], "wrap
 @pytest.fixture(params=["small blocks", "few related rows", "fixed shapes"])
 def ways_to_read(request, monkeypatch):
     """Blocks smaller than the memory; and the way of an accelerator, where no shape may depend on values."""
-    monkeypatch.setattr(queue_scan, "block_rows", lambda anchors, queue: 7)
+    monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: 7)
     if request.param == "few related rows":
-        monkeypatch.setattr(queue_scan, "FEW", 0)
+        monkeypatch.setattr(queue_reader, "FEW", 0)
     if request.param == "fixed shapes":
-        monkeypatch.setattr(queue_scan, "may_wait", lambda tensor: False)
+        monkeypatch.setattr(queue_reader, "may_wait", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
