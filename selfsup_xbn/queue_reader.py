@@ -56,10 +56,10 @@ class PairRule(NamedTuple):
 def block_rows(anchors: int, queue: FeatureQueue) -> int:
     """Rows of a block: on a CPU a thread's share of the similarities is 1 MB, half of a core's cache, and on any device
     the rows are 16 MB at most."""
+    if torch.compiler.is_compiling():  # each block is unrolled: better few than small
+        return -(-queue.size // 8)
     cells = 2**18 * torch.get_num_threads() if queue.rows.device.type == "cpu" else 2**19
-    rows = max(1, min(cells // anchors, 2**22 // queue.dim))
-    # Compiled, each block is unrolled: better few than small.
-    return max(rows, -(-queue.size // 8)) if torch.compiler.is_compiling() else rows
+    return max(1, min(cells // anchors, 2**22 // queue.dim))
 
 
 class QueueReader:
@@ -84,12 +84,8 @@ class QueueReader:
         """All blocks where pairs need not be looked at one by one, with the columns to pass over."""
         if self.rule is not None and self.related is None:
             return
-        skipped = [] if self.related is None else self.related.tolist()
         for block in self.queue.blocks(block_rows(anchors, self.queue)):
-            assert isinstance(block.slots, slice)
-            start, stop = block.slots.start, block.slots.stop
-            first, last = bisect.bisect_left(skipped, start), bisect.bisect_left(skipped, stop)
-            yield block, [slot - start for slot in skipped[first:last]]
+            yield block, [] if self.related is None else _inside(self.related.tolist(), block)
 
     def paired(self, anchors: int) -> Iterator[Block]:
         """All blocks in which any pair may be positive."""
@@ -141,6 +137,13 @@ class QueueReader:
         assert block.labels is not None
         found, excluded = self.rule.select(logits, block.labels), self.excluded(block)
         return found if excluded is None else Pairs(found.positive & ~excluded, found.negative & ~excluded)
+
+
+def _inside(slots: list[int], block: Block) -> list[int]:
+    """Which columns of the block these ordered slots are."""
+    assert isinstance(block.slots, slice)
+    first, last = (bisect.bisect_left(slots, end) for end in (block.slots.start, block.slots.stop))
+    return [slot - block.slots.start for slot in slots[first:last]]
 
 
 def _related(queue: FeatureQueue, labels: Tensor) -> Tensor | None:
