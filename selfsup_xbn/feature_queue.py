@@ -127,10 +127,8 @@ class FeatureQueue(nn.Module):
         if (labels is None) != (self.labels is None):
             raise ValueError("expected labels if, and only if, the queue was made with labels=True")
         surplus = max(0, len(batch) - self.size)
-        values, labels = (
-            batch.detach()[surplus:].double(),
-            None if labels is None else labels[surplus:].to(self.rows.device),
-        )
+        values = batch.detach()[surplus:].double()
+        labels = None if labels is None else labels[surplus:].to(self.rows.device)
         allowed = batch[:surplus].isfinite().all() if surplus else None
         write = self._write_parts if may_wait(self.rows) else self._write_masked
         slots = write(values, labels, allowed)
@@ -170,24 +168,16 @@ class FeatureQueue(nn.Module):
         if may_wait(self.rows):
             yield from self._turns(block_rows)
             return
-        this_frame, last_frame = self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
+        turns = self._read_frames()
         for start in range(0, self.size, block_rows):
             stop = min(start + block_rows, self.size)
             slots = torch.arange(start, stop, device=self.rows.device)
-            frame = Frame.where(slots < self.pointer, this_frame, last_frame)
-            block = slice(start, stop)
-            features = frame(self.rows[block].to(self._read_dtype))
-            yield Block(
-                block, features, torch.linalg.vector_norm(features, dim=1), self._labels(block), slots < self.count
-            )
+            yield self._decoded(slice(start, stop), slots, turns, slots < self.count)
 
     @torch.no_grad()
     def gather(self, slots: Int64[Tensor, "b"]) -> Block:
         """The rows at these slots, which must be filled."""
-        this_frame, last_frame = self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
-        frame = Frame.where(slots < self.pointer, this_frame, last_frame)
-        features = frame(self.rows[slots].to(self._read_dtype))
-        return Block(slots, features, torch.linalg.vector_norm(features, dim=1), self._labels(slots), None)
+        return self._decoded(slots, slots, self._read_frames(), None)
 
     def reset(self) -> None:
         """Empties the queue and forgets what its adaptation observed."""
@@ -213,11 +203,27 @@ class FeatureQueue(nn.Module):
     def _labels(self, slots: slice | Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
         return None if self.labels is None else self.labels[slots]
 
+    def _read_frames(self) -> tuple[Frame, Frame]:
+        """Frames of this turn and of the last one, in the precision that rows are read in."""
+        return self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
+
+    def _decoded(
+        self,
+        place: slice | Int64[Tensor, "b"],
+        slots: Int64[Tensor, "b"],
+        turns: tuple[Frame, Frame],
+        filled: Bool[Tensor, "b"] | None,
+    ) -> Block:
+        """The rows at ``place``, whose slots these are, each by the frame of its turn."""
+        frame = Frame.where(slots < self.pointer, *turns)
+        features = frame(self.rows[place].to(self._read_dtype))
+        return Block(place, features, torch.linalg.vector_norm(features, dim=1), self._labels(place), filled)
+
     def _turns(self, block_rows: int) -> Iterator[Block]:
         """The filled slots, in order: this turn's, then the last one's."""
         pointer, count = int(self.pointer), int(self.count)
         dtype, piece_rows = self._read_dtype, max(1, PIECE // self.dim)
-        turns = [self._frame(turn).to(dtype) for turn in (0, 1)]
+        turns = self._read_frames()
         scratch = self.rows.new_empty(min(block_rows, self.size), self.dim, dtype=dtype)
         lengths = scratch.new_empty(len(scratch))
         for start in range(0, count, block_rows):

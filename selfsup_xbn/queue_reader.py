@@ -84,8 +84,9 @@ class QueueReader:
         """All blocks where pairs need not be looked at one by one, with the columns to pass over."""
         if self.rule is not None and self.related is None:
             return
+        related = None if self.related is None else self.related.tolist()
         for block in self.queue.blocks(block_rows(anchors, self.queue)):
-            yield block, [] if self.related is None else _inside(self.related.tolist(), block)
+            yield block, [] if related is None else _inside(related, block)
 
     def paired(self, anchors: int) -> Iterator[Block]:
         """All blocks in which any pair may be positive."""
@@ -123,8 +124,7 @@ class QueueReader:
         slots = block.slots
         if isinstance(slots, slice):
             slots = torch.arange(slots.start, slots.stop, device=self.own_slots.device)
-        own = (self.own_slots.flatten(1)[:, :, None] == slots) if self.own_slots.ndim > 1 else None
-        own = self.own_slots[:, None] == slots if own is None else own.any(1)
+        own = (self.own_slots.view(len(self.own_slots), -1, 1) == slots).any(1)
         return own if empty is None else own | empty
 
     def _is_foreign(self, block: Block) -> bool:
