@@ -32,8 +32,8 @@ from selfsup_xbn.adaptation import Adaptation, Moments, batch_moments, make_adap
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.queue_parts import Block, Frame, Trace, assign_, may_wait, power_sums
 
-PIECE = 2**18
-"""Numbers that are decoded at a time: 1 MB."""
+PIECE = 2**19
+"""Numbers that are decoded at a time: 2 MB."""
 
 
 class FeatureQueue(nn.Module):
@@ -105,12 +105,11 @@ class FeatureQueue(nn.Module):
         if len(batch) < 2:
             return
         observed = batch_moments(batch)
-        finite = observed.std.sum().isfinite()
+        finite = observed.std.sum() < torch.inf  # not so for NaN
         target = self.adaptation(observed, len(batch), finite)
-        before = after = self.moments()
-        if self.adaptation.moves_queue:
-            after = self._move(before, target, finite)
-        self.trace = Trace(observed, before, after)
+        before = self.moments()
+        move = self._move(before, target, finite) if self.adaptation.moves_queue else None
+        self.trace = Trace(observed, before, move)
 
     @torch.no_grad()
     def enqueue(self, batch: Float[Tensor, "B D"], labels: Int64[Tensor, "B"] | None = None) -> Int64[Tensor, "B"]:
@@ -127,7 +126,7 @@ class FeatureQueue(nn.Module):
         if (labels is None) != (self.labels is None):
             raise ValueError("expected labels if, and only if, the queue was made with labels=True")
         surplus = max(0, len(batch) - self.size)
-        values = batch.detach()[surplus:].double()
+        values = batch.detach()[surplus:]
         labels = None if labels is None else labels[surplus:].to(self.rows.device)
         allowed = batch[:surplus].isfinite().all() if surplus else None
         write = self._write_parts if may_wait(self.rows) else self._write_masked
@@ -142,14 +141,15 @@ class FeatureQueue(nn.Module):
 
     def moments(self) -> Moments:
         """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
-        n = torch.stack([self.pointer, self.count - self.pointer]).double()[:, None]  # rows of this turn, of the last
-        total = n.sum(0).clamp_(min=1)
-        scale, shift = self.frames[:2, 0], self.frames[:2, 1]
-        centre = self.sums[0] / n.clamp(min=1)
-        spread = torch.addcmul(self.sums[1], centre, self.sums[0], value=-1).clamp_(min=0).mul_(scale).mul_(scale)
-        means = torch.addcmul(shift, centre, scale)
-        mean = (n.T @ means)[0] / total
-        squares = spread.addcmul_(n, (means - mean).square_()).sum(0)
+        n, total = self._turn_sizes()
+        scale, shift = self.frames[:2].unbind(1)
+        first, second = self.sums.unbind()
+        scaled = first * scale
+        mean = torch.addcmul(scaled, shift, n).sum(0).div_(total.clamp(min=1))
+        offset = shift - mean
+        # The sum of (scale x + offset)^2 over a turn's rows x, of which first and second power sums are known.
+        linear = (offset * n).add_(scaled, alpha=2)
+        squares = (second * scale).mul_(scale).addcmul_(offset, linear).sum(0).clamp_(min=0)
         return Moments(mean, squares.div_((total - 1).clamp_(min=1)).sqrt_())
 
     @torch.no_grad()
@@ -197,8 +197,20 @@ class FeatureQueue(nn.Module):
         return torch.promote_types(self.rows.dtype, torch.float32)
 
     def _frame(self, turn: int) -> Frame:
-        """Frame of this turn of the ring (0), of the one before (1), of the one to come (2)."""
+        """Frame of this turn of the ring (0) or of the one before (1)."""
         return Frame(*self.frames[turn].unbind())
+
+    def _next_frame(self) -> Frame:
+        """Frame of the turn to come, in which rows of the last target moments are standardised."""
+        std, mean = self.frames[2].unbind()
+        return Frame(std.masked_fill(Moments(mean, std).constant(), 1), mean)
+
+    def _turn_sizes(self) -> tuple[Float64[Tensor, "2 1"], Int64[Tensor, ""]]:
+        """How many rows are of this turn and of the last one, and of both."""
+        if may_wait(self.rows):
+            pointer, count = int(self.pointer), int(self.count)
+            return torch.tensor([[pointer], [count - pointer]], dtype=torch.float64), self.count
+        return torch.stack([self.pointer, self.count - self.pointer]).double()[:, None], self.count
 
     def _labels(self, slots: slice | Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
         return None if self.labels is None else self.labels[slots]
@@ -239,16 +251,16 @@ class FeatureQueue(nn.Module):
             yield Block(slots, scratch[:rows], lengths[:rows], self._labels(slots), None)
 
     def _write_parts(
-        self, values: Float64[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
+        self, values: Float[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
     ) -> Int64[Tensor, "b"]:
         """``enqueue`` where the pointer may be looked at: the rows up to the ring's end, then those past it."""
         pointer, count = int(self.pointer), int(self.count)
         end = self.size - pointer
-        parts = [self._frame(0).inverse()(values[:end]).to(self.rows.dtype)]
+        parts = [self._frame(0).inverse(values[:end]).to(self.rows.dtype)]
         if len(values) > end:
-            parts.append(self._frame(2).inverse()(values[end:]).to(self.rows.dtype))
+            parts.append(self._next_frame().inverse(values[end:]).to(self.rows.dtype))
         sums = [power_sums(part) for part in parts]
-        if not (torch.stack(sums).sum().isfinite() and (allowed is None or allowed)):
+        if not (all(entering.sum() < torch.inf for entering in sums) and (allowed is None or allowed)):
             self.skipped.add_(1)
             return torch.full((len(values),), -1)
         slots = torch.arange(pointer, pointer + len(values)).remainder_(self.size)
@@ -263,24 +275,24 @@ class FeatureQueue(nn.Module):
             pointer, count = place.stop % self.size, max(count, place.stop)
             if pointer == 0:
                 self.sums[:, 1], self.frames[1] = self.sums[:, 0], self.frames[0]
-                self.sums[:, 0], self.frames[0] = 0, self.frames[2]
+                self.sums[:, 0], self.frames[0] = 0, torch.stack(self._next_frame())
         self.pointer.fill_(pointer)
         self.count.fill_(count)
         return slots
 
     def _write_masked(
-        self, values: Float64[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
+        self, values: Float[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
     ) -> Int64[Tensor, "b"]:
         """``enqueue`` on an accelerator, where nothing may be looked at: every row of the batch in one way."""
         position = self.pointer + torch.arange(len(values), device=values.device)
         slots, next_turn = position % self.size, position >= self.size
-        encode = Frame.where(next_turn, self._frame(2).inverse(), self._frame(0).inverse())
-        stored = encode(values).to(self.rows.dtype)
+        following = self._next_frame()
+        stored = Frame.where(next_turn, following, self._frame(0)).inverse(values).to(self.rows.dtype)
         replaced = self.rows.index_select(0, slots)
         turns = torch.stack([~next_turn, next_turn])
         entering = power_sums(stored, turns)
         leaving = power_sums(replaced, turns & (slots < self.count))
-        finite = entering.sum().isfinite()
+        finite = entering.sum() < torch.inf
         if allowed is not None:
             finite = finite & allowed
         turned = finite & (position[-1] >= self.size - 1)
@@ -290,7 +302,7 @@ class FeatureQueue(nn.Module):
         stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
         turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
         assign_(self.sums, torch.where(turned, turn, stay), finite)
-        assign_(self.frames, torch.stack([self.frames[2], self.frames[0], self.frames[2]]), turned)
+        assign_(self.frames[:2], torch.stack([torch.stack(following), self.frames[0]]), turned)
         self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
         if labels is not None and self.labels is not None:
             self.labels.index_copy_(0, slots, torch.where(finite, labels, self.labels[slots]))
@@ -300,28 +312,31 @@ class FeatureQueue(nn.Module):
         self.skipped.add_(~finite)
         return torch.where(finite, slots, -1)
 
-    def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> Moments:
-        """Composes the map that takes the current moments to the target onto the frames; the moments after it."""
-        varies = target.varies()
-        factor = torch.where(varies & current.varies(), target.std / current.std, 1.0)
-        offset = torch.addcmul(target.mean, factor, current.mean, value=-1)
-        standard = torch.stack([torch.where(varies, target.std, 1.0), target.mean])
+    def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> Frame | None:
+        """Composes the map that takes the current moments to the target onto the frames; None: nothing was moved."""
         # The next turn starts in the frame of these moments; so does this one if the queue is empty.
         if may_wait(self.rows):
-            count = int(self.count)
-            if finite:
-                self.frames[2] = standard
-            if finite and count == 0:
-                self.frames[0] = standard
-            if not finite or count < 2:
-                return current
+            if not finite:
+                return None
+            torch.stack([target.std, target.mean], out=self.frames[2])
+            if (count := int(self.count)) < 2:
+                if count == 0:
+                    self.frames[0] = torch.stack(self._next_frame())
+                return None
+            move = _map_between(current, target)
         else:
-            empty, allowed = finite & (self.count == 0), finite & (self.count >= 2)
-            assign_(self.frames, standard, torch.stack([empty, empty, finite])[:, None, None])
-            factor, offset = torch.where(allowed, factor, 1.0), torch.where(allowed, offset, 0.0)
-        self.frames[:2].mul_(factor)
-        self.frames[:2, 1].add_(offset)
-        return Moments(torch.addcmul(offset, current.mean, factor), current.std * factor)
+            assign_(self.frames[2], torch.stack([target.std, target.mean]), finite)
+            assign_(self.frames[:2], torch.stack(self._next_frame()), finite & (self.count == 0))
+            allowed = finite & (self.count >= 2)
+            move = Frame(
+                *(
+                    torch.where(allowed, part, same)
+                    for part, same in zip(_map_between(current, target), (1.0, 0.0), strict=True)
+                )
+            )
+        frames = self.frames[:2]
+        frames.mul_(move.scale)[:, 1].add_(move.shift)
+        return move
 
     def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:
         if batch.ndim != 2 or batch.shape[1] != self.dim or len(batch) == 0:
@@ -338,3 +353,9 @@ class FeatureQueue(nn.Module):
 
         super()._apply(move, recurse)
         return self
+
+
+def _map_between(current: Moments, target: Moments) -> Frame:
+    """The map from rows of the current moments to rows of the target's; a shift alone where either is constant."""
+    factor = (target.std / current.std).masked_fill_(current.constant().logical_or_(target.constant()), 1)
+    return Frame(factor, torch.addcmul(target.mean, factor, current.mean, value=-1))

@@ -19,7 +19,7 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.online import FLOOR
 from selfsup_xbn.queue_reader import PairRule
-from selfsup_xbn.queue_scan import Scan, scan_negatives, scan_positives, scan_queue
+from selfsup_xbn.queue_scan import Scan, scan_classes, scan_negative_pairs, scan_negatives, scan_positives, sup_con_of
 
 
 class PairMargin(NamedTuple):
@@ -109,9 +109,9 @@ def sup_con(
         own_slots: where the batch itself stands in the queue, if it does; -1 for none.
     """
     if queue is None:
-        return _sup_con(_scan_batch(embeddings, temperature, PairMargin.rule(miner, labels)))
+        return sup_con_of(_scan_batch(embeddings, temperature, PairMargin.rule(miner, labels)))[0]
     rule = PairMargin.rule(miner, labels)
-    return _sup_con(scan_queue(_unit(embeddings), queue, temperature, own_slots, rule, count_negatives=False))
+    return scan_classes(embeddings, queue, temperature, own_slots, rule, count_negatives=False)[0]
 
 
 def sup_con_pairs(
@@ -124,16 +124,7 @@ def sup_con_pairs(
     own_slots: Int64[Tensor, "B *E"] | None = None,
 ) -> PairLoss:
     """``sup_con`` against a queue, with the number of its pairs."""
-    scan = scan_queue(_unit(embeddings), queue, temperature, own_slots, PairMargin.rule(miner, labels))
-    return PairLoss(_sup_con(scan), scan.positives.sum().long(), scan.negatives)
-
-
-def _sup_con(scan: Scan) -> Float[Tensor, ""]:
-    has_positive = scan.positives > 0
-    logsumexp = torch.where(has_positive, scan.logsumexp, 0.0)
-    losses = logsumexp - scan.positive_sum / scan.positives.clamp(min=1)
-    counts = has_positive & (losses > 0) & (scan.negatives > 0)
-    return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp(min=1)
+    return PairLoss(*scan_classes(embeddings, queue, temperature, own_slots, PairMargin.rule(miner, labels)))
 
 
 def nt_xent(
@@ -170,10 +161,10 @@ def nt_xent_pairs(
 ) -> PairLoss:
     """``nt_xent`` with the number of its pairs."""
     unit, rule = _unit(embeddings), PairMargin.rule(miner, labels)
-    scan = scan_queue(unit, queue, temperature, own_slots, rule, positives_count=False)
+    scan = scan_negative_pairs(unit, queue, temperature, own_slots, rule)
     losses, count = scan_positives(unit, scan.logsumexp, queue, temperature, own_slots, rule)
     positives = count.sum()
-    return PairLoss(losses.sum() / positives.clamp(min=1), positives.long(), scan.negatives)
+    return PairLoss(losses.sum() / positives.clamp(min=1), positives.long(), scan.negatives.sum())
 
 
 def _unit(anchors: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
@@ -192,4 +183,4 @@ def _scan_batch(embeddings: Float[Tensor, "B D"], temperature: float, rule: Pair
         logits = cosine / temperature
         kept = logits.masked_fill(~(positive | negative), FLOOR)
         positives = positive.sum(1).to(unit.dtype)
-        return Scan(kept.logsumexp(1), (logits * positive).sum(1), positives, negative.count_nonzero())
+        return Scan(kept.logsumexp(1), (logits * positive).sum(1), positives, negative.sum(1))

@@ -5,6 +5,8 @@ Axis legend: B anchors, D dimensions, b rows of a block.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,29 +16,54 @@ FLOOR = -1e30
 DEEP = -60.0
 """A logit so far below the largest one is raised to this: its exponential is lost in float64's rounding of the sum, and
 is no denormal number, which would take a processor fifty times as long."""
+TAME = 20.0
+"""Logits that are all within this of 0 have exponentials that neither overflow nor are lost beside one another."""
 
 
 class LogSumExp:
-    """Log-sum-exp of logits that come block by block, and the mean of the unit rows with their softmax as weights."""
+    """Log-sum-exp of logits that come block by block, and the mean of the unit rows with their softmax as weights.
 
-    def __init__(self, unit: Tensor) -> None:
-        self.peak = unit.new_full((len(unit), 1), FLOOR)  # the largest logit as yet
-        self.total, self.attended = torch.zeros_like(self.peak), torch.zeros_like(unit)
+    Args:
+        unit: the anchors; sums are made with their precision, on their device.
+        bound: no logit that counts is further from 0. Where it is ``TAME``, the largest logit need not be known.
+
+    Attributes:
+        nothing: the logit by which a block says that a pair does not count.
+    """
+
+    def __init__(self, unit: Tensor, bound: float) -> None:
+        self.tame = bound <= TAME
+        self.least = 0.5 * math.exp(-bound) if self.tame else 1.0  # less than the sum of one pair that counts
+        self.nothing = DEEP if self.tame else FLOOR
+        self.total, self.attended = unit.new_zeros(len(unit), 1), torch.zeros_like(unit)
+        self.peak = self.total if self.tame else torch.full_like(self.total, FLOOR)  # the largest logit as yet
 
     def add(self, logits: Tensor, rows: Tensor, inverse: Tensor) -> None:
         """Takes in a block; overwrites its logits."""
+        if not self.tame:
+            self._move_peak(logits)
+        weights = logits.exp_()
+        self.total.add_(weights.sum(1, keepdim=True))
+        self.attended.addmm_(weights.mul_(inverse), rows)
+
+    def _move_peak(self, logits: Tensor) -> None:
+        """Makes all logits, and the sums as yet, relative to the largest one."""
         peak = torch.maximum(self.peak, logits.amax(1, keepdim=True))
         shrink = (self.peak - peak).exp_()
-        weights = logits.sub_(peak).clamp_(min=DEEP).exp_()
-        self.total.mul_(shrink).add_(weights.sum(1, keepdim=True))
-        self.attended.mul_(shrink).addmm_(weights.mul_(inverse), rows)
+        logits.sub_(peak).clamp_(min=DEEP)
+        self.total.mul_(shrink)
+        self.attended.mul_(shrink)
         self.peak = peak
+
+    def empty(self) -> Tensor:
+        """[B, 1] whether no pair of an anchor counts as yet."""
+        return self.total < self.least if self.tame else self.peak == FLOOR
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Log-sum-exp [B] and weighted mean [B, D]; FLOOR and 0 for an anchor of which no pair counts."""
-        total = self.total.clamp(min=1)  # it is at least 1 where any pair counts
-        empty = self.peak == FLOOR  # its sums are of pairs that do not count
-        return (self.peak + total.log())[:, 0], (self.attended / total).masked_fill_(empty, 0)
+        empty, total = self.empty(), self.total.clamp(min=self.least)
+        logsumexp = total.log() if self.tame else total.log().add_(self.peak)
+        return logsumexp.masked_fill_(empty, FLOOR)[:, 0], (self.attended / total).masked_fill_(empty, 0)
 
 
 class Positives:

@@ -20,14 +20,13 @@ class Frame(NamedTuple):
     scale: Float[Tensor, "*b D"]
     shift: Float[Tensor, "*b D"]
 
-    def __call__(self, rows: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+    def __call__(self, rows: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
         """Adapted rows of stored ones."""
         return torch.addcmul(self.shift, rows, self.scale)
 
-    def inverse(self) -> Frame:
-        """The map from adapted rows to stored ones."""
-        scale = self.scale.reciprocal()
-        return Frame(scale, -self.shift * scale)
+    def inverse(self, rows: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
+        """Stored rows of adapted ones."""
+        return (rows - self.shift).div_(self.scale)
 
     def to(self, dtype: torch.dtype) -> Frame:
         """The same map in another precision."""
@@ -52,11 +51,20 @@ class Block(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """What the last ``adapt`` saw: moments of the batch, and of the queue before and after."""
+    """What the last ``adapt`` saw: moments of the batch and of the queue, and how it moved the queue, if it did."""
 
     batch: Moments
     before: Moments
-    after: Moments
+    move: Frame | None
+
+    @property
+    def after(self) -> Moments:
+        """Moments of the queue once it was moved."""
+        return (
+            self.before
+            if self.move is None
+            else Moments(self.move(self.before.mean), self.before.std * self.move.scale)
+        )
 
 
 def power_sums(rows: Float[Tensor, "b D"], groups: Bool[Tensor, "g b"] | None = None) -> Float64[Tensor, "2 *g D"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
-from selfsup_xbn.online import FLOOR, inverse_of
+from selfsup_xbn.online import inverse_of
 from selfsup_xbn.queue_parts import Block, may_wait
 
 BUCKETS = 2**16
@@ -71,8 +71,9 @@ class QueueReader:
         if temperature <= 0:
             raise UserError(f"expected a temperature above 0, got {temperature}")
         self.queue, self.temperature, self.own_slots = queue, temperature, own_slots
+        self.bound = 1 / temperature  # of logits, which are cosines over it
         self.rule = None if rule is None else rule.scaled(temperature)
-        self.own_range = (0, queue.size)
+        self.own_range: tuple[int, int] | None = None  # where it can be known without waiting
         self.related: Tensor | None = None
         if may_wait(queue.rows):
             if own_slots is not None:
@@ -105,16 +106,21 @@ class QueueReader:
         inverse = inverse_of(block.lengths.to(scaled.dtype))
         return rows, inverse, (scaled @ rows.T).mul_(inverse)
 
-    def leave_out_(self, logits: Tensor, block: Block) -> None:
-        """Puts FLOOR in the place of pairs that are an empty slot or an anchor's own copy."""
-        if may_wait(logits) and self.own_slots is not None:
-            if not self._is_foreign(block):
-                assert isinstance(block.slots, slice)
-                column = self.own_slots.view(len(logits), -1) - block.slots.start
-                anchor, which = ((column >= 0) & (column < logits.shape[1])).nonzero().T
-                logits[anchor, column[anchor, which]] = FLOOR
-        elif (excluded := self.excluded(block)) is not None:
-            logits.masked_fill_(excluded, FLOOR)
+    def leave_out_(self, logits: Tensor, block: Block, nothing: float) -> None:
+        """Puts ``nothing`` in the place of pairs that are an empty slot or an anchor's own copy; of a run of slots."""
+        if block.filled is not None:
+            logits.masked_fill_(~block.filled, nothing)
+        if self.own_slots is None or self._is_foreign(block):
+            return
+        assert isinstance(block.slots, slice)
+        own = self.own_range
+        if own is not None and block.slots.start <= own[0] and own[1] <= block.slots.stop:
+            logits.scatter_(1, self.own_slots.view(len(logits), -1) - block.slots.start, nothing)
+            return
+        for slots in self.own_slots.view(len(logits), -1).split(1, dim=1):
+            column = slots - block.slots.start
+            inside = column.clamp(0, logits.shape[1] - 1)
+            logits.scatter_(1, inside, logits.gather(1, inside).masked_fill_(column == inside, nothing))
 
     def excluded(self, block: Block) -> Tensor | None:
         """[B, b] or [b] pairs that are an empty slot or an anchor's own copy; None where no pair is."""
@@ -128,8 +134,10 @@ class QueueReader:
         return own if empty is None else own | empty
 
     def _is_foreign(self, block: Block) -> bool:
+        if self.own_range is None or not isinstance(block.slots, slice):
+            return False
         first, end = self.own_range
-        return isinstance(block.slots, slice) and (block.slots.start >= end or block.slots.stop <= first)
+        return block.slots.start >= end or block.slots.stop <= first
 
     def pairs(self, logits: Tensor, block: Block) -> Pairs:
         """The pairs of the block that count."""
@@ -150,6 +158,6 @@ def _related(queue: FeatureQueue, labels: Tensor) -> Tensor | None:
     """Ordered slots of all rows whose label is one of these, and of some more; None where they are not few."""
     assert queue.labels is not None
     # A table of buckets in place of an exact test: ten times as fast, and a row too many does no harm.
-    table = torch.zeros(BUCKETS, dtype=torch.bool).index_fill_(0, labels % BUCKETS, True)
-    found = table[queue.labels[: len(queue)] % BUCKETS].nonzero()[:, 0]
+    table = torch.zeros(BUCKETS, dtype=torch.bool).index_fill_(0, labels & BUCKETS - 1, True)
+    found = table[queue.labels[: len(queue)] & BUCKETS - 1].nonzero()[:, 0]
     return found if FEW * len(found) < len(queue) else None

@@ -18,7 +18,7 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from selfsup_xbn.feature_queue import FeatureQueue
-from selfsup_xbn.online import FLOOR, LogSumExp, Positives, by_rows, unit_rows
+from selfsup_xbn.online import LogSumExp, Positives, by_rows, unit_rows
 from selfsup_xbn.queue_reader import PairRule, QueueReader
 
 
@@ -28,7 +28,7 @@ class Scan(NamedTuple):
     logsumexp: Float[Tensor, "B"]  # of the logits that count; FLOOR where none does
     positive_sum: Float[Tensor, "B"]  # of the positive logits
     positives: Float[Tensor, "B"]  # how many there are
-    negatives: Int64[Tensor, ""]  # how many all anchors have together
+    negatives: Int64[Tensor, "B"]  # how many there are
 
 
 def scan_negatives(
@@ -43,32 +43,41 @@ def scan_negatives(
         return _InfoNCE.apply(q, k, QueueReader(queue, temperature, own_slots))
 
 
-def scan_queue(
-    unit: Float[Tensor, "B D"],
+def scan_classes(
+    embeddings: Float[Tensor, "B D"],
     queue: FeatureQueue,
     temperature: float,
     own_slots: Int64[Tensor, "B *E"] | None,
     rule: PairRule,
     *,
-    positives_count: bool = True,
     count_negatives: bool = True,
-) -> Scan:
-    """Log-sum-exp of cos(anchor, row) / T over the pairs that count, and the sum of the positive ones, in one pass.
+) -> tuple[Float[Tensor, ""], Int64[Tensor, ""], Int64[Tensor, ""]]:
+    """``losses.sup_con`` of embeddings of any length, in one pass; how many positive and negative pairs it is made of.
 
     Args:
-        unit: anchors of unit length, at least float32. Gradient flows to them.
         queue: the memory; only its filled rows count, at unit length.
         temperature: T > 0.
         own_slots: slots that an anchor must not meet (its own copies); -1 for none.
         rule: which pairs count.
-        positives_count: whether the log-sum-exp is over positive pairs too, or over negative ones alone.
-        count_negatives: otherwise ``negatives`` is a number that is 0 only where there are none, which costs less.
+        count_negatives: otherwise the last value is 0 only where there are none, which costs less.
     """
-    if queue.labels is None:
-        raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
+    with torch.autocast(embeddings.device.type, enabled=False):
+        return _SupCon.apply(embeddings, _reader(queue, temperature, own_slots, rule), count_negatives)
+
+
+def scan_negative_pairs(
+    unit: Float[Tensor, "B D"],
+    queue: FeatureQueue,
+    temperature: float,
+    own_slots: Int64[Tensor, "B *E"] | None,
+    rule: PairRule,
+) -> Scan:
+    """Log-sum-exp of cos(anchor, row) / T over the negative pairs that count, and the sum of the positive ones.
+
+    ``unit`` are anchors of unit length, at least float32, to which gradient flows; otherwise as ``scan_classes``.
+    """
     with torch.autocast(unit.device.type, enabled=False):
-        reader = QueueReader(queue, temperature, own_slots, rule)
-        return Scan(*_QueueScan.apply(unit, reader, positives_count, count_negatives))
+        return Scan(*_QueueScan.apply(unit, _reader(queue, temperature, own_slots, rule)))
 
 
 def scan_positives(
@@ -87,6 +96,22 @@ def scan_positives(
         return _PositivePairs.apply(unit, negatives, QueueReader(queue, temperature, own_slots, rule))
 
 
+def sup_con_of(scan: Scan) -> tuple[Float[Tensor, ""], Float[Tensor, "B"]]:
+    """SupCon of the sums of a pass, and each anchor's share of the mean: 0 for one that does not count."""
+    has_positive = scan.positives > 0
+    losses = torch.where(has_positive, scan.logsumexp - scan.positive_sum / scan.positives.clamp(min=1), 0.0)
+    # The loss of a single pair is 0, whatever its rounding says.
+    counts = (losses > 0) & (scan.positives + scan.negatives > 1) & (scan.negatives.sum() > 0)
+    share = counts.to(losses.dtype) / counts.sum().clamp(min=1)
+    return (losses * share).sum(), share
+
+
+def _reader(queue: FeatureQueue, temperature: float, own_slots: Tensor | None, rule: PairRule) -> QueueReader:
+    if queue.labels is None:
+        raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
+    return QueueReader(queue, temperature, own_slots, rule)
+
+
 class _InfoNCE(torch.autograd.Function):
     """InfoNCE of queries and keys of any length, with its gradient by both."""
 
@@ -94,10 +119,10 @@ class _InfoNCE(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, reader: QueueReader) -> Tensor:
         dtype = torch.promote_types(q.dtype, torch.float32)
         (query, q_inverse), (key, k_inverse) = unit_rows(q.to(dtype)), unit_rows(k.to(dtype))
-        scaled, sums = query / reader.temperature, LogSumExp(query)
+        scaled, sums = query / reader.temperature, LogSumExp(query, reader.bound)
         for block, _ in reader.plain(len(query)):
             rows, inverse, logits = reader.logits(scaled, block)
-            reader.leave_out_(logits, block)
+            reader.leave_out_(logits, block, sums.nothing)
             sums.add(logits, rows, inverse)
         negatives, attended = sums.result()
         gap = negatives - (scaled * key).sum(1)
@@ -113,44 +138,75 @@ class _InfoNCE(torch.autograd.Function):
         return grads[0] * by_query, None if by_key is None else grads[0] * by_key, None
 
 
+class _SupCon(torch.autograd.Function):
+    """SupCon of embeddings of any length, with its gradient, and the number of its pairs."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, reader: QueueReader, count_negatives: bool) -> tuple[Tensor, ...]:
+        unit, inverse = unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
+        scan, attended, positive_rows = _read(unit, reader, True, count_negatives)
+        value, share = sup_con_of(scan)
+        by_positive = (share / scan.positives.clamp(min=1))[:, None]
+        by_unit = (attended * share[:, None]).addcmul_(positive_rows, by_positive, value=-1).div_(reader.temperature)
+        ctx.save_for_backward(by_rows(by_unit, unit, inverse).to(embeddings.dtype))
+        positives, negatives = scan.positives.sum().long(), scan.negatives.sum()
+        ctx.mark_non_differentiable(positives, negatives)
+        return value, positives, negatives
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (by_embedding,) = ctx.saved_tensors
+        return grads[0] * by_embedding, None, None
+
+
 class _QueueScan(torch.autograd.Function):
     """The pass of a loss that chooses pairs by labels; the gradient by the anchors is made on the way."""
 
     @staticmethod
-    def forward(
-        ctx: Any, unit: Tensor, reader: QueueReader, positives_count: bool, count_negatives: bool
-    ) -> tuple[Tensor, ...]:
-        scaled, sums, positives = unit / reader.temperature, LogSumExp(unit), Positives(unit)
-        negatives, rule = torch.zeros((), dtype=torch.int64, device=unit.device), reader.rule
-        assert rule is not None
-        for block, skipped in reader.plain(len(unit)):
-            rows, inverse, logits = reader.logits(scaled, block)
-            F.threshold(logits, rule.above, FLOOR, inplace=True)
-            if skipped:
-                logits.index_fill_(1, torch.tensor(skipped), FLOOR)
-            if count_negatives:
-                negatives.add_((logits > FLOOR).count_nonzero())
-            sums.add(logits, rows, inverse)
-        if not count_negatives:
-            negatives.add_((sums.peak > FLOOR).count_nonzero())
-        for block in reader.paired(len(unit)):
-            rows, inverse, logits = reader.logits(scaled, block)
-            positive, negative = reader.pairs(logits, block)
-            positives.add(positive, logits, rows, inverse)
-            negatives.add_(negative.count_nonzero())
-            counts = positive | negative if positives_count else negative
-            sums.add(logits.masked_fill_(~counts, FLOOR), rows, inverse)
-        logsumexp, attended = sums.result()
-        ctx.save_for_backward(attended, positives.rows)
+    def forward(ctx: Any, unit: Tensor, reader: QueueReader) -> tuple[Tensor, ...]:
+        scan, attended, positive_rows = _read(unit, reader, False, True)
+        ctx.save_for_backward(attended, positive_rows)
         ctx.temperature = reader.temperature
-        ctx.mark_non_differentiable(positives.count, negatives)
-        return logsumexp, positives.sum, positives.count, negatives
+        ctx.mark_non_differentiable(scan.positives, scan.negatives)
+        return scan
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         attended, positive_rows = ctx.saved_tensors
         grad = torch.addcmul(grads[0][:, None] * attended, grads[1][:, None], positive_rows)
-        return grad / ctx.temperature, None, None, None
+        return grad / ctx.temperature, None
+
+
+def _read(
+    unit: Tensor, reader: QueueReader, positives_count: bool, count_negatives: bool
+) -> tuple[Scan, Tensor, Tensor]:
+    """One pass over a queue with labels: its sums, and their gradients by the anchors' logits, times T.
+
+    The log-sum-exp is over positive pairs too, or over negative ones alone. Negatives of an anchor that are not counted
+    one by one are a number that is 0 only where there are none.
+    """
+    scaled, sums, positives = unit / reader.temperature, LogSumExp(unit, reader.bound), Positives(unit)
+    negatives, rule = torch.zeros(len(unit), dtype=torch.int64, device=unit.device), reader.rule
+    assert rule is not None
+    for block, skipped in reader.plain(len(unit)):
+        rows, inverse, logits = reader.logits(scaled, block)
+        F.threshold(logits, rule.above, sums.nothing, inplace=True)
+        if skipped:
+            logits.index_fill_(1, torch.tensor(skipped), sums.nothing)
+        if count_negatives:
+            negatives.add_((logits > sums.nothing).sum(1))
+        sums.add(logits, rows, inverse)
+    if not count_negatives:
+        negatives.add_(~sums.empty()[:, 0])
+    for block in reader.paired(len(unit)):
+        rows, inverse, logits = reader.logits(scaled, block)
+        positive, negative = reader.pairs(logits, block)
+        positives.add(positive, logits, rows, inverse)
+        negatives.add_(negative.sum(1))
+        counts = positive | negative if positives_count else negative
+        sums.add(logits.masked_fill_(~counts, sums.nothing), rows, inverse)
+    logsumexp, attended = sums.result()
+    return Scan(logsumexp, positives.sum, positives.count, negatives), attended, positives.rows
 
 
 class _PositivePairs(torch.autograd.Function):

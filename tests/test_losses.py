@@ -16,6 +16,7 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, info_nce, sup_con
 
 CENTRES = torch.randn(6, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+TEMPERATURES = (0.1, 0.04)  # the exponentials of all logits can be summed as they are; not so
 
 
 @pytest.fixture(autouse=True, params=[7, 1024], ids=["small blocks", "one block"])
@@ -66,21 +67,22 @@ def test_info_nce_equals_cross_entropy_over_the_whole_matrix(rows, adaptation, p
     torch.testing.assert_close(gradient(found, q), gradient(F.cross_entropy(logits, slots), q), rtol=1e-8, atol=1e-10)
 
 
-def test_info_nce_leaves_out_all_of_an_anchors_own_slots(path):
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+def test_info_nce_leaves_out_all_of_an_anchors_own_slots(path, temperature):
     queue = filled_queue(45, labels=False)
     q, k = torch.randn(2, 4, 12, dtype=torch.float64).unbind()
     own = torch.stack([queue.enqueue(k), queue.enqueue(torch.randn(4, 12, dtype=torch.float64))], dim=1)
     own[2, 1] = -1
-    cosine = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.1
+    cosine = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / temperature
     for anchor, slot in itertools.product(range(4), range(2)):
         if own[anchor, slot] >= 0:
             cosine[anchor, own[anchor, slot]] = -torch.inf
-    positive = F.cosine_similarity(q, k) / 0.1
+    positive = F.cosine_similarity(q, k) / temperature
     expected = F.cross_entropy(torch.cat([positive[:, None], cosine], dim=1), torch.zeros(4, dtype=torch.int64))
-    torch.testing.assert_close(info_nce(q, k, queue, 0.1, own), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(info_nce(q, k, queue, temperature, own), expected, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("temperature", [0.07, 0.5])
+@pytest.mark.parametrize("temperature", [0.03, 0.07, 0.5])
 def test_info_nce_with_xbm_equals_lightlys_with_the_same_bank(temperature):
     theirs = NTXentLoss(temperature, memory_bank_size=(64, 12))
     queue = FeatureQueue(64, 12, "xbm")
@@ -99,9 +101,9 @@ MINERS = {
 }
 
 
-def peers_loss(queue, miner, z, y, batch):
+def peers_loss(queue, miner, z, y, batch, temperature):
     """PML's loss on a copy of the queue, whose rows at the end it writes again with the very same values."""
-    memory = CrossBatchMemory(SupConLoss(0.1), 12, queue.size, miner=miner)
+    memory = CrossBatchMemory(SupConLoss(temperature), 12, queue.size, miner=miner)
     memory.embedding_memory, memory.label_memory = queue.features().clone(), queue.labels[: len(queue)].clone()
     memory.embedding_memory = F.pad(memory.embedding_memory, (0, 0, 0, queue.size - len(queue)))
     memory.label_memory = F.pad(memory.label_memory, (0, queue.size - len(queue)))
@@ -113,15 +115,15 @@ def peers_loss(queue, miner, z, y, batch):
 @pytest.mark.parametrize("rows", [0, 15, 45, 60, 90])
 def test_sup_con_equals_pmls_value_and_gradient(rows, miner, path):
     ours, theirs = MINERS[miner]
-    for lonely in (False, True):
+    for lonely, temperature in itertools.product((False, True), TEMPERATURES):
         queue = filled_queue(rows)
         z, y = draw(15)
         if lonely:  # single-member classes and anchors without positives
             y[:4] = torch.arange(100, 104)
         slots = queue.enqueue(z, y)
         z.requires_grad_()
-        expected = peers_loss(queue, theirs, z, y, 15)
-        found = sup_con(z, y, queue, temperature=0.1, miner=ours, own_slots=slots)
+        expected = peers_loss(queue, theirs, z, y, 15, temperature)
+        found = sup_con(z, y, queue, temperature=temperature, miner=ours, own_slots=slots)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
 

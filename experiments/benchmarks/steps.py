@@ -58,8 +58,8 @@ def step_of(loss: Callable[[Tensor, int], Tensor], anchors: Tensor, device: str)
 
     def step() -> None:
         number = next(turn) % len(leaves)
-        leaves[number].grad = None
         loss(leaves[number], number).backward()
+        leaves[number].grad = None
         if device != "cpu":
             torch.cuda.synchronize()
 

@@ -57,10 +57,11 @@ def test_xbm_gives_pmls_values_gradients_and_memory(loss, miner, state):
 
 @pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity()], ids=["euclidean", "cosine"])
 @pytest.mark.parametrize("margins", [None, (0.5, 1.2), (0.0, 0.3)])
+@pytest.mark.parametrize("temperature", [0.3, 0.04])
 @pytest.mark.parametrize("loss", BLOCKWISE)
 @pytest.mark.usefixtures("ways_to_read", "unchecked")
-def test_the_blockwise_way_gives_pmls_numbers(loss, margins, distance):
-    ours, theirs = both(loss(temperature=0.3), margins and PairMarginMiner(*margins, distance=distance))
+def test_the_blockwise_way_gives_pmls_numbers(loss, temperature, margins, distance):
+    ours, theirs = both(loss(temperature=temperature), margins and PairMarginMiner(*margins, distance=distance))
     for rows in (8, 8, 7, 7, 8):
         embeddings, labels = draw(rows, classes=4)
         labels[:2] = 90 + torch.arange(2)  # anchors without positives
