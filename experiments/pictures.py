@@ -46,6 +46,7 @@ def save_chart(
         both: the y axis logarithmic too.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator
 
     columns = min(len(charts), 4)
     rows = -(-len(charts) // columns)
@@ -56,9 +57,12 @@ def save_chart(
             axis.errorbar(list(x)[: len(means)], means, deviations, label=name, marker="o", markersize=4, capsize=3)
         if log:
             axis.set_xscale("log")
-            axis.set_yscale("log" if both else "linear")
             axis.set_xticks(list(x), [f"{value:g}" for value in x])
-            axis.minorticks_off()
+        if both:
+            axis.set_yscale("log")
+            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axis.yaxis.set_major_formatter("{x:g}")
+        axis.minorticks_off()
         axis.set(xlabel=x_label, ylabel=y_label if not number or titles else "")
         if titles:
             axis.set_title(titles[number])

@@ -10,14 +10,13 @@ Axis legend: B batch, D dimensions.
 from __future__ import annotations
 
 import copy
-import difflib
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Float64
 from torch import Tensor, nn
 
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, near
 
 
 class Moments(NamedTuple):
@@ -143,8 +142,6 @@ def make_adaptation(adaptation: str | Adaptation) -> Adaptation:
     if not isinstance(adaptation, str):
         return copy.deepcopy(adaptation)
     if adaptation not in ADAPTATIONS:
-        near = difflib.get_close_matches(adaptation.lower(), ADAPTATIONS, n=1, cutoff=0.3)
-        raise UserError(
-            f"expected adaptation 'xbm', 'xbn' or 'axbn', got {adaptation!r}" + (f": try {near[0]!r}" if near else "")
-        )
+        hint = near(adaptation.lower(), ADAPTATIONS)
+        raise UserError(f"expected adaptation 'xbm', 'xbn' or 'axbn', got {adaptation!r}{hint}")
     return ADAPTATIONS[adaptation]()

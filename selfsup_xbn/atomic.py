@@ -13,6 +13,9 @@ from selfsup_xbn.errors import UserError
 TEMPORARY = ".tmp"
 
 
+RESUME = "make room there, and go on with --resume"
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A new file, open for writing and reading, that takes the place of ``path`` once all of it is on the disk.
@@ -22,12 +25,22 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     Raises:
         UserError: it cannot be written; the old file is as it was, and nothing is left beside it.
     """
+    with beside(path) as temporary, open(temporary, "w+b") as file:
+        yield file
+        sync(file)
+
+
+@contextmanager
+def beside(path: Path, cure: str = RESUME) -> Iterator[Path]:
+    """The path of a file to write, which takes the place of ``path`` at the end, and is gone after an error.
+
+    Raises:
+        UserError: it cannot be written, with the cure.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
-    with writing(path):
+    with writing(path, cure):
         try:
-            with open(temporary, "w+b") as file:
-                yield file
-                sync(file)
+            yield temporary
             os.replace(temporary, path)
             sync_folder(path.parent)
         finally:
@@ -36,8 +49,8 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Within, an error of the file system is a fault of one line that names ``path``.
+def writing(path: Path, cure: str = RESUME) -> Iterator[None]:
+    """Within, an error of the file system is a fault of one line that names ``path`` and the cure.
 
     Raises:
         UserError: there was one.
@@ -45,8 +58,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"cannot write {path} ({reason}): make room there, and go on with --resume") from None
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {cure}") from None
 
 
 def sync(file: BinaryIO) -> None:

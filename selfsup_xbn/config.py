@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import ast
 import contextlib
-import difflib
 import math
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, get_type_hints
 
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, near
 
 DATA_HELP = (
     "data set: digits, digits-disjoint, cifar10, cifar100, sop, inshop, deepfashion2, cars196, cub200, omniglot or "
@@ -275,12 +274,6 @@ def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> No
     if least is not None and not least <= value <= most:
         limit = "" if metadata["most"] == math.inf else f" and at most {metadata['most']:g}"
         raise UserError(f"{flag}: expected a number of at least {least:g}{limit}, got {value}")
-
-
-def near(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the choice nearest to the word, or nothing."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def resolved(config: Config) -> dict[str, Any]:

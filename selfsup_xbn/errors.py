@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
+from collections.abc import Iterable
 
 
 class UserError(ValueError):
@@ -19,6 +21,12 @@ class ProcessLost(RuntimeError):  # noqa: N818
 
 class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to stop, and saved itself)
     """SIGTERM or SIGINT came, the step was finished and a checkpoint written; exit code 75, try again later."""
+
+
+def near(word: str, choices: Iterable[str]) -> str:
+    """``"; did you mean X?"`` for the choice nearest to the word, or nothing."""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]}?" if found else ""
 
 
 def require_package(package: str, option: str, extra: str) -> None:

@@ -6,7 +6,6 @@ Axis legend: B batch, C channels, S side of the square images in pixels, F featu
 from __future__ import annotations
 
 import csv
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfsup_xbn import build
+from selfsup_xbn.atomic import beside
 from selfsup_xbn.config import EXPORTS
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.evaluate import TrainedRun, open_run
@@ -45,12 +45,8 @@ def export_run(
     if best and kind == "csv":
         raise UserError("--best chooses an encoder, and --format csv has none: give one of them")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    try:
+    with beside(path, "give another --out") as temporary:
         lines = _write(folder, kind, temporary, best)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return [f"{path}: {lines[0]}", *lines[1:]]
 
 

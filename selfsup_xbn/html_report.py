@@ -5,7 +5,6 @@ The page is one file that needs no network and no script. Text is escaped by the
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from selfsup_xbn import build, embedding_map
+from selfsup_xbn.atomic import beside
 from selfsup_xbn.config import Config, PretrainConfig, queue_rows, resolved
 from selfsup_xbn.data import ImageData
 from selfsup_xbn.errors import UserError
@@ -79,10 +79,10 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     _check_out(path)
     runs = [_entry(folder, name, f"run{i % COLORS}") for i, (folder, name) in enumerate(_named(folders).items())]
     runs = [_with_pictures(run) for run in runs]
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(NAME + ".tmp")
-    temporary.write_text(_page(runs), encoding="utf-8", errors="replace")
-    os.replace(temporary, path)
+    page = _page(runs).encode(errors="replace")
+    with beside(path, "give another --out") as temporary:
+        out.mkdir(parents=True, exist_ok=True)
+        temporary.write_bytes(page)
     return path, [f"{run.name}: {run.note}" for run in runs if run.note]
 
 

@@ -6,7 +6,6 @@ Axis legend: B batch, C channels, S side of the square images in pixels, F featu
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 from itertools import pairwise
 
 import torch
@@ -15,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, near
 from selfsup_xbn.split_batch_norm import SplitBatchNorm2d, split_batch_norms
 
 TIMM = "timm:"
@@ -202,8 +201,7 @@ def _require_known(name: str, known: Iterable[str], what: str) -> None:
     choices = list(known)
     if name in choices:
         return
-    near = get_close_matches(name, choices, n=1, cutoff=0.0)
-    raise UserError(f"no {what} named {name!r}; did you mean {near[0]!r}?")
+    raise UserError(f"no {what} named {name!r}{near(name, choices)}")
 
 
 # ---------------------------------------------------------------- small backbones

@@ -5,8 +5,8 @@ from dataclasses import fields, replace
 
 import pytest
 
-from selfsup_xbn.config import RECIPES, PretrainConfig, differences, from_resolved, near, resolved
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.config import RECIPES, PretrainConfig, differences, from_resolved, resolved
+from selfsup_xbn.errors import UserError, near
 
 
 @pytest.mark.parametrize(

@@ -178,11 +178,11 @@ def test_embeddings_are_the_head_of_the_features_and_not_normalised():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "convnet5"}, "no backbone named 'convnet5'; did you mean 'convnet4'?"),
-        ({"backbone": "resnet18_cifar"}, "no backbone named 'resnet18_cifar'; did you mean 'resnet18-cifar'?"),
-        ({"backbone": "timm:resnet18q"}, "no backbone named 'timm:resnet18q'; did you mean 'timm:resnet18'?"),
-        ({"head": "mpl"}, "no head named 'mpl'; did you mean 'mlp'?"),
-        ({"weights": "imagenet1k"}, "no weights named 'imagenet1k'; did you mean 'imagenet'?"),
+        ({"backbone": "convnet5"}, "no backbone named 'convnet5'; did you mean convnet4?"),
+        ({"backbone": "resnet18_cifar"}, "no backbone named 'resnet18_cifar'; did you mean resnet18-cifar?"),
+        ({"backbone": "timm:resnet18q"}, "no backbone named 'timm:resnet18q'; did you mean timm:resnet18?"),
+        ({"head": "mpl"}, "no head named 'mpl'; did you mean mlp?"),
+        ({"weights": "imagenet1k"}, "no weights named 'imagenet1k'; did you mean imagenet?"),
         ({"weights": "imagenet"}, "there are no imagenet weights for 'convnet4'; give a file: --weights FILE"),
         (
             {"backbone": "resnet18", "weights": "imagenet", "channels": 1},

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import os
 
-from ..errors import UserError
+from ..errors import UserError, near
 from .base import ImageData, Split, limit
 from .loader import Batch, Batches, eval_batches, raw_pixels
 from .sampler import ClassBalancedBatches, RandomBatches, seed_for
@@ -55,8 +54,7 @@ def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, wo
     """
     name, _, path = spec.partition(":")
     if name not in DATA_SETS:
-        nearest = difflib.get_close_matches(name, DATA_SETS, n=1, cutoff=0.0)[0]
-        raise UserError(f"no data set {name!r}; did you mean {nearest!r}? Choose from {', '.join(DATA_SETS)}")
+        raise UserError(f"no data set {name!r} (choose from {', '.join(DATA_SETS)}){near(name, DATA_SETS)}")
     module = importlib.import_module(f".{DATA_SETS[name]}", __name__)
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     data: ImageData = module.load(name, path, root=root, cache_bytes=cache_bytes, workers=workers)

@@ -278,7 +278,7 @@ def test_a_size_that_is_none_is_named(make, size):
 def test_other_faults_are_named():
     with pytest.raises(UserError, match="dim=0"):
         MemoryBankModule((8, 0))
-    with pytest.raises(UserError, match="try 'xbn'"):
+    with pytest.raises(UserError, match="did you mean xbn"):
         NTXentLoss(0.1, (8, 2), adaptation="xbnn")
     with pytest.raises(UserError, match="temperature above 0, got -1"):
         NTXentLoss(-1.0, (8, 2))(torch.randn(2, 2), torch.randn(2, 2))

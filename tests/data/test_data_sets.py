@@ -47,7 +47,7 @@ def test_neighbours_of_raw_digits_are_right_about_98_times_in_100():
 @pytest.mark.parametrize(("spec", "nearest"), [("digit", "digits"), ("cifar-10", "cifar10"), ("foldr:/x", "folder")])
 def test_an_unknown_data_set_is_refused_with_the_nearest_name(spec, nearest):
     with pytest.raises(
-        UserError, match=f"no data set '{spec.split(':')[0]}'; did you mean '{nearest}'.*digits, cifar10"
+        UserError, match=rf"no data set '{spec.split(':')[0]}' \(choose from digits, cifar10.*did you mean {nearest}"
     ):
         load_data(spec)
 
