@@ -1,42 +1,27 @@
-"""The memory: a ring of past embeddings whose moments are moved to a target at each step, at a cost free of its size.
+"""The memory: past embeddings whose moments are moved to a target at each step, at a cost free of their number.
 
 XBN (Eq. 6 of arXiv 2303.17127) moves all M rows of a queue R to the moments of the batch B::
 
     R <- (R - mean(R)) / std(R) * std(B) + mean(B)
 
-The map is the same affine for every row, so no row is touched: rows are stored in a canonical frame, and the adapted
-row is ``row * scale + shift`` with ``scale, shift`` [D] composed anew at each step. The queue's own moments are known
-without reading it: sums over the stored rows change only by the B rows that come and go, and the frame takes their
-moments to those of the adapted rows. So a step costs O(B D) however large M is.
+The map is the same affine for every row, so no row is touched: it is composed onto the frame in which the rows are
+read (``ring``), which also tells their moments. A step costs O(B D) however large M is.
 
-**Turns.** Composed for ever, scale would leave the range in which float32 is exact, and errors of the sums would grow
-with it. So each turn of the ring has a frame and sums of its own. Slots before the pointer were written in this turn
-and belong to entry 0 of ``frames`` and ``sums``; slots from the pointer on were written in the turn before and belong
-to entry 1. When the pointer passes the end, this turn becomes the last one, whose rows are all gone by then, and a new
-one starts in the frame that waits in entry 2: the last target moments, in which rows are standardised (so their sums
-lose no digits, and bfloat16 suffices to store them). No frame and no rounding error outlives two turns, nothing is
-ever rewritten, and pointer, count and all decisions stay on the device: no step waits for it.
-
-Axis legend: B batch, M queue rows, D dimensions, n filled rows, b rows of a block.
+Axis legend: B batch, M queue rows, D dimensions.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
 import torch
-from jaxtyping import Bool, Float, Float64, Int64
-from torch import Tensor, nn
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
 
 from selfsup_xbn.adaptation import Adaptation, Moments, batch_moments, make_adaptation
-from selfsup_xbn.errors import UserError
-from selfsup_xbn.queue_parts import Block, Frame, Trace, assign_, may_wait, power_sums
-
-PIECE = 2**19
-"""Numbers that are decoded at a time: 2 MB."""
+from selfsup_xbn.queue_parts import Frame, Trace, assign_, may_wait
+from selfsup_xbn.ring import Ring
 
 
-class FeatureQueue(nn.Module):
+class FeatureQueue(Ring):
     """First-in-first-out memory of M embeddings, adapted to each batch.
 
     A step in the paper's order is ``adapt(batch)``, ``slots = enqueue(batch, labels)``, then a loss of
@@ -55,14 +40,6 @@ class FeatureQueue(nn.Module):
         UserError: a size or dim below 1, or a name that is no adaptation.
     """
 
-    rows: Tensor
-    labels: Tensor | None
-    pointer: Tensor
-    count: Tensor
-    skipped: Tensor
-    frames: Tensor
-    sums: Tensor
-
     def __init__(
         self,
         size: int,
@@ -73,26 +50,10 @@ class FeatureQueue(nn.Module):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
-        super().__init__()
-        if size < 1 or dim < 1:
-            raise UserError(f"expected a queue of at least 1 row and 1 dimension, got size={size}, dim={dim}")
-        if not dtype.is_floating_point:
-            raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
-        self.size, self.dim = size, dim
+        super().__init__(size, dim, labels=labels, dtype=dtype, device=device)
         self.trace: Trace | None = None
         self.adaptation = make_adaptation(adaptation).to(device)
         self.adaptation.reset(dim)
-        self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype, device=device))
-        self.register_buffer("labels", torch.zeros(size, dtype=torch.int64, device=device) if labels else None)
-        for name in ("pointer", "count", "skipped"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
-        identity = torch.stack([torch.ones(3, dim), torch.zeros(3, dim)], dim=1).double()
-        self.register_buffer("frames", identity.to(device))  # [this, last, next turn; scale, shift; D]
-        self.register_buffer(
-            "sums", torch.zeros(2, 2, dim, dtype=torch.float64, device=device)
-        )  # [1, 2 power; turn; D]
-
-    # ---------------------------------------------------------------------------------------------------- the step
 
     @torch.no_grad()
     def adapt(self, batch: Float[Tensor, "B D"]) -> None:
@@ -129,188 +90,13 @@ class FeatureQueue(nn.Module):
         values = batch.detach()[surplus:]
         labels = None if labels is None else labels[surplus:].to(self.rows.device)
         allowed = batch[:surplus].isfinite().all() if surplus else None
-        write = self._write_parts if may_wait(self.rows) else self._write_masked
-        slots = write(values, labels, allowed)
+        slots = self._write(values, labels, allowed)
         return torch.cat([slots.new_full((surplus,), -1), slots]) if surplus else slots
-
-    # --------------------------------------------------------------------------------------------------- reading
-
-    def __len__(self) -> int:
-        """Number of filled rows n. Waits for the device."""
-        return int(self.count)
-
-    def moments(self) -> Moments:
-        """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
-        n, total = self._turn_sizes()
-        scale, shift = self.frames[:2].unbind(1)
-        first, second = self.sums.unbind()
-        scaled = first * scale
-        mean = torch.addcmul(scaled, shift, n).sum(0).div_(total.clamp(min=1))
-        offset = shift - mean
-        # The sum of (scale x + offset)^2 over a turn's rows x, of which first and second power sums are known.
-        linear = (offset * n).add_(scaled, alpha=2)
-        squares = (second * scale).mul_(scale).addcmul_(offset, linear).sum(0).clamp_(min=0)
-        return Moments(mean, squares.div_((total - 1).clamp_(min=1)).sqrt_())
-
-    @torch.no_grad()
-    def features(self) -> Float[Tensor, "n D"]:
-        """The filled rows, adapted, in the order of their slots. Waits for the device."""
-        parts = [block.features.clone() for block in self._turns(self.size)]
-        return torch.cat(parts) if parts else self.rows.new_zeros(0, self.dim, dtype=self._read_dtype)
-
-    @torch.no_grad()
-    def blocks(self, block_rows: int) -> Iterator[Block]:
-        """All filled slots in blocks of at most ``block_rows``, adapted as they are read.
-
-        On an accelerator, and when compiled, the number of filled rows is not known here without waiting: all M slots
-        are read and ``filled`` says which count.
-        """
-        if may_wait(self.rows):
-            yield from self._turns(block_rows)
-            return
-        turns = self._read_frames()
-        for start in range(0, self.size, block_rows):
-            stop = min(start + block_rows, self.size)
-            slots = torch.arange(start, stop, device=self.rows.device)
-            yield self._decoded(slice(start, stop), slots, turns, slots < self.count)
-
-    @torch.no_grad()
-    def gather(self, slots: Int64[Tensor, "b"]) -> Block:
-        """The rows at these slots, which must be filled."""
-        return self._decoded(slots, slots, self._read_frames(), None)
 
     def reset(self) -> None:
         """Empties the queue and forgets what its adaptation observed."""
-        for buffer in self.buffers(recurse=False):
-            buffer.zero_()
-        self.frames[:, 0] = 1
+        super().reset()
         self.adaptation.reset(self.dim)
-
-    def extra_repr(self) -> str:
-        """Size, dimensions and storage, for ``print(module)``."""
-        return f"size={self.size}, dim={self.dim}, dtype={self.rows.dtype}, labels={self.labels is not None}"
-
-    # --------------------------------------------------------------------------------------------------- internals
-
-    @property
-    def _read_dtype(self) -> torch.dtype:
-        return torch.promote_types(self.rows.dtype, torch.float32)
-
-    def _frame(self, turn: int) -> Frame:
-        """Frame of this turn of the ring (0) or of the one before (1)."""
-        return Frame(*self.frames[turn].unbind())
-
-    def _next_frame(self) -> Frame:
-        """Frame of the turn to come, in which rows of the last target moments are standardised."""
-        std, mean = self.frames[2].unbind()
-        return Frame(std.masked_fill(Moments(mean, std).constant(), 1), mean)
-
-    def _turn_sizes(self) -> tuple[Float64[Tensor, "2 1"], Int64[Tensor, ""]]:
-        """How many rows are of this turn and of the last one, and of both."""
-        if may_wait(self.rows):
-            pointer, count = int(self.pointer), int(self.count)
-            return torch.tensor([[pointer], [count - pointer]], dtype=torch.float64), self.count
-        return torch.stack([self.pointer, self.count - self.pointer]).double()[:, None], self.count
-
-    def _labels(self, slots: slice | Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
-        return None if self.labels is None else self.labels[slots]
-
-    def _read_frames(self) -> tuple[Frame, Frame]:
-        """Frames of this turn and of the last one, in the precision that rows are read in."""
-        return self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
-
-    def _decoded(
-        self,
-        place: slice | Int64[Tensor, "b"],
-        slots: Int64[Tensor, "b"],
-        turns: tuple[Frame, Frame],
-        filled: Bool[Tensor, "b"] | None,
-    ) -> Block:
-        """The rows at ``place``, whose slots these are, each by the frame of its turn."""
-        frame = Frame.where(slots < self.pointer, *turns)
-        features = frame(self.rows[place].to(self._read_dtype))
-        return Block(place, features, torch.linalg.vector_norm(features, dim=1), self._labels(place), filled)
-
-    def _turns(self, block_rows: int) -> Iterator[Block]:
-        """The filled slots, in order: this turn's, then the last one's."""
-        pointer, count = int(self.pointer), int(self.count)
-        dtype, piece_rows = self._read_dtype, max(1, PIECE // self.dim)
-        turns = self._read_frames()
-        scratch = self.rows.new_empty(min(block_rows, self.size), self.dim, dtype=dtype)
-        lengths = scratch.new_empty(len(scratch))
-        for start in range(0, count, block_rows):
-            stop = min(start + block_rows, count)
-            seam = min(max(pointer, start), stop)
-            for (scale, shift), first, end in zip(turns, (start, seam), (seam, stop), strict=True):
-                for piece in range(first, end, piece_rows):  # measured while it is in a core's cache
-                    last = min(piece + piece_rows, end)
-                    part = scratch[piece - start : last - start]
-                    torch.addcmul(shift, self.rows[piece:last].to(dtype), scale, out=part)
-                    torch.linalg.vector_norm(part, dim=1, out=lengths[piece - start : last - start])
-            slots, rows = slice(start, stop), stop - start
-            yield Block(slots, scratch[:rows], lengths[:rows], self._labels(slots), None)
-
-    def _write_parts(
-        self, values: Float[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
-    ) -> Int64[Tensor, "b"]:
-        """``enqueue`` where the pointer may be looked at: the rows up to the ring's end, then those past it."""
-        pointer, count = int(self.pointer), int(self.count)
-        end = self.size - pointer
-        parts = [self._frame(0).inverse(values[:end]).to(self.rows.dtype)]
-        if len(values) > end:
-            parts.append(self._next_frame().inverse(values[end:]).to(self.rows.dtype))
-        sums = [power_sums(part) for part in parts]
-        if not (all(entering.sum() < torch.inf for entering in sums) and (allowed is None or allowed)):
-            self.skipped.add_(1)
-            return torch.full((len(values),), -1)
-        slots = torch.arange(pointer, pointer + len(values)).remainder_(self.size)
-        if labels is not None and self.labels is not None:
-            self.labels[slots] = labels
-        for part, entering in zip(parts, sums, strict=True):
-            place = slice(pointer, pointer + len(part))
-            if count == self.size:  # the rows that were there are of the last turn
-                self.sums[:, 1].sub_(power_sums(self.rows[place]))
-            self.sums[:, 0].add_(entering)
-            self.rows[place] = part
-            pointer, count = place.stop % self.size, max(count, place.stop)
-            if pointer == 0:
-                self.sums[:, 1], self.frames[1] = self.sums[:, 0], self.frames[0]
-                self.sums[:, 0], self.frames[0] = 0, torch.stack(self._next_frame())
-        self.pointer.fill_(pointer)
-        self.count.fill_(count)
-        return slots
-
-    def _write_masked(
-        self, values: Float[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None
-    ) -> Int64[Tensor, "b"]:
-        """``enqueue`` on an accelerator, where nothing may be looked at: every row of the batch in one way."""
-        position = self.pointer + torch.arange(len(values), device=values.device)
-        slots, next_turn = position % self.size, position >= self.size
-        following = self._next_frame()
-        stored = Frame.where(next_turn, following, self._frame(0)).inverse(values).to(self.rows.dtype)
-        replaced = self.rows.index_select(0, slots)
-        turns = torch.stack([~next_turn, next_turn])
-        entering = power_sums(stored, turns)
-        leaving = power_sums(replaced, turns & (slots < self.count))
-        finite = entering.sum() < torch.inf
-        if allowed is not None:
-            finite = finite & allowed
-        turned = finite & (position[-1] >= self.size - 1)
-
-        # Rows up to the ring's end replace the last turn's; rows past it open the next turn and replace this one's.
-        this = self.sums[:, 0] + entering[:, 0]
-        stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
-        turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
-        assign_(self.sums, torch.where(turned, turn, stay), finite)
-        assign_(self.frames[:2], torch.stack([torch.stack(following), self.frames[0]]), turned)
-        self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
-        if labels is not None and self.labels is not None:
-            self.labels.index_copy_(0, slots, torch.where(finite, labels, self.labels[slots]))
-        advance = finite * len(values)
-        self.pointer.add_(advance).remainder_(self.size)
-        self.count.add_(advance).clamp_(max=self.size)
-        self.skipped.add_(~finite)
-        return torch.where(finite, slots, -1)
 
     def _move(self, current: Moments, target: Moments, finite: Bool[Tensor, ""]) -> Frame | None:
         """Composes the map that takes the current moments to the target onto the frames; None: nothing was moved."""
@@ -328,31 +114,11 @@ class FeatureQueue(nn.Module):
             assign_(self.frames[2], torch.stack([target.std, target.mean]), finite)
             assign_(self.frames[:2], torch.stack(self._next_frame()), finite & (self.count == 0))
             allowed = finite & (self.count >= 2)
-            move = Frame(
-                *(
-                    torch.where(allowed, part, same)
-                    for part, same in zip(_map_between(current, target), (1.0, 0.0), strict=True)
-                )
-            )
+            scale, shift = _map_between(current, target)
+            move = Frame(torch.where(allowed, scale, 1.0), torch.where(allowed, shift, 0.0))
         frames = self.frames[:2]
         frames.mul_(move.scale)[:, 1].add_(move.shift)
         return move
-
-    def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:
-        if batch.ndim != 2 or batch.shape[1] != self.dim or len(batch) == 0:
-            raise ValueError(f"expected a batch of shape [B, {self.dim}], got {list(batch.shape)}")
-        if labels is not None and labels.shape != batch.shape[:1]:
-            raise ValueError(f"expected labels of shape [{len(batch)}], got {list(labels.shape)}")
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureQueue:
-        """Moves with the model, but keeps its precision: ``model.half()`` must not round the moments."""
-
-        def move(tensor: Tensor) -> Tensor:
-            moved = fn(tensor)
-            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
-
-        super()._apply(move, recurse)
-        return self
 
 
 def _map_between(current: Moments, target: Moments) -> Frame:

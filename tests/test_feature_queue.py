@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from reference import ReferenceQueue
 
-from selfsup_xbn import AXBN, XBN, FeatureQueue, feature_queue
+from selfsup_xbn import AXBN, XBN, FeatureQueue, feature_queue, ring
 from selfsup_xbn.errors import UserError
 
 ADAPTATIONS = ["xbm", "xbn", "axbn"]
@@ -58,7 +58,8 @@ def saved_and_loaded(queue):
 def path(request, monkeypatch):
     """A CPU, where pointer and values may be looked at; an accelerator, where a look would be waited for."""
     if request.param == "accelerator":
-        monkeypatch.setattr(feature_queue, "may_wait", lambda tensor: False)
+        for module in (feature_queue, ring):
+            monkeypatch.setattr(module, "may_wait", lambda tensor: False)
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
