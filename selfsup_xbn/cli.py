@@ -13,8 +13,9 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from selfsup_xbn.config import DEFAULT_RECIPES, EXPORTS, MODES, RECIPES, Config, resolved
+from selfsup_xbn.config import EXPORTS, MODES, Config, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near
+from selfsup_xbn.recipes import DEFAULT_RECIPES, RECIPES
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 the input is at fault, or a file cannot be written; 3 the loss diverged; "

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from selfsup_xbn.config import DEFAULT_RECIPES, RECIPES, Config
+from selfsup_xbn.config import Config
+from selfsup_xbn.recipes import DEFAULT_RECIPES, RECIPES
 
 
 def command_of(config: Config) -> list[str]:

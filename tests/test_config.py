@@ -5,8 +5,9 @@ from dataclasses import fields, replace
 
 import pytest
 
-from selfsup_xbn.config import RECIPES, PretrainConfig, differences, from_resolved, resolved
+from selfsup_xbn.config import PretrainConfig, differences, from_resolved, resolved
 from selfsup_xbn.errors import UserError, near
+from selfsup_xbn.recipes import RECIPES
 
 
 @pytest.mark.parametrize(

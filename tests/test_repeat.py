@@ -5,7 +5,8 @@ from dataclasses import fields, replace
 import pytest
 
 from selfsup_xbn.cli import _parser, config_of
-from selfsup_xbn.config import MODES, RECIPES
+from selfsup_xbn.config import MODES
+from selfsup_xbn.recipes import RECIPES
 from selfsup_xbn.repeat import command_of
 
 ODD = 'it\'s $HOME/a b; "c" -- \\d é'

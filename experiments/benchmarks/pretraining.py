@@ -22,8 +22,9 @@ import torch
 
 from experiments.runs import RESULTS
 from selfsup_xbn import train
-from selfsup_xbn.config import RECIPES, Config
+from selfsup_xbn.config import Config
 from selfsup_xbn.data import ImageData, Split
+from selfsup_xbn.recipes import RECIPES
 from selfsup_xbn.run_log import environment
 
 IMAGES, WARM_UP = 50_000, 20
