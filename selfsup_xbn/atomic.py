@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from selfsup_xbn.errors import UserError
 
@@ -17,35 +17,39 @@ RESUME = "make room there, and go on with --resume"
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
+def replacing(path: Path, cure: str = RESUME) -> Iterator[BinaryIO]:
     """A new file, open for writing and reading, that takes the place of ``path`` once all of it is on the disk.
 
     Whoever reads ``path``, and whoever comes after a process that was killed, finds the old file or the new one.
 
     Raises:
-        UserError: it cannot be written; the old file is as it was, and nothing is left beside it.
-    """
-    with beside(path) as temporary, open(temporary, "w+b") as file:
-        yield file
-        sync(file)
-
-
-@contextmanager
-def beside(path: Path, cure: str = RESUME) -> Iterator[Path]:
-    """The path of a file to write, which takes the place of ``path`` at the end, and is gone after an error.
-
-    Raises:
-        UserError: it cannot be written, with the cure.
+        UserError: it cannot be written, with the cure; the old file is as it was, and nothing is left beside it.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     with writing(path, cure):
         try:
-            yield temporary
+            with open(temporary, "w+b") as file:
+                yield file
+                sync(file)
             os.replace(temporary, path)
             sync_folder(path.parent)
         finally:
             with suppress(OSError):
                 temporary.unlink()
+
+
+def save(state: Any, file: BinaryIO) -> None:
+    """``torch.save``, whose writer hides the file's own complaint.
+
+    Raises:
+        OSError: the file's.
+    """
+    import torch
+
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        raise error.__context__ if isinstance(error.__context__, OSError) else error from None
 
 
 @contextmanager

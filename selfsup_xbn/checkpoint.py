@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 import torch
 
-from selfsup_xbn.atomic import replacing, sync
+from selfsup_xbn import atomic
 from selfsup_xbn.errors import UserError
 
 NAME, BEST = "checkpoint.pt", "best.pt"
@@ -37,16 +37,13 @@ def save(state: dict[str, Any], folder: Path, name: str = NAME, keep: int = 1) -
     Raises:
         UserError: it cannot be written, because the disk is full for example; the old ones are as they were.
     """
-    with replacing(folder / name) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # torch's writer hides the file's own complaint
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
+    with atomic.replacing(folder / name) as file:
+        atomic.save(state, file)
         end = file.tell() - len(COMMENT_LENGTH)
         seal = _seal(file, end)
         file.seek(end)
         file.write(seal)
-        sync(file)
+        atomic.sync(file)
         if name == NAME:
             _make_room(folder, keep)
 

@@ -6,16 +6,17 @@ Axis legend: B batch, C channels, S side of the square images in pixels, F featu
 from __future__ import annotations
 
 import csv
+import io
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfsup_xbn import build
-from selfsup_xbn.atomic import beside
+from selfsup_xbn import atomic, build
 from selfsup_xbn.config import EXPORTS
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.evaluate import TrainedRun, open_run
@@ -45,32 +46,33 @@ def export_run(
     if best and kind == "csv":
         raise UserError("--best chooses an encoder, and --format csv has none: give one of them")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with beside(path, "give another --out") as temporary:
-        lines = _write(folder, kind, temporary, best)
+    with atomic.replacing(path, "make room there, or give another --out") as file:
+        lines = _write(folder, kind, file, best)
     return [f"{path}: {lines[0]}", *lines[1:]]
 
 
-def _write(folder: Path, kind: str, path: Path, best: bool) -> list[str]:
+def _write(folder: Path, kind: str, file: BinaryIO, best: bool) -> list[str]:
     if kind == "csv":
-        return write_csv(folder, path)
+        return write_csv(folder, file)
     run = open_run(folder, best)
     run.trained.eval()
     write = {"torchvision": write_torchvision, "safetensors": write_safetensors, "onnx": write_onnx}[kind]
-    return [*write(run, path), _input_line(run)]
+    return [*write(run, file), _input_line(run)]
 
 
-def write_csv(folder: Path, path: Path) -> list[str]:
+def write_csv(folder: Path, file: BinaryIO) -> list[str]:
     """``metrics.jsonl`` as a table: a column for each name that any record has, blank where a record has none."""
     records = read_metrics(folder)
     names = list(dict.fromkeys(name for record in records for name in record))
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, names)  # None and what is missing become an empty cell
-        writer.writeheader()
-        writer.writerows(records)
+    text = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    writer = csv.DictWriter(text, names)  # None and what is missing become an empty cell
+    writer.writeheader()
+    writer.writerows(records)
+    text.detach()
     return [f"{len(records)} records of {len(names)} columns"]
 
 
-def write_torchvision(run: TrainedRun, path: Path) -> list[str]:
+def write_torchvision(run: TrainedRun, file: BinaryIO) -> list[str]:
     """The backbone as the whole state dict of torchvision's model: names and all, the classifier zeros.
 
     Raises:
@@ -84,7 +86,7 @@ def write_torchvision(run: TrainedRun, path: Path) -> list[str]:
         wanted = torchvision.models.get_model(plain).state_dict()
     own = _tensors(run.trained.backbone)
     classifier = {key: torch.zeros(value.shape) for key, value in wanted.items() if key not in own}
-    torch.save({key: own.get(key, classifier.get(key)) for key in wanted}, path)
+    atomic.save({key: own.get(key, classifier.get(key)) for key in wanted}, file)
     lines = [f"the backbone of {name} for torchvision, without the head", _classifier_line(classifier)]
     if name.endswith(CIFAR):
         stem = f"torch.nn.Conv2d({run.channels}, 64, 3, padding=1, bias=False)"
@@ -104,18 +106,18 @@ def _classifier_line(classifier: dict[str, Tensor]) -> str:
     return f"zeros, as the run has no classifier: {parts}"
 
 
-def write_safetensors(run: TrainedRun, path: Path) -> list[str]:
+def write_safetensors(run: TrainedRun, file: BinaryIO) -> list[str]:
     """Backbone and head (``backbone.*``, ``head.*``), with the settings that rebuild them as metadata."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     settings = {name: str(getattr(run.config, name)) for name in ("backbone", "head", "dim")}
     settings |= {"channels": str(run.channels), "image_size": str(run.image_size)}
     tensors = _tensors(run.trained)
-    save_file(tensors, path, {"format": "pt", **settings})
+    file.write(save(tensors, {"format": "pt", **settings}))
     return [f"{len(tensors)} tensors of the encoder, backbone.* and head.*"]
 
 
-def write_onnx(run: TrainedRun, path: Path) -> list[str]:
+def write_onnx(run: TrainedRun, file: BinaryIO) -> list[str]:
     """A graph from ``images`` [B,C,S,S] to ``features`` [B,F] and ``embeddings`` [B,D], for any B.
 
     Raises:
@@ -129,9 +131,7 @@ def write_onnx(run: TrainedRun, path: Path) -> list[str]:
         program = torch.onnx.export(
             model,
             (images,),
-            path,
             dynamo=True,
-            external_data=False,
             verbose=False,
             input_names=["images"],
             output_names=["features", "embeddings"],
@@ -145,6 +145,7 @@ def write_onnx(run: TrainedRun, path: Path) -> list[str]:
     assert shape is not None
     if isinstance(shape[0], int):
         raise UserError(f"backbone {run.config.backbone!r} has no ONNX form for any batch size: try safetensors")
+    file.write(program.model_proto.SerializeToString())
     return [f"images to features [B, {run.trained.feature_dim}] and embeddings [B, {run.trained.dim}], not normalised"]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from selfsup_xbn import build, embedding_map
-from selfsup_xbn.atomic import beside
+from selfsup_xbn.atomic import replacing
 from selfsup_xbn.config import Config, PretrainConfig, queue_rows, resolved
 from selfsup_xbn.data import ImageData
 from selfsup_xbn.errors import UserError
@@ -80,9 +80,9 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     runs = [_entry(folder, name, f"run{i % COLORS}") for i, (folder, name) in enumerate(_named(folders).items())]
     runs = [_with_pictures(run) for run in runs]
     page = _page(runs).encode(errors="replace")
-    with beside(path, "give another --out") as temporary:
-        out.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(page)
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "give another --out") as file:
+        file.write(page)
     return path, [f"{run.name}: {run.note}" for run in runs if run.note]
 
 

@@ -1,6 +1,8 @@
 """What other programs read of a run computes what the run's encoder computes."""
 
 import csv
+import resource
+import signal
 
 import pytest
 import torch
@@ -142,6 +144,24 @@ def test_faults_are_one_line_and_nothing_is_written(tmp_path, capsys, options, p
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused(capsys, ["export", str(tmp_path), *(option.replace("RUN", str(tmp_path)) for option in options)])
     assert all(part in message for part in parts)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("kind", ["csv", "torchvision", "safetensors"])
+def test_a_full_disk_leaves_the_old_file_and_one_line(tmp_path, capsys, kind):
+    made_run(tmp_path, backbone="resnet18", bn_splits=8)
+    export_run(tmp_path, kind)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
+    try:
+        message = refused(capsys, ["export", str(tmp_path), "--format", kind, "--overwrite"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert EXPORTS[kind] in message
+    assert "--out" in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
