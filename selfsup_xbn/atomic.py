@@ -11,9 +11,8 @@ from typing import Any, BinaryIO
 from selfsup_xbn.errors import UserError
 
 TEMPORARY = ".tmp"
-
-
 RESUME = "make room there, and go on with --resume"
+"""What to do about a file of a run that cannot be written."""
 
 
 @contextmanager

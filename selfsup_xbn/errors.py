@@ -23,9 +23,9 @@ class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to sto
     """SIGTERM or SIGINT came, the step was finished and a checkpoint written; exit code 75, try again later."""
 
 
-def near(word: str, choices: Iterable[str]) -> str:
-    """``"; did you mean X?"`` for the choice nearest to the word, or nothing."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+def near(word: str, choices: Iterable[str], likeness: float = 0.5) -> str:
+    """``"; did you mean X?"`` for the choice nearest to the word, or nothing where none is near."""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=likeness)
     return f"; did you mean {found[0]}?" if found else ""
 
 

@@ -161,10 +161,10 @@ def nt_xent_pairs(
 ) -> PairLoss:
     """``nt_xent`` with the number of its pairs."""
     unit, rule = _unit(embeddings), PairMargin.rule(miner, labels)
-    scan = scan_negative_pairs(unit, queue, temperature, own_slots, rule)
-    losses, count = scan_positives(unit, scan.logsumexp, queue, temperature, own_slots, rule)
+    logsumexp, negatives = scan_negative_pairs(unit, queue, temperature, own_slots, rule)
+    losses, count = scan_positives(unit, logsumexp, queue, temperature, own_slots, rule)
     positives = count.sum()
-    return PairLoss(losses.sum() / positives.clamp(min=1), positives.long(), scan.negatives.sum())
+    return PairLoss(losses.sum() / positives.clamp(min=1), positives.long(), negatives.sum())
 
 
 def _unit(anchors: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
@@ -174,7 +174,7 @@ def _unit(anchors: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
 
 
 def _scan_batch(embeddings: Float[Tensor, "B D"], temperature: float, rule: PairRule) -> Scan:
-    """What ``scan_queue`` gives, of the batch in place of a queue, self left out; gradient flows to both sides."""
+    """The sums over the batch in place of a queue, self left out; gradient flows to both sides."""
     unit = _unit(embeddings)
     with torch.autocast(unit.device.type, enabled=False):
         cosine = unit @ unit.T

@@ -201,7 +201,7 @@ def _require_known(name: str, known: Iterable[str], what: str) -> None:
     choices = list(known)
     if name in choices:
         return
-    raise UserError(f"no {what} named {name!r}{near(name, choices)}")
+    raise UserError(f"no {what} named {name!r}{near(name, choices, likeness=0.0)}")
 
 
 # ---------------------------------------------------------------- small backbones

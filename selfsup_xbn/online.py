@@ -16,7 +16,9 @@ FLOOR = -1e30
 DEEP = -60.0
 """A logit so far below the largest one is raised to this: its exponential is lost in float64's rounding of the sum, and
 is no denormal number, which would take a processor fifty times as long."""
-TAME = 20.0
+LONGEST = 1e12
+"""A row is made longer by this factor at most; so does ``torch.nn.functional.normalize``."""
+TAME = 15.0
 """Logits that are all within this of 0 have exponentials that neither overflow nor are lost beside one another."""
 
 
@@ -36,7 +38,8 @@ class LogSumExp:
         self.least = 0.5 * math.exp(-bound) if self.tame else 1.0  # less than the sum of one pair that counts
         self.nothing = DEEP if self.tame else FLOOR
         self.total, self.attended = unit.new_zeros(len(unit), 1), torch.zeros_like(unit)
-        self.peak = self.total if self.tame else torch.full_like(self.total, FLOOR)  # the largest logit as yet
+        if not self.tame:
+            self.peak = torch.full_like(self.total, FLOOR)  # the largest logit as yet
 
     def add(self, logits: Tensor, rows: Tensor, inverse: Tensor) -> None:
         """Takes in a block; overwrites its logits."""
@@ -95,11 +98,11 @@ def unit_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def inverse_of(lengths: Tensor) -> Tensor:
-    """1 / length, and a large number for a row of zeros."""
-    return lengths.clamp(min=1e-12).reciprocal_()
+    """1 / length, and ``LONGEST`` for a row of zeros."""
+    return lengths.reciprocal().clamp_(max=LONGEST)
 
 
 def by_rows(by_unit: Tensor, unit: Tensor, inverse: Tensor) -> Tensor:
     """The gradient by rows, of that by the rows at unit length."""
-    along = (by_unit * unit).sum(1, keepdim=True)
+    along = (by_unit * unit).sum(1, keepdim=True).masked_fill_(inverse == LONGEST, 0)
     return torch.addcmul(by_unit, along, unit, value=-1).mul_(inverse)

@@ -158,6 +158,6 @@ def _related(queue: FeatureQueue, labels: Tensor) -> Tensor | None:
     """Ordered slots of all rows whose label is one of these, and of some more; None where they are not few."""
     assert queue.labels is not None
     # A table of buckets in place of an exact test: ten times as fast, and a row too many does no harm.
-    table = torch.zeros(BUCKETS, dtype=torch.bool).index_fill_(0, labels & BUCKETS - 1, True)
-    found = table[queue.labels[: len(queue)] & BUCKETS - 1].nonzero()[:, 0]
+    table = torch.zeros(BUCKETS, dtype=torch.bool).index_fill_(0, labels & (BUCKETS - 1), True)
+    found = table[queue.labels[: len(queue)] & (BUCKETS - 1)].nonzero()[:, 0]
     return found if FEW * len(found) < len(queue) else None

@@ -23,7 +23,7 @@ from selfsup_xbn.queue_reader import PairRule, QueueReader
 
 
 class Scan(NamedTuple):
-    """What one pass over the references gives for each anchor."""
+    """Sums over the pairs of each anchor."""
 
     logsumexp: Float[Tensor, "B"]  # of the logits that count; FLOOR where none does
     positive_sum: Float[Tensor, "B"]  # of the positive logits
@@ -55,9 +55,10 @@ def scan_classes(
     """``losses.sup_con`` of embeddings of any length, in one pass; how many positive and negative pairs it is made of.
 
     Args:
+        embeddings: the anchors, to which gradient flows.
         queue: the memory; only its filled rows count, at unit length.
         temperature: T > 0.
-        own_slots: slots that an anchor must not meet (its own copies); -1 for none.
+        own_slots: slots that an anchor must not meet: its own copies, which have its label; -1 for none.
         rule: which pairs count.
         count_negatives: otherwise the last value is 0 only where there are none, which costs less.
     """
@@ -71,13 +72,13 @@ def scan_negative_pairs(
     temperature: float,
     own_slots: Int64[Tensor, "B *E"] | None,
     rule: PairRule,
-) -> Scan:
-    """Log-sum-exp of cos(anchor, row) / T over the negative pairs that count, and the sum of the positive ones.
+) -> tuple[Float[Tensor, "B"], Int64[Tensor, "B"]]:
+    """Log-sum-exp of cos(anchor, row) / T over the negative pairs that count, and their number, of each anchor.
 
     ``unit`` are anchors of unit length, at least float32, to which gradient flows; otherwise as ``scan_classes``.
     """
     with torch.autocast(unit.device.type, enabled=False):
-        return Scan(*_QueueScan.apply(unit, _reader(queue, temperature, own_slots, rule)))
+        return _NegativePairs.apply(unit, _reader(queue, temperature, own_slots, rule))
 
 
 def scan_positives(
@@ -127,15 +128,17 @@ class _InfoNCE(torch.autograd.Function):
         negatives, attended = sums.result()
         gap = negatives - (scaled * key).sum(1)
         slope = gap.sigmoid().div_(len(q) * reader.temperature)[:, None]
-        by_query = by_rows(attended.sub_(key).mul_(slope), query, q_inverse).to(q.dtype)
-        by_key = by_rows(-slope * query, key, k_inverse).to(k.dtype) if ctx.needs_input_grad[1] else None
+        by_query = by_rows(attended.sub_(key).mul_(slope), query, q_inverse)
+        by_key = by_rows(-slope * query, key, k_inverse) if ctx.needs_input_grad[1] else None
         ctx.save_for_backward(by_query, by_key)
+        ctx.dtypes = q.dtype, k.dtype
         return F.softplus(gap, threshold=40).mean()
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        by_query, by_key = ctx.saved_tensors
-        return grads[0] * by_query, None if by_key is None else grads[0] * by_key, None
+        # Times the upstream gradient while it is precise: float16 cannot hold a loss scale, nor gradients before it.
+        by_query, by_key = (_times(grads[0], *pair) for pair in zip(ctx.saved_tensors, ctx.dtypes, strict=True))
+        return by_query, by_key, None
 
 
 class _SupCon(torch.autograd.Function):
@@ -144,48 +147,50 @@ class _SupCon(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, reader: QueueReader, count_negatives: bool) -> tuple[Tensor, ...]:
         unit, inverse = unit_rows(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)))
-        scan, attended, positive_rows = _read(unit, reader, True, count_negatives)
+        positives = Positives(unit)
+        logsumexp, attended, negatives = _read(unit, reader, positives, count_negatives)
+        scan = Scan(logsumexp, positives.sum, positives.count, negatives)
         value, share = sup_con_of(scan)
         by_positive = (share / scan.positives.clamp(min=1))[:, None]
-        by_unit = (attended * share[:, None]).addcmul_(positive_rows, by_positive, value=-1).div_(reader.temperature)
-        ctx.save_for_backward(by_rows(by_unit, unit, inverse).to(embeddings.dtype))
-        positives, negatives = scan.positives.sum().long(), scan.negatives.sum()
-        ctx.mark_non_differentiable(positives, negatives)
-        return value, positives, negatives
+        by_unit = (attended * share[:, None]).addcmul_(positives.rows, by_positive, value=-1).div_(reader.temperature)
+        ctx.save_for_backward(by_rows(by_unit, unit, inverse))
+        ctx.dtype = embeddings.dtype
+        counted = scan.positives.sum().long(), scan.negatives.sum()
+        ctx.mark_non_differentiable(*counted)
+        return value, *counted
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (by_embedding,) = ctx.saved_tensors
-        return grads[0] * by_embedding, None, None
+        return _times(grads[0], by_embedding, ctx.dtype), None, None
 
 
-class _QueueScan(torch.autograd.Function):
-    """The pass of a loss that chooses pairs by labels; the gradient by the anchors is made on the way."""
+class _NegativePairs(torch.autograd.Function):
+    """Log-sum-exp of each anchor's negative pairs, with its gradient, and their number."""
 
     @staticmethod
-    def forward(ctx: Any, unit: Tensor, reader: QueueReader) -> tuple[Tensor, ...]:
-        scan, attended, positive_rows = _read(unit, reader, False, True)
-        ctx.save_for_backward(attended, positive_rows)
+    def forward(ctx: Any, unit: Tensor, reader: QueueReader) -> tuple[Tensor, Tensor]:
+        logsumexp, attended, negatives = _read(unit, reader, None, True)
+        ctx.save_for_backward(attended)
         ctx.temperature = reader.temperature
-        ctx.mark_non_differentiable(scan.positives, scan.negatives)
-        return scan
+        ctx.mark_non_differentiable(negatives)
+        return logsumexp, negatives
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        attended, positive_rows = ctx.saved_tensors
-        grad = torch.addcmul(grads[0][:, None] * attended, grads[1][:, None], positive_rows)
-        return grad / ctx.temperature, None
+        (attended,) = ctx.saved_tensors
+        return grads[0][:, None] * attended / ctx.temperature, None
 
 
 def _read(
-    unit: Tensor, reader: QueueReader, positives_count: bool, count_negatives: bool
-) -> tuple[Scan, Tensor, Tensor]:
-    """One pass over a queue with labels: its sums, and their gradients by the anchors' logits, times T.
+    unit: Tensor, reader: QueueReader, positives: Positives | None, count_negatives: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over a queue with labels: log-sum-exp [B], its gradient by the anchors over T [B, D], negatives [B].
 
-    The log-sum-exp is over positive pairs too, or over negative ones alone. Negatives of an anchor that are not counted
-    one by one are a number that is 0 only where there are none.
+    The log-sum-exp is over negative pairs and, where ``positives`` are to be summed too, over those. Negatives of an
+    anchor that are not counted one by one are a number that is 0 only where there are none.
     """
-    scaled, sums, positives = unit / reader.temperature, LogSumExp(unit, reader.bound), Positives(unit)
+    scaled, sums = unit / reader.temperature, LogSumExp(unit, reader.bound)
     negatives, rule = torch.zeros(len(unit), dtype=torch.int64, device=unit.device), reader.rule
     assert rule is not None
     for block, skipped in reader.plain(len(unit)):
@@ -201,12 +206,16 @@ def _read(
     for block in reader.paired(len(unit)):
         rows, inverse, logits = reader.logits(scaled, block)
         positive, negative = reader.pairs(logits, block)
-        positives.add(positive, logits, rows, inverse)
         negatives.add_(negative.sum(1))
-        counts = positive | negative if positives_count else negative
+        if positives is not None:
+            positives.add(positive, logits, rows, inverse)
+        counts = negative if positives is None else positive | negative
         sums.add(logits.masked_fill_(~counts, sums.nothing), rows, inverse)
-    logsumexp, attended = sums.result()
-    return Scan(logsumexp, positives.sum, positives.count, negatives), attended, positives.rows
+    return *sums.result(), negatives
+
+
+def _times(upstream: Tensor, gradient: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if gradient is None else (upstream * gradient).to(dtype)
 
 
 class _PositivePairs(torch.autograd.Function):

@@ -69,12 +69,11 @@ class Ring(nn.Module):
         n, total = self._turn_sizes()
         scale, shift = self.frames[:2].unbind(1)
         first, second = self.sums.unbind()
-        scaled = first * scale
-        mean = torch.addcmul(scaled, shift, n).sum(0).div_(total.clamp(min=1))
-        offset = shift - mean
-        # The sum of (scale x + offset)^2 over a turn's rows x, of which first and second power sums are known.
-        linear = (offset * n).add_(scaled, alpha=2)
-        squares = (second * scale).mul_(scale).addcmul_(offset, linear).sum(0).clamp_(min=0)
+        centre = first / n.clamp(min=1)
+        spread = torch.addcmul(second, centre, first, value=-1).clamp_(min=0).mul_(scale).mul_(scale)
+        means = torch.addcmul(shift, centre, scale)
+        mean = (means * n).sum(0).div_(total.clamp(min=1))
+        squares = spread.addcmul_(n, (means - mean).square_()).sum(0)
         return Moments(mean, squares.div_((total - 1).clamp_(min=1)).sqrt_())
 
     @torch.no_grad()
@@ -127,7 +126,7 @@ class Ring(nn.Module):
     def _next_frame(self) -> Frame:
         """Frame of the turn to come, in which rows of the last target moments are standardised."""
         std, mean = self.frames[2].unbind()
-        return Frame(std.masked_fill(Moments(mean, std).constant(), 1), mean)
+        return Frame(torch.where(Moments(mean, std).varies(), std, 1.0), mean)
 
     def _turn_sizes(self) -> tuple[Float64[Tensor, "2 1"], Int64[Tensor, ""]]:
         """How many rows are of this turn and of the last one, and of both."""

@@ -13,9 +13,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsup_xbn import FeatureQueue, queue_reader
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.losses import PairMargin, info_nce, sup_con
+from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
 
 CENTRES = torch.randn(6, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+LOSSES = {"sup_con": sup_con, "nt_xent": nt_xent}
 TEMPERATURES = (0.1, 0.04)  # the exponentials of all logits can be summed as they are; not so
 
 
@@ -228,3 +229,30 @@ def test_what_is_refused_there_is_what_waits():
     for waits in (lambda t: t.sum().item(), lambda t: t.nonzero(), lambda t: t[t > 0]):
         with NoWaiting(), pytest.raises(AssertionError):
             waits(torch.ones(3))
+
+
+@pytest.mark.parametrize("loss", ["info_nce", "sup_con", "nt_xent"])
+def test_float16_gradients_survive_a_loss_scale(loss):
+    queue = filled_queue(60)
+    z, y = draw(15)
+
+    def scaled_gradient(dtype, scale):
+        leaf = z.to(dtype).requires_grad_()
+        value = info_nce(leaf, z.roll(1, 0), queue) if loss == "info_nce" else LOSSES[loss](leaf, y, queue)
+        return gradient(value * scale, leaf)[0].double() / scale
+
+    expected = scaled_gradient(torch.float32, 1.0)
+    torch.testing.assert_close(
+        scaled_gradient(torch.float16, 65536.0), expected, rtol=0.02, atol=2e-3 * expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("length", [1e-20, 1e-13, 1e-12, 2e-12, 1e15])
+def test_gradients_of_embeddings_of_any_length_are_those_of_normalize(length):
+    queue, (z, y) = filled_queue(60), draw(15)
+    z = (F.normalize(z, dim=1) * length).requires_grad_()
+    found = gradient(sup_con(z, y, queue), z)[0]
+    logits = F.normalize(z, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.1
+    same = (y[:, None] == queue.labels).double()
+    expected = gradient((logits.logsumexp(1) - (logits * same).sum(1) / same.sum(1)).mean(), z)[0]
+    torch.testing.assert_close(found * length, expected * length, rtol=1e-6, atol=1e-9)
