@@ -2,7 +2,7 @@
 
 Drift is the distance that the embeddings of a fixed batch move in one step, mean and maximum, averaged over an epoch;
 the gap is the distance between the memory's moments and the batch's before and after adapting. Small scale: Omniglot
-(``experiments.omniglot``), 3 epochs, measured every 5 steps; paper scale: SOP, every 50.
+(``experiments.omniglot``, memory 50 %), the runs of ``experiments.table1``; paper scale: SOP.
 
     python -m experiments.fig3_drift --data omniglot=omniglot:FOLDER
     python -m experiments.fig3_drift --scale paper --data sop=sop:ROOT      # not run here
@@ -26,7 +26,7 @@ VALUES = {
 }
 COLUMNS = {"recall@1": "Recall@1", "gap_mean_after": "gap of the means after"} | VALUES
 SCALES = {
-    "small": rows(recipe("omniglot", drift_every=5), "no memory", "XBM", "XBN"),
+    "small": rows(recipe("omniglot", queue_size="50%"), "no memory", "XBM", "XBN"),
     "paper": rows(recipe("sop"), "no memory", "XBM", "XBN"),
 }
 

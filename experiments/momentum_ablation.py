@@ -1,7 +1,7 @@
 """Beyond the paper: what does XBN mend when the keys move faster? MoCo's k-NN against the key momentum m.
 
-m 0.9, 0.99 and 0.999 with a plain queue and with XBN. Small scale: the setting of ``experiments.fig2_moco``; paper
-scale: ResNet-18, 200 epochs.
+m 0.9, 0.99 and 0.999 with a plain queue and with XBN. Small scale: the setting of ``experiments.fig2_moco``, whose runs
+those at 0.99 are; the others are evaluated at their end alone. Paper scale: ResNet-18, 200 epochs.
 
     python -m experiments.momentum_ablation --data cifar10=folder:FOLDER
     python -m experiments.momentum_ablation --scale paper --data cifar10=cifar10:ROOT      # not run here
@@ -12,17 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.fig2_moco import moco, small
 from experiments.pictures import save_chart, series
 from experiments.runs import Experiment, Result, table
 
-MOMENTA, NAMES = (0.9, 0.99, 0.999), {"XBM": "xbm", "XBN": "xbn"}
+AT_END: dict[str, Any] = {"eval_every": 0}
+MOMENTA: dict[float, dict[str, Any]] = {0.9: AT_END, 0.99: {}, 0.999: AT_END}
+NAMES = {"XBM": "xbm", "XBN": "xbn"}
 COLUMNS = {"knn_top1": "k-NN top-1, projection", "knn_top1_backbone": "k-NN top-1, backbone", "loss": "loss"}
 SCALES = {
     scale: {
-        f"{name}, m {momentum}": base(adaptation=adaptation, momentum=momentum)
-        for momentum in MOMENTA
+        f"{name}, m {momentum}": base(adaptation=adaptation, momentum=momentum, **evaluated)
+        for momentum, evaluated in MOMENTA.items()
         for name, adaptation in NAMES.items()
     }
     for scale, base in {"small": small, "paper": lambda **changes: moco("cifar10", **changes)}.items()
