@@ -4,6 +4,11 @@ Drift is the distance that the embeddings of a fixed batch move in one step, mea
 the gap is the distance between the memory's moments and the batch's before and after adapting. Small scale: Omniglot
 (``experiments.omniglot``, memory 50 %), the runs of ``experiments.table1``; paper scale: SOP.
 
+Small scale, 3 seeds (``results/fig3-small.json``, ``.png``), last of 3 epochs: a step moves a fixed batch's unit
+vectors by 0.04 +- 0.01 without memory, 0.06 +- 0.01 with XBM, 0.07 +- 0.01 with XBN, so XBN's encoder is not the slower
+one; the memory's mean is 0.49 +- 0.13 of the batch's deviations away with XBM (1.4 +- 0.6 in the first epoch), 0.19 +-
+0.01 with XBN before it is moved, and 0 after.
+
     python -m experiments.fig3_drift --data omniglot=omniglot:FOLDER
     python -m experiments.fig3_drift --scale paper --data sop=sop:ROOT      # not run here
     python -m experiments.fig3_drift --from-results
@@ -24,6 +29,7 @@ VALUES = {
     "gap_mean_before": "gap of the means before adapting",
     "gap_std_before": "gap of the deviations before adapting",
 }
+UNITS = (*["distance of unit vectors"] * 2, "deviations of the batch", "|log| of the ratio")
 COLUMNS = {"recall@1": "Recall@1", "gap_mean_after": "gap of the means after"} | VALUES
 SCALES = {
     "small": rows(recipe("omniglot", queue_size="50%"), "no memory", "XBM", "XBN"),
@@ -38,7 +44,7 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
         found = {result["label"]: course(result, key) for result in results}
         epochs = max((epochs for epochs, *_ in found.values()), key=len)
         charts.append(("epoch", epochs, {name: (m, s) for name, (e, m, s) in found.items() if e}))
-    save_chart(path.with_suffix(".png"), charts, "distance of unit vectors", titles=list(VALUES.values()))
+    save_chart(path.with_suffix(".png"), charts, UNITS, titles=list(VALUES.values()))
     return table(results, COLUMNS)
 
 

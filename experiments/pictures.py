@@ -30,7 +30,7 @@ def course(result: dict[str, Any], key: str) -> tuple[list[int], list[float], li
 def save_chart(
     path: Path,
     charts: Sequence[tuple[str, Sequence[float], Series]],
-    y_label: str,
+    y_label: str | Sequence[str],
     *,
     titles: Sequence[str] = (),
     log: bool = False,
@@ -40,21 +40,24 @@ def save_chart(
 
     Args:
         charts: of each chart the x axis' label, its values, and the series.
-        y_label: what all of them show.
+        y_label: what all of them show, or each.
         titles: one for each chart.
         log: a logarithmic x axis with ticks at its values.
         both: the y axis logarithmic too.
     """
     from matplotlib.figure import Figure
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, MaxNLocator
 
     columns = min(len(charts), 4)
     rows = -(-len(charts) // columns)
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained", dpi=100)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=not titles).flatten()
+    y_labels = [y_label] * len(charts) if isinstance(y_label, str) else y_label
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for *_, found in charts for name in found))}
     for number, (axis, (x_label, x, found)) in enumerate(zip(axes, charts, strict=False)):
         for name, (means, deviations) in found.items():
-            axis.errorbar(list(x)[: len(means)], means, deviations, label=name, marker="o", markersize=4, capsize=3)
+            at, shown = list(x)[: len(means)], {"label": name, "color": colors[name], "markersize": 4, "capsize": 3}
+            axis.errorbar(at, means, deviations, marker="o", **shown)
         if log:
             axis.set_xscale("log")
             axis.set_xticks(list(x), [f"{value:g}" for value in x])
@@ -62,8 +65,10 @@ def save_chart(
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
+        if not log:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.minorticks_off()
-        axis.set(xlabel=x_label, ylabel=y_label if not number or titles else "")
+        axis.set(xlabel=x_label, ylabel=y_labels[number] if not number or titles else "")
         if titles:
             axis.set_title(titles[number])
         axis.grid(alpha=0.3)

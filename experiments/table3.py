@@ -1,7 +1,15 @@
 """Table 3: does a normalisation layer at the network's end do what XBN does? L2, L2 + LayerNorm, L2 + BatchNorm.
 
 Recall@1 with XBM and XBN and each head (arXiv 2303.17127). Small scale: Omniglot (``experiments.omniglot``, memory
-50 %); paper scale: SOP and In-Shop.
+50 %), 18 runs of two minutes, two at a time on two cores of a 2.1 GHz Xeon; paper scale: SOP and In-Shop.
+
+Recall@1 at small scale, 3 seeds (``results/table3-small.json``)::
+
+               L2             L2 + LN        L2 + BN
+    XBM        58.03 +- 6.17  57.37 +- 7.08  69.50 +- 0.66
+    XBN        71.64 +- 0.22  72.00 +- 0.50  70.35 +- 0.62
+
+A BatchNorm at the end mends most of what is wrong with XBM, a LayerNorm nothing; XBN with L2 alone is ahead of both.
 
     python -m experiments.table3 --data omniglot=omniglot:FOLDER
     python -m experiments.table3 --scale paper --data sop=sop:ROOT --data inshop=inshop:ROOT      # not run here
