@@ -42,7 +42,7 @@ def small(**changes: Any) -> PretrainConfig:
 
 
 SCALES = {
-    "small": {name: small(adaptation=adaptation) for name, adaptation in ADAPTATIONS.items()},
+    "small": {name: small(adaptation=ADAPTATIONS[name]) for name in ("XBM", "XBN")},
     "paper": {
         f"{data}: {name}": moco(data, adaptation=adaptation, eval_every=1)
         for data in ("cifar10", "cifar100")
