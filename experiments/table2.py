@@ -8,7 +8,7 @@ cars, Cars196, classes unseen in training, 64 pixels, a four-layer convnet from 
     python -m experiments.table2 --scale paper --data deepfashion2=deepfashion2:ROOT      # not run here
     python -m experiments.table2 --from-results
 
-Recall@1 at small scale, 3 seeds (``results/table2-small.json``), two to four minutes a run, two at a time on two cores::
+Recall@1 at small scale, 3 seeds (``results/table2-small.json``), two to four minutes a run, two at a time, two cores::
 
                  no memory      XBM            XBN            AXBN
     omniglot     69.69 +- 0.80  57.80 +- 7.04  70.93 +- 0.35  70.84 +- 0.06
