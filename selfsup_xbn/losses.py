@@ -19,7 +19,15 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.online import FLOOR
 from selfsup_xbn.queue_reader import PairRule
-from selfsup_xbn.queue_scan import Scan, scan_classes, scan_negative_pairs, scan_negatives, scan_positives, sup_con_of
+from selfsup_xbn.queue_scan import (
+    Scan,
+    class_reader,
+    scan_classes,
+    scan_negative_pairs,
+    scan_negatives,
+    scan_positives,
+    sup_con_of,
+)
 
 
 class PairMargin(NamedTuple):
@@ -110,8 +118,8 @@ def sup_con(
     """
     if queue is None:
         return sup_con_of(_scan_batch(embeddings, temperature, PairMargin.rule(miner, labels)))[0]
-    rule = PairMargin.rule(miner, labels)
-    return scan_classes(embeddings, queue, temperature, own_slots, rule, count_negatives=False)[0]
+    reader = class_reader(queue, temperature, own_slots, PairMargin.rule(miner, labels))
+    return scan_classes(embeddings, reader, count_negatives=False)[0]
 
 
 def sup_con_pairs(
@@ -124,7 +132,8 @@ def sup_con_pairs(
     own_slots: Int64[Tensor, "B *E"] | None = None,
 ) -> PairLoss:
     """``sup_con`` against a queue, with the number of its pairs."""
-    return PairLoss(*scan_classes(embeddings, queue, temperature, own_slots, PairMargin.rule(miner, labels)))
+    reader = class_reader(queue, temperature, own_slots, PairMargin.rule(miner, labels))
+    return PairLoss(*scan_classes(embeddings, reader))
 
 
 def nt_xent(
@@ -160,9 +169,10 @@ def nt_xent_pairs(
     own_slots: Int64[Tensor, "B *E"] | None = None,
 ) -> PairLoss:
     """``nt_xent`` with the number of its pairs."""
-    unit, rule = _unit(embeddings), PairMargin.rule(miner, labels)
-    logsumexp, negatives = scan_negative_pairs(unit, queue, temperature, own_slots, rule)
-    losses, count = scan_positives(unit, logsumexp, queue, temperature, own_slots, rule)
+    unit = _unit(embeddings)
+    reader = class_reader(queue, temperature, own_slots, PairMargin.rule(miner, labels))
+    logsumexp, negatives = scan_negative_pairs(unit, reader)
+    losses, count = scan_positives(unit, logsumexp, reader)
     positives = count.sum()
     return PairLoss(losses.sum() / positives.clamp(min=1), positives.long(), negatives.sum())
 

@@ -43,58 +43,54 @@ def scan_negatives(
         return _InfoNCE.apply(q, k, QueueReader(queue, temperature, own_slots))
 
 
-def scan_classes(
-    embeddings: Float[Tensor, "B D"],
-    queue: FeatureQueue,
-    temperature: float,
-    own_slots: Int64[Tensor, "B *E"] | None,
-    rule: PairRule,
-    *,
-    count_negatives: bool = True,
-) -> tuple[Float[Tensor, ""], Int64[Tensor, ""], Int64[Tensor, ""]]:
-    """``losses.sup_con`` of embeddings of any length, in one pass; how many positive and negative pairs it is made of.
+def class_reader(
+    queue: FeatureQueue, temperature: float, own_slots: Int64[Tensor, "B *E"] | None, rule: PairRule
+) -> QueueReader:
+    """How the passes below read a queue with labels; one reader serves several of them, as long as the queue stays.
 
     Args:
-        embeddings: the anchors, to which gradient flows.
         queue: the memory; only its filled rows count, at unit length.
         temperature: T > 0.
         own_slots: slots that an anchor must not meet: its own copies, which have its label; -1 for none.
         rule: which pairs count.
-        count_negatives: otherwise the last value is 0 only where there are none, which costs less.
+    """
+    if queue.labels is None:
+        raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
+    return QueueReader(queue, temperature, own_slots, rule)
+
+
+def scan_classes(
+    embeddings: Float[Tensor, "B D"], reader: QueueReader, *, count_negatives: bool = True
+) -> tuple[Float[Tensor, ""], Int64[Tensor, ""], Int64[Tensor, ""]]:
+    """``losses.sup_con`` of embeddings of any length, in one pass; how many positive and negative pairs it is made of.
+
+    Gradient flows to the embeddings. Without ``count_negatives`` the last value is 0 only where there are none, which
+    costs less.
     """
     with torch.autocast(embeddings.device.type, enabled=False):
-        return _SupCon.apply(embeddings, _reader(queue, temperature, own_slots, rule), count_negatives)
+        return _SupCon.apply(embeddings, reader, count_negatives)
 
 
 def scan_negative_pairs(
-    unit: Float[Tensor, "B D"],
-    queue: FeatureQueue,
-    temperature: float,
-    own_slots: Int64[Tensor, "B *E"] | None,
-    rule: PairRule,
+    unit: Float[Tensor, "B D"], reader: QueueReader
 ) -> tuple[Float[Tensor, "B"], Int64[Tensor, "B"]]:
     """Log-sum-exp of cos(anchor, row) / T over the negative pairs that count, and their number, of each anchor.
 
-    ``unit`` are anchors of unit length, at least float32, to which gradient flows; otherwise as ``scan_classes``.
+    ``unit`` are anchors of unit length, at least float32, to which gradient flows.
     """
     with torch.autocast(unit.device.type, enabled=False):
-        return _NegativePairs.apply(unit, _reader(queue, temperature, own_slots, rule))
+        return _NegativePairs.apply(unit, reader)
 
 
 def scan_positives(
-    unit: Float[Tensor, "B D"],
-    negatives: Float[Tensor, "B"],
-    queue: FeatureQueue,
-    temperature: float,
-    own_slots: Int64[Tensor, "B *E"] | None,
-    rule: PairRule,
+    unit: Float[Tensor, "B D"], negatives: Float[Tensor, "B"], reader: QueueReader
 ) -> tuple[Float[Tensor, "B"], Float[Tensor, "B"]]:
     """Sum of ``log(1 + exp(negatives - s))`` over the logits s of each anchor's positive pairs, and their number.
 
     Gradient flows to the anchors and to ``negatives``, the log-sum-exp of each anchor's negative logits.
     """
     with torch.autocast(unit.device.type, enabled=False):
-        return _PositivePairs.apply(unit, negatives, QueueReader(queue, temperature, own_slots, rule))
+        return _PositivePairs.apply(unit, negatives, reader)
 
 
 def sup_con_of(scan: Scan) -> tuple[Float[Tensor, ""], Float[Tensor, "B"]]:
@@ -105,12 +101,6 @@ def sup_con_of(scan: Scan) -> tuple[Float[Tensor, ""], Float[Tensor, "B"]]:
     counts = (losses > 0) & (scan.positives + scan.negatives > 1) & (scan.negatives.sum() > 0)
     share = counts.to(losses.dtype) / counts.sum().clamp(min=1)
     return (losses * share).sum(), share
-
-
-def _reader(queue: FeatureQueue, temperature: float, own_slots: Tensor | None, rule: PairRule) -> QueueReader:
-    if queue.labels is None:
-        raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
-    return QueueReader(queue, temperature, own_slots, rule)
 
 
 class _InfoNCE(torch.autograd.Function):

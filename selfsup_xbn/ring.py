@@ -66,7 +66,7 @@ class Ring(nn.Module):
 
     def moments(self) -> Moments:
         """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
-        n, total = self._turn_sizes()
+        n, total = self._turn_sizes(), self.count
         scale, shift = self.frames[:2].unbind(1)
         first, second = self.sums.unbind()
         centre = first / n.clamp(min=1)
@@ -128,12 +128,12 @@ class Ring(nn.Module):
         std, mean = self.frames[2].unbind()
         return Frame(torch.where(Moments(mean, std).varies(), std, 1.0), mean)
 
-    def _turn_sizes(self) -> tuple[Float64[Tensor, "2 1"], Int64[Tensor, ""]]:
-        """How many rows are of this turn and of the last one, and of both."""
+    def _turn_sizes(self) -> Float64[Tensor, "2 1"]:
+        """How many rows are of this turn and of the last one."""
         if may_wait(self.rows):
             pointer, count = int(self.pointer), int(self.count)
-            return torch.tensor([[pointer], [count - pointer]], dtype=torch.float64), self.count
-        return torch.stack([self.pointer, self.count - self.pointer]).double()[:, None], self.count
+            return torch.tensor([[pointer], [count - pointer]], dtype=torch.float64)
+        return torch.stack([self.pointer, self.count - self.pointer]).double()[:, None]
 
     def _labels(self, slots: slice | Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
         return None if self.labels is None else self.labels[slots]
