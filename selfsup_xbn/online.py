@@ -37,16 +37,16 @@ class LogSumExp:
         self.tame = bound <= TAME
         self.least = 0.5 * math.exp(-bound) if self.tame else 1.0  # less than the sum of one pair that counts
         self.nothing = DEEP if self.tame else FLOOR
-        self.total, self.attended = unit.new_zeros(len(unit), 1), torch.zeros_like(unit)
+        self.total, self.attended = unit.new_zeros(len(unit)), torch.zeros_like(unit)
         if not self.tame:
-            self.peak = torch.full_like(self.total, FLOOR)  # the largest logit as yet
+            self.peak = unit.new_full((len(unit), 1), FLOOR)  # the largest logit as yet
 
     def add(self, logits: Tensor, rows: Tensor, inverse: Tensor) -> None:
         """Takes in a block; overwrites its logits."""
         if not self.tame:
             self._move_peak(logits)
         weights = logits.exp_()
-        self.total.add_(weights.sum(1, keepdim=True))
+        self.total.addmv_(weights, torch.ones_like(inverse))  # a sum over columns is slower where they lie in a row
         self.attended.addmm_(weights.mul_(inverse), rows)
 
     def _move_peak(self, logits: Tensor) -> None:
@@ -54,19 +54,19 @@ class LogSumExp:
         peak = torch.maximum(self.peak, logits.amax(1, keepdim=True))
         shrink = (self.peak - peak).exp_()
         logits.sub_(peak).clamp_(min=DEEP)
-        self.total.mul_(shrink)
+        self.total.mul_(shrink[:, 0])
         self.attended.mul_(shrink)
         self.peak = peak
 
     def empty(self) -> Tensor:
-        """[B, 1] whether no pair of an anchor counts as yet."""
-        return self.total < self.least if self.tame else self.peak == FLOOR
+        """[B] whether no pair of an anchor counts as yet."""
+        return self.total < self.least if self.tame else self.peak[:, 0] == FLOOR
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Log-sum-exp [B] and weighted mean [B, D]; FLOOR and 0 for an anchor of which no pair counts."""
         empty, total = self.empty(), self.total.clamp(min=self.least)
-        logsumexp = total.log() if self.tame else total.log().add_(self.peak)
-        return logsumexp.masked_fill_(empty, FLOOR)[:, 0], (self.attended / total).masked_fill_(empty, 0)
+        logsumexp = total.log() if self.tame else total.log().add_(self.peak[:, 0])
+        return logsumexp.masked_fill_(empty, FLOOR), (self.attended / total[:, None]).masked_fill_(empty[:, None], 0)
 
 
 class Positives:

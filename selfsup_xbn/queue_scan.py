@@ -192,7 +192,7 @@ def _read(
             negatives.add_((logits > sums.nothing).sum(1))
         sums.add(logits, rows, inverse)
     if not count_negatives:
-        negatives.add_(~sums.empty()[:, 0])
+        negatives.add_(~sums.empty())
     for block in reader.paired(len(unit)):
         rows, inverse, logits = reader.logits(scaled, block)
         positive, negative = reader.pairs(logits, block)

@@ -27,8 +27,8 @@ from selfsup_xbn.adaptation import Moments
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.queue_parts import Block, Frame, assign_, may_wait, power_sums
 
-PIECE = 2**19
-"""Numbers that are decoded at a time: 2 MB."""
+PIECE = 2**18
+"""Numbers that are decoded at a time: 1 MB."""
 
 
 class Ring(nn.Module):
