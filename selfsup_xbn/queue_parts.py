@@ -26,11 +26,7 @@ class Frame(NamedTuple):
 
     def inverse(self, rows: Float[Tensor, "*b D"]) -> Float[Tensor, "*b D"]:
         """Stored rows of adapted ones."""
-        return (rows - self.shift).div_(self.scale)
-
-    def to(self, dtype: torch.dtype) -> Frame:
-        """The same map in another precision."""
-        return Frame(self.scale.to(dtype), self.shift.to(dtype))
+        return (rows - self.shift).mul_(self.scale.reciprocal())
 
     @staticmethod
     def where(condition: Bool[Tensor, "b"], a: Frame, b: Frame) -> Frame:

@@ -138,19 +138,19 @@ class Ring(nn.Module):
     def _labels(self, slots: slice | Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
         return None if self.labels is None else self.labels[slots]
 
-    def _read_frames(self) -> tuple[Frame, Frame]:
-        """Frames of this turn and of the last one, in the precision that rows are read in."""
-        return self._frame(0).to(self._read_dtype), self._frame(1).to(self._read_dtype)
+    def _read_frames(self) -> Float[Tensor, "2 2 D"]:
+        """Scale and shift of this turn and of the last one, in the precision that rows are read in."""
+        return self.frames[:2].to(self._read_dtype)
 
     def _decoded(
         self,
         place: slice | Int64[Tensor, "b"],
         slots: Int64[Tensor, "b"],
-        turns: tuple[Frame, Frame],
+        turns: Float[Tensor, "2 2 D"],
         filled: Bool[Tensor, "b"] | None,
     ) -> Block:
         """The rows at ``place``, whose slots these are, each by the frame of its turn."""
-        frame = Frame.where(slots < self.pointer, *turns)
+        frame = Frame(*turns[(slots >= self.pointer).long()].unbind(1))
         features = frame(self.rows[place].to(self._read_dtype))
         return Block(place, features, torch.linalg.vector_norm(features, dim=1), self._labels(place), filled)
 
@@ -158,7 +158,7 @@ class Ring(nn.Module):
         """The filled slots, in order: this turn's, then the last one's."""
         pointer, count = int(self.pointer), int(self.count)
         dtype, piece_rows = self._read_dtype, max(1, PIECE // self.dim)
-        turns = self._read_frames()
+        turns = self._read_frames().unbind()
         scratch = self.rows.new_empty(min(block_rows, self.size), self.dim, dtype=dtype)
         lengths = scratch.new_empty(len(scratch))
         for start in range(0, count, block_rows):
