@@ -30,7 +30,7 @@ a table and the goals, e.g. ::
     met      import: selfsup-xbn --help at most 1 s: 0.08
 
 Measure on a quiet machine; on a shared one ratios near a limit move: that of supervised-29775 was between 1.55 and 1.66
-in seven measurements of the same code. All works together take about an hour on two cores.
+in seven measurements on one day. All works together take about an hour on two cores.
 """
 
 from __future__ import annotations
