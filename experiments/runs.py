@@ -58,7 +58,8 @@ class Experiment:
         path = RESULTS / f"{self.name}{'-' * bool(scale)}{scale}.json"
         if options.commands:
             for label, cell in self.scales[scale].items():
-                print(f"# {label}", shlex.join(command_of(cell)), sep="\n")
+                command = command_of(replace(cell, data=_spec(options, cell)))
+                print(f"# {label}", shlex.join(command), sep="\n")
             return
         try:
             if options.collect:
@@ -95,6 +96,11 @@ class Experiment:
         return made
 
 
+def _spec(options: argparse.Namespace, cell: Config) -> str:
+    """Where the cell's data set is read from: what ``--data`` says, or its usual place."""
+    return dict(pair.split("=", 1) for pair in options.data).get(cell.data, cell.data)
+
+
 def _source(text: str) -> str:
     name, equals, spec = text.partition("=")
     if not (name and equals and spec):
@@ -105,14 +111,12 @@ def _source(text: str) -> str:
 def run_all(cells: Cells, options: argparse.Namespace, path: Path) -> None:
     """Trains every cell with every seed, seed after seed, and adds each run to the results as it ends."""
     jobs = [(label, seed) for seed in range(options.seeds) for label in cells if options.only in label]
-    sources = dict(pair.split("=", 1) for pair in options.data)
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         waiting = {}
         for label, seed in jobs:
             cell = cells[label]
             out = str(options.folder / folder_name(cell, seed))
-            source = sources.get(cell.data, cell.data)
-            here = replace(cell, seed=seed, data=source, out=out, device=options.device)
+            here = replace(cell, seed=seed, data=_spec(options, cell), out=out, device=options.device)
             waiting[pool.submit(_run, here, options.threads)] = label, seed
         for done in as_completed(waiting):
             label, seed = waiting[done]

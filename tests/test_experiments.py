@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import shlex
 import statistics
 from dataclasses import replace
 from pathlib import Path
@@ -90,6 +91,15 @@ def test_committed_results_are_those_of_the_cells_and_can_be_shown(name, tmp_pat
             for key, mean in result["mean"].items():
                 values = [found[key] for found in result["seeds"].values() if found.get(key) is not None]
                 assert math.isclose(mean, statistics.mean(values), abs_tol=1e-3)
+
+
+def test_the_printed_commands_read_the_data_that_were_named(capsys):
+    experiment = Experiment("tiny", "", {"": CELLS}, lambda results, path: [])
+    experiment.main(["--commands", "--data", f"{CELLS['xbn'].data}=folder:/a b"])
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[::2] == [f"# {label}" for label in CELLS]
+    for words in map(shlex.split, printed[1::2]):
+        assert words[words.index("--data") + 1] == "folder:/a b"
 
 
 def test_a_missing_result_is_named(tmp_path, monkeypatch, capsys):
