@@ -14,6 +14,8 @@ import pytest
 
 from experiments.benchmarks.__main__ import main as benchmark
 from experiments.benchmarks.__main__ import verdict
+from experiments.benchmarks.step_parts import BARE, PARTS, READS, REST, STEP
+from experiments.benchmarks.step_parts import main as measure_parts
 from experiments.benchmarks.works import GOALS, Goal, works
 from experiments.runs import RESULTS, Experiment, folder_name, read, table
 from selfsup_xbn.recipes import RECIPES
@@ -139,3 +141,13 @@ def test_the_benchmarks_measure_in_processes_of_their_own(tmp_path, capsys):
     assert set(found) == {"XBM", "XBN"}
     assert all(values["seconds"] > 0 and values["extra_bytes"] >= 0 for values in found.values())
     assert "memory-4096: XBN at most 1.03 x XBM" in capsys.readouterr().out
+
+
+def test_the_parts_of_a_step_are_all_found_and_add_up(tmp_path, capsys):
+    sizes = ["--rows", "2048", "--batch", "8", "--dim", "32", "--threads", "1"]
+    measure_parts([*sizes, "--steps", "9", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / "step-parts-2048.json").read_text())["milliseconds"]
+    assert set(found) == {part for *_, part in (*PARTS, *READS)} | {REST, STEP, BARE}
+    assert all(taken > 0 for taken in found.values())
+    assert math.isclose(sum(found.values()) - found[STEP] - found[BARE], found[STEP], rel_tol=0.3)
+    assert STEP in capsys.readouterr().out
