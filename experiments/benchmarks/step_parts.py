@@ -6,7 +6,18 @@ Our step and the products take turns in one process. A watch follows the step th
 each moment to one part. Writes ``results/step-parts-ROWS.json`` and prints medians, and how often the products would
 have run in that time, e.g. ::
 
-    ...
+    first product, over the rows' lengths          11.48 ms   0.52
+    softmax and second product                     10.24 ms   0.47
+    adapt and measure the rows as they are read     8.35 ms   0.38
+    all else of the loss                            1.71 ms   0.08
+    pairs with rows of the batch's classes          1.07 ms   0.05
+    adapt the queue to the batch                    1.01 ms   0.05
+    enqueue the batch                               0.58 ms   0.03
+    the miner's threshold                           0.33 ms   0.01
+    find the rows of the batch's classes            0.30 ms   0.01
+    backward                                        0.24 ms   0.01
+    the step                                       35.47 ms   1.62
+    bare products                                  21.89 ms   1.00
 """
 
 from __future__ import annotations
