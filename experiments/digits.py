@@ -1,6 +1,6 @@
 """The README's first table: MoCo on digits with a plain queue, XBN and AXBN, beside pixels and an untrained encoder.
 
-python -m experiments.digits                    # trains 9 runs, about 3 minutes on two cores
+python -m experiments.digits                    # trains 9 runs, about 1 minute on two cores
 python -m experiments.digits --from-results     # prints the committed table
 """
 
