@@ -1,7 +1,7 @@
 """Valid files, spoiled at random: every loader, the config, the metrics and the checkpoint reader answer with a result,
 or with one line that says what is wrong.
 
-python -m experiments.bad_input             # 2,000 cases, about a minute on one core
+python -m experiments.bad_input             # 2,000 cases, half a minute on one core
 
 ``bad_input_targets.py`` writes valid files of each kind. Of one of them bytes, lines or fields are changed, or its end
 is cut off, by ``--seed``; then it is read. Anything but a result or a ``UserError`` of one line fails, and so does an

@@ -1,7 +1,7 @@
 """Nothing lost: runs that are killed, whose checkpoints are damaged, or whose disk is full, go on with ``--resume`` and
 end bit for bit as the run that nothing happened to.
 
-python -m experiments.faults                # 50 kills, 10 damaged checkpoints, 10 full disks: minutes on one core
+python -m experiments.faults                # 50 kills, 10 damaged checkpoints, 12 full disks: minutes on one core
 
 Every run is a process forked from this one, through the command line. A kill is a SIGKILL to the run and its
 DataLoader workers, drawn from ``--seed``: at the n-th step, the n-th end of an epoch or the n-th writing of a

@@ -3,7 +3,7 @@
 The paper sweeps both on its retrieval benchmarks with a ResNet-50: XBM falls apart with small batches and does not gain
 from a large memory, XBN does neither. Paper scale: SOP, memory 50 % where the batch is swept, batch 64 where the
 memory is. Small scale: Omniglot as in ``experiments.omniglot``, 3 epochs at every batch size; two runs at a time, a
-thread each, on two cores of a 2.1 GHz Xeon: about two minutes a run, 96 runs in an hour and a half (fewer where
+thread each, on two cores of a 2.1 GHz Xeon: two to three minutes a run, 96 runs in two hours (fewer where
 ``experiments.table1`` and ``table3`` have made them).
 
 Recall@1 at small scale, 3 seeds (``results/fig1-small.json``, ``.png``)::

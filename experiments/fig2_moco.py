@@ -2,7 +2,7 @@
 
 Paper scale: the settings of pytorch-metric-learning's MoCo notebook at batch 128, ResNet-18 with a stem for 32 x 32,
 200 epochs, CIFAR-10 and CIFAR-100; the paper has XBN about 4 points ahead at epoch 15, the notebook 82.9 % at 200
-(batch 256). Small scale: CIFAR-10, 10,000 training images, a four-layer convnet, 8 epochs; about four minutes a run,
+(batch 256). Small scale: CIFAR-10, 10,000 training images, a four-layer convnet, 8 epochs; four to seven minutes a run,
 two at a time on two cores of a 2.1 GHz Xeon.
 
 k-NN top-1 at small scale, 3 seeds (``results/fig2-small.json``, ``.png``)::
@@ -15,7 +15,7 @@ k-NN top-1 at small scale, 3 seeds (``results/fig2-small.json``, ``.png``)::
     python -m experiments.fig2_moco --scale paper --only cifar10: --jobs 6 --data cifar10=cifar10:ROOT      # one GPU
     python -m experiments.fig2_moco --from-results
 
-On a GPU that is lent for 25 minutes at a time: each stretch goes on where the last one was killed, from the checkpoint
+Where a GPU is at hand for 25 minutes at a time: each stretch goes on where the last one was killed, from the checkpoint
 of the last whole epoch, if ``--folder`` is kept; ``--collect`` takes in what unfinished runs have logged::
 
     timeout 1450 python -m experiments.fig2_moco --scale paper --only cifar10: --jobs 6 --seeds 3 --folder FOLDER ...

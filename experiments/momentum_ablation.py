@@ -3,7 +3,7 @@
 m 0.9, 0.99 and 0.999 with a plain queue and with XBN. Small scale: the setting of ``experiments.fig2_moco``, whose runs
 those at 0.99 are; the others are evaluated at their end alone. Paper scale: ResNet-18, 200 epochs.
 
-k-NN top-1 at small scale, 3 seeds (``results/momentum_ablation-small.json``, ``.png``), two to four minutes a run::
+k-NN top-1 at small scale, 3 seeds (``results/momentum_ablation-small.json``, ``.png``), three to eight minutes a run::
 
            m 0.9          m 0.99         m 0.999
     XBM    34.05 +- 1.32  46.74 +- 1.13  47.42 +- 0.59

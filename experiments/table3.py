@@ -9,7 +9,8 @@ Recall@1 at small scale, 3 seeds (``results/table3-small.json``)::
     XBM        58.03 +- 6.17  57.37 +- 7.08  69.50 +- 0.66
     XBN        71.64 +- 0.22  72.00 +- 0.50  70.35 +- 0.62
 
-A BatchNorm at the end mends most of what is wrong with XBM, a LayerNorm nothing; XBN with L2 alone is ahead of both.
+A BatchNorm at the end mends most of what is wrong with XBM, a LayerNorm nothing; XBN with L2 alone is
+ahead of XBM with either.
 
     python -m experiments.table3 --data omniglot=omniglot:FOLDER
     python -m experiments.table3 --scale paper --data sop=sop:ROOT --data inshop=inshop:ROOT      # not run here

@@ -197,6 +197,27 @@ def test_dry_run_prints_settings_and_cost_and_writes_nothing(tmp_path, capsys, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        [],
+        ["pretrain"],
+        ["supervise"],
+        ["evaluate"],
+        ["evaluate", "knn"],
+        ["evaluate", "retrieval"],
+        ["report"],
+        ["export"],
+    ],
+    ids=" ".join,
+)
+def test_every_command_has_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main([*command, "--help"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.startswith(" ".join(["usage: selfsup-xbn", *command]))
+
+
 def test_help_answers_without_torch():
     code = """import sys
 from selfsup_xbn.cli import main

@@ -121,7 +121,7 @@ def test_every_goal_is_about_works_that_exist():
     [
         (Goal("w", "a", "b", 1.9), False),
         (Goal("w", "a", "b", 2.1), True),
-        (Goal("w", "a", "b", 0.9, "s more"), False),
+        (Goal("w", "a", "b", 0.9, "s more than"), False),
         (Goal("w", "a", "", 2.0, "s"), True),
         (Goal("w", "a", "", 9, "MB peak"), False),
         (Goal("w", "a", "", 9, "MB more"), True),

@@ -3,10 +3,10 @@
     python -m experiments.benchmarks [WORK ...] [--rounds 7] [--device cpu] [--threads 2]
 
 Each implementation has a process of its own. They take turns, one works while all others wait, so that the machine's
-moods meet them alike; a number is the median over the rounds. A work with a goal has up to three sittings, if they are
-short, each with new processes: where a process's memory comes to lie makes a difference too. Writes
-``results/benchmarks-DEVICE.json`` (works that are not measured this time keep their numbers) and prints a table and the
-goals, e.g. ::
+moods meet them alike; times are medians over the rounds, memory is the largest. A work with a goal has up to three
+sittings, if they are short, each with new processes: where a process's memory comes to lie makes a difference too.
+Writes ``results/benchmarks-DEVICE.json`` (works that are not measured this time keep their numbers) and prints a table
+and the goals, e.g. ::
 
     | supervised-29775 | time | x bare | memory beyond inputs | peak |
     |---|---|---|---|---|
@@ -27,12 +27,11 @@ goals, e.g. ::
     met      knn: ours at most 1 x faiss-cpu: 0.39
     met      recall: ours at most 1 x faiss-cpu: 0.27
     met      recall: ours at most 1200 MB peak: 958.33
-    met      import: torch, selfsup_xbn at most 0.3 s more torch: -0.03
+    met      import: torch, selfsup_xbn at most 0.3 s more than torch: -0.03
     met      import: selfsup-xbn --help at most 1 s: 0.08
 
-Measure on a quiet machine; on a shared one ratios near a limit move: that of supervised-29775 was between 1.55 and 1.66
-in nine measurements on one day (``step_parts`` shows where its time goes). All works together took 47 minutes on two
-cores.
+Measure on a quiet machine; on a shared one ratios near a limit move: the three sittings of supervised-29775 gave 1.76,
+1.67 and 1.49 (``step_parts`` shows where its time goes). All works together took 47 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -51,6 +50,7 @@ from typing import Any
 from experiments.benchmarks.works import GOALS, TITLES, Goal, works
 from experiments.pictures import save_chart
 from experiments.runs import RESULTS
+from selfsup_xbn.errors import near
 from selfsup_xbn.run_log import environment
 
 Found = dict[str, dict[str, Any]]
@@ -59,8 +59,15 @@ SITTINGS, SHORT_SECONDS = 3, 120
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measures the works that were named, or all; writes and prints what was found."""
-    options = _parser().parse_args(argv)
-    path: Path = options.out / f"benchmarks-{options.device}.json"
+    parser = _parser()
+    options = parser.parse_args(argv)
+    tried_out = "" if options.scale == 1 else f"-scale-{options.scale:g}"
+    path: Path = options.out / f"benchmarks-{options.device}{tried_out}.json"
+    for name in options.works:
+        if not any(work.startswith(name) for work in works()):
+            parser.error(f"no work's name begins with {name!r}{near(name, works())}")
+    if options.from_results and not path.exists():
+        parser.error(f"no results in {path}")
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     wanted = [work for work in works() if not options.works or any(work.startswith(name) for name in options.works)]
@@ -73,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         for work in [work for work in wanted if work in found]:
             print(*table(work, found[work]["names"]), "", sep="\n")
     print(*summary(found), "", sep="\n")
-    draw_scaling(found, path.with_name(f"scaling-{options.device}.png"))
+    draw_scaling(found, path.with_name(f"scaling-{options.device}{tried_out}.png"))
     print(*(verdict(goal, found[goal.work]["names"]) for goal in GOALS if goal.work in found), sep="\n")
 
 
@@ -86,10 +93,10 @@ def _parser() -> argparse.ArgumentParser:
     made.add_argument("works", nargs="*", metavar="WORK", help=f"all whose name begins so: {', '.join(works())}")
     made.add_argument("--rounds", type=int, default=7, help="rounds of each, at least (default 7)")
     made.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
-    made.add_argument("--threads", type=int, default=2, help="of each process (default 2)")
-    made.add_argument("--scale", type=float, default=1.0, help="size of the evaluators' work, to try them out")
+    made.add_argument("--threads", type=int, default=2, help="threads of each process (default 2)")
+    made.add_argument("--scale", type=float, default=1.0, help="size of the evaluators' work; other results' names")
     made.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
-    made.add_argument("--from-results", action="store_true", help="measure nothing, print what was measured")
+    made.add_argument("--from-results", action="store_true", help="measure nothing, print and draw what was measured")
     return made
 
 
@@ -156,6 +163,7 @@ def table(work: str, found: Found) -> list[str]:
     lines = [f"| {work} | time | x {next(iter(found))} | memory beyond inputs | peak |", "|---|---|---|---|---|"]
     for name, values in found.items():
         memory = " | ".join(f"{values[key] / 2**20:.0f} MB" for key in ("extra_bytes", "peak_bytes"))
+        memory = memory if values["extra_bytes"] else "- | -"  # the work is another process's
         lines.append(f"| {name} | {_time(values['seconds'])} | {values['seconds'] / first:.2f} | {memory} |")
     return lines
 

@@ -8,9 +8,12 @@ thread. Writes ``results/queue_step.json`` and prints a row a size.
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import time
+from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
@@ -21,8 +24,11 @@ from selfsup_xbn.run_log import environment
 SIZES, DIM, BATCH, STEPS = (10_000, 100_000, 1_000_000), 128, 128, 300
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Measures every size and adaptation, writes the results, prints them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     results = []
     for adaptation in ("xbm", "xbn", "axbn"):
@@ -43,7 +49,7 @@ def main() -> None:
             ratio = milliseconds / (1000 * statistics.median(seconds[SIZES[0]]))
             print(f"{adaptation:<5} M {size:>9,}  {milliseconds:.3f} ms  {ratio:.2f} x of M {SIZES[0]:,}")
     setting = {"dim": DIM, "batch": BATCH, "steps": STEPS, "threads": 1, "environment": environment()}
-    (RESULTS / "queue_step.json").write_text(json.dumps(setting | {"results": results}, indent=1) + "\n")
+    (options.out / "queue_step.json").write_text(json.dumps(setting | {"results": results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ READS: tuple[tuple[Any, str, str], ...] = (
     (FeatureQueue, "_turns", "adapt and measure the rows as they are read"),
     (QueueReader, "paired", "pairs with rows of the batch's classes"),
 )
-WHOLE = {PARTS[0][2], READS[1][2]}
+WHOLE = {part for _, name, part in (*PARTS, *READS) if name in ("adapt", "paired")}
 """Parts whose own calls of the functions above belong to them."""
 
 
@@ -119,7 +119,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in SETTING.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
-    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS, help="folder of the results; name another to try sizes out"
+    )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     setting = {name: getattr(options, name) for name in SETTING} | {"environment": environment()}

@@ -1,8 +1,9 @@
 """The step of a loss against a memory, beside its peers: queue work, loss, gradient by the anchors.
 
 ``WORKS[work][name](device)`` makes the inputs, the same for all, and returns a function that does one step. Every step
-takes the next of many batches, as training would. "bare" is the lower bound of any implementation that approximates
-nothing: the two matrix products of the queue with the batch, nothing else. Peers are imported only when asked for.
+takes the next of many batches, as training would. "bare" is the arithmetic that no implementation is spared which
+approximates nothing: the two matrix products of the queue with the batch, each made at once. Peers are imported only
+when asked for.
 
 Sizes: supervised as for SOP (B 64, D 512, M half of its training set; and 200,000), MoCo as for CIFAR (B 128, M 4,096,
 D 128) and as for ImageNet (B 256, M 65,536, D 128).
@@ -27,7 +28,7 @@ CLASSES, PER_CLASS, BATCHES = 11_318, 4, 256
 def supervised_inputs(batch: int, rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit features of a network in mid-training and their labels: ``BATCHES`` batches, and a full memory.
 
-    Cosines are 0.8 in a class and 0.64 +- 0.02 across, so that the miner keeps all positives and one negative in forty.
+    Cosines are 0.8 in a class and 0.65 +- 0.02 across, so that the miner keeps all positives and a negative in fifteen.
     """
     generator = torch.Generator().manual_seed(0)
     common, centres = torch.randn(dim, generator=generator), torch.randn(CLASSES, dim, generator=generator)

@@ -14,7 +14,7 @@ Make = Callable[[], Callable[[], Any]]
 
 
 class Goal(NamedTuple):
-    """``name`` takes at most ``limit`` times as long as ``than``; or ``limit`` seconds more, or megabytes in all."""
+    """``name`` takes at most ``limit`` times as long as ``than``, or seconds more; or that many seconds or MB."""
 
     work: str
     name: str
@@ -42,7 +42,7 @@ GOALS = (
     Goal("knn", "ours", "faiss-cpu", 1.0),
     Goal("recall", "ours", "faiss-cpu", 1.0),
     Goal("recall", "ours", "", 1200, "MB peak"),
-    Goal("import", "torch, selfsup_xbn", "torch", 0.3, "s more"),
+    Goal("import", "torch, selfsup_xbn", "torch", 0.3, "s more than"),
     Goal("import", "selfsup-xbn --help", "", 1.0, "s"),
 )
 
