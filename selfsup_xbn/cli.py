@@ -120,14 +120,11 @@ def _add_training(parser: _Parser, kind: type[Config]) -> None:
 
 def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
     flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
-    if kind is not bool and item.default != "":
-        text = f"{text} (default: {item.default!r})"
-    text = text.replace("%", "%%")
-    if kind is bool:
-        parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-        return
-    shown = "|".join(item.metadata["choices"]) or kind.__name__.upper()
-    parser.add_argument(flag, type=kind, metavar=shown, default=argparse.SUPPRESS, help=text)
+    how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    if kind is not bool:
+        how = {"type": kind, "metavar": "|".join(item.metadata["choices"]) or kind.__name__.upper()}
+        text += f" (default: {item.default!r})" if item.default != "" else ""
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
 def config_of(found: argparse.Namespace, kind: type[Config]) -> Config:

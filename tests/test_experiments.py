@@ -7,12 +7,15 @@ import json
 import math
 import shlex
 import statistics
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from experiments.benchmarks.__main__ import main as benchmark
+from experiments.benchmarks.__main__ import table as work_table
 from experiments.benchmarks.__main__ import verdict
 from experiments.benchmarks.step_parts import BARE, PARTS, READS, REST, STEP
 from experiments.benchmarks.step_parts import main as measure_parts
@@ -141,6 +144,29 @@ def test_the_benchmarks_measure_in_processes_of_their_own(tmp_path, capsys):
     assert set(found) == {"XBM", "XBN"}
     assert all(values["seconds"] > 0 and values["extra_bytes"] >= 0 for values in found.values())
     assert "memory-4096: XBN at most 1.03 x XBM" in capsys.readouterr().out
+
+
+def test_memory_is_told_only_where_the_work_is_the_process_s_own():
+    command = [sys.executable, "-m", "experiments.benchmarks.worker", "import", "selfsup-xbn --help", "cpu", "1", "1"]
+    done = subprocess.run(command, input="go\n", check=True, text=True, stdout=subprocess.PIPE)
+    ready, answer = done.stdout.splitlines()
+    assert json.loads(ready) == {"ready": True}
+    assert set(json.loads(answer)) == {"seconds"}
+    rows = {"another": {"seconds": 1.0}, "own": {"seconds": 1.0, "extra_bytes": 0, "peak_bytes": 2**20}}
+    assert [line.split(" | ")[-2:] for line in work_table("", rows)[2:]] == [["-", "- |"], ["0 MB", "1 MB |"]]
+
+
+def test_works_are_named_by_how_they_begin(tmp_path, monkeypatch, capsys):
+    measured = []
+    monkeypatch.setattr(
+        "experiments.benchmarks.__main__.measure",
+        lambda work, options: measured.append(work) or {"XBM": {"seconds": 1.0}, "XBN": {"seconds": 1.0}},
+    )
+    benchmark(["memory-1", "memory-6", "memory-1000", "--out", str(tmp_path)])
+    assert measured == ["memory-65536", "memory-1000000"]
+    with pytest.raises(SystemExit):
+        benchmark(["memory-1", "memories", "--out", str(tmp_path)])
+    assert "no work's name begins with 'memories'" in capsys.readouterr().err
 
 
 def test_the_parts_of_a_step_are_all_found_and_add_up(tmp_path, capsys):

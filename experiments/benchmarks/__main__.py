@@ -63,14 +63,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     tried_out = "" if options.scale == 1 else f"-scale-{options.scale:g}"
     path: Path = options.out / f"benchmarks-{options.device}{tried_out}.json"
-    for name in options.works:
-        if not any(work.startswith(name) for work in works()):
-            parser.error(f"no work's name begins with {name!r}{near(name, works())}")
+    named = {name: [work for work in works() if work.startswith(name)] for name in options.works or [""]}
+    for name in [name for name in named if not named[name]]:
+        parser.error(f"no work's name begins with {name!r}{near(name, works())}")
+    wanted = [work for work in works() if work in itertools.chain(*named.values())]
     if options.from_results and not path.exists():
         parser.error(f"no results in {path}")
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    wanted = [work for work in works() if not options.works or any(work.startswith(name) for name in options.works)]
     measured_with = {"threads": options.threads, "environment": environment()}
     for work in [] if options.from_results else wanted:
         found[work] = {"names": measure(work, options), **measured_with}
@@ -162,8 +162,8 @@ def table(work: str, found: Found) -> list[str]:
     first = next(iter(found.values()))["seconds"]
     lines = [f"| {work} | time | x {next(iter(found))} | memory beyond inputs | peak |", "|---|---|---|---|---|"]
     for name, values in found.items():
-        memory = " | ".join(f"{values[key] / 2**20:.0f} MB" for key in ("extra_bytes", "peak_bytes"))
-        memory = memory if values["extra_bytes"] else "- | -"  # the work is another process's
+        sizes = [values.get(key) for key in ("extra_bytes", "peak_bytes")]
+        memory = " | ".join("-" if size is None else f"{size / 2**20:.0f} MB" for size in sizes)
         lines.append(f"| {name} | {_time(values['seconds'])} | {values['seconds'] / first:.2f} | {memory} |")
     return lines
 

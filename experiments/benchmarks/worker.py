@@ -1,7 +1,8 @@
 """One work of one implementation in a process of its own: ``python -m experiments.benchmarks.worker WORK NAME ...``.
 
 Says ``ready``, then for each line that it reads works for a while and answers with a line of JSON: the seconds of a
-call, the median of those in this round, and the peak of memory since the inputs were made. Ends with its input.
+call, the median of those in this round, and the peak of memory since the inputs were made (not where the work is
+another process's). Ends with its input.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from experiments.benchmarks.works import works
+    from experiments.benchmarks.works import ELSEWHERE, works
 
     torch.set_num_threads(options.threads)
     try:
@@ -44,7 +45,8 @@ def main() -> None:
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         seconds = _round(run)
-        print(json.dumps({"seconds": seconds} | _memory(options.device, before)), flush=True)
+        memory = {} if options.work in ELSEWHERE else _memory(options.device, before)
+        print(json.dumps({"seconds": seconds} | memory), flush=True)
 
 
 def _round(run: Callable[[], Any]) -> float:

@@ -72,5 +72,9 @@ COMMANDS = {
 }
 
 
+ELSEWHERE = ("import",)
+"""Works that another process does, whose memory is not seen."""
+
+
 def _command(command: list[str]) -> Callable[[], Any]:
     return lambda: subprocess.run([sys.executable, *command], check=True, stdout=subprocess.DEVNULL)
