@@ -168,7 +168,7 @@ class Ring(nn.Module):
                 for piece in range(first, end, piece_rows):  # measured while it is in a core's cache
                     last = min(piece + piece_rows, end)
                     part = scratch[piece - start : last - start]
-                    torch.addcmul(shift, self.rows[piece:last].to(dtype), scale, out=part)
+                    torch.addcmul(shift, self.rows[piece:last], scale, out=part)
                     torch.linalg.vector_norm(part, dim=1, out=lengths[piece - start : last - start])
             slots, rows = slice(start, stop), stop - start
             yield Block(slots, scratch[:rows], lengths[:rows], self._labels(slots), None)

@@ -3,7 +3,7 @@
     python -m experiments.benchmarks [WORK ...] [--rounds 7] [--device cpu] [--threads 2]
 
 Each implementation has a process of its own. They take turns, one works while all others wait, so that the machine's
-moods meet them alike; times are medians over the rounds, memory is the largest. A work with a goal has up to three
+moods meet them alike; times are medians over the rounds, memory is the largest. A work with a goal has up to five
 sittings, if they are short, each with new processes: where a process's memory comes to lie makes a difference too.
 Writes ``results/benchmarks-DEVICE.json`` (works that are not measured this time keep their numbers) and prints a table
 and the goals, e.g. ::
@@ -54,7 +54,7 @@ from selfsup_xbn.errors import near
 from selfsup_xbn.run_log import environment
 
 Found = dict[str, dict[str, Any]]
-SITTINGS, SHORT_SECONDS = 3, 120
+SITTINGS, SHORT_SECONDS = 5, 180
 
 
 def main(argv: Sequence[str] | None = None) -> None:
