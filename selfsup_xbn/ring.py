@@ -76,13 +76,11 @@ class Ring(nn.Module):
         squares = spread.addcmul_(n, (means - mean).square_()).sum(0)
         return Moments(mean, squares.div_((total - 1).clamp_(min=1)).sqrt_())
 
-    @torch.no_grad()
     def features(self) -> Float[Tensor, "n D"]:
         """The filled rows, adapted, in the order of their slots. Waits for the device."""
         parts = [block.features.clone() for block in self._turns(self.size)]
         return torch.cat(parts) if parts else self.rows.new_zeros(0, self.dim, dtype=self._read_dtype)
 
-    @torch.no_grad()
     def blocks(self, block_rows: int) -> Iterator[Block]:
         """All filled slots in blocks of at most ``block_rows``, adapted as they are read.
 
@@ -98,7 +96,6 @@ class Ring(nn.Module):
             slots = torch.arange(start, stop, device=self.rows.device)
             yield self._decoded(slice(start, stop), slots, turns, slots < self.count)
 
-    @torch.no_grad()
     def gather(self, slots: Int64[Tensor, "b"]) -> Block:
         """The rows at these slots, which must be filled."""
         return self._decoded(slots, slots, self._read_frames(), None)

@@ -318,6 +318,7 @@ def test_no_gradient_reaches_the_queue():
     queue.adapt(batch)
     queue.enqueue(batch)
     assert not queue.features().requires_grad
+    assert not any(block.features.requires_grad for block in (*queue.blocks(2), queue.gather(torch.tensor([1]))))
     assert not any(buffer.requires_grad for buffer in queue.buffers())
 
 
