@@ -25,9 +25,9 @@ class Moments(NamedTuple):
     mean: Float64[Tensor, "D"]
     std: Float64[Tensor, "D"]
 
-    def varies(self) -> Bool[Tensor, "D"]:
-        """Whether a dimension is more than a constant with float32's rounding."""
-        return self.std > self.mean.abs().mul_(1e-6).add_(1e-12)
+    def constant(self) -> Bool[Tensor, "D"]:
+        """Whether a dimension is no more than a constant with float32's rounding."""
+        return self.std <= self.mean.abs().mul_(1e-6).add_(1e-12)
 
 
 def batch_moments(batch: Float[Tensor, "B D"]) -> Moments:

@@ -123,6 +123,6 @@ class FeatureQueue(Ring):
 
 def _map_between(current: Moments, target: Moments) -> Frame:
     """The map from rows of the current moments to rows of the target's; a shift alone where either is constant."""
-    varies = current.varies().logical_and_(target.varies())
-    factor = (target.std / current.std).masked_fill_(~varies, 1)
+    constant = current.constant().logical_or_(target.constant())
+    factor = (target.std / current.std).masked_fill_(constant, 1)
     return Frame(factor, torch.addcmul(target.mean, factor, current.mean, value=-1))

@@ -44,16 +44,29 @@ class LogSumExp:
     def add(self, logits: Tensor, rows: Tensor, inverse: Tensor) -> None:
         """Takes in a block; overwrites its logits."""
         if not self.tame:
-            self._move_peak(logits)
+            self._raise_peak(logits.amax(1, keepdim=True))
+            logits.sub_(self.peak).clamp_(min=DEEP)
         weights = logits.exp_()
         self.total.addmv_(weights, torch.ones_like(inverse))  # a sum over columns is slower where they lie in a row
         self.attended.addmm_(weights.mul_(inverse), rows)
 
-    def _move_peak(self, logits: Tensor) -> None:
-        """Makes all logits, and the sums as yet, relative to the largest one."""
-        peak = torch.maximum(self.peak, logits.amax(1, keepdim=True))
+    def add_few(self, logits: Tensor, kept: Tensor, rows: Tensor, inverse: Tensor) -> None:
+        """Takes in the few pairs of a block that are kept, one by one: a product would mostly multiply by zero."""
+        anchors, columns = kept.contiguous().nonzero().unbind(1)
+        found = logits[anchors, columns]
+        if not self.tame:
+            self._raise_peak(self.peak[:, 0].scatter_reduce(0, anchors, found, "amax")[:, None])
+            found.sub_(self.peak[anchors, 0]).clamp_(min=DEEP)
+        weights = found.exp_()
+        self.total.index_add_(0, anchors, weights)
+        starts = torch.searchsorted(anchors, torch.arange(len(kept)))
+        weights.mul_(inverse[columns])
+        self.attended.add_(F.embedding_bag(columns, rows, starts, mode="sum", per_sample_weights=weights))
+
+    def _raise_peak(self, largest: Tensor) -> None:
+        """Makes the sums as yet relative to the largest logit [B, 1] of a block, where that is the largest so far."""
+        peak = torch.maximum(self.peak, largest)
         shrink = (self.peak - peak).exp_()
-        logits.sub_(peak).clamp_(min=DEEP)
         self.total.mul_(shrink[:, 0])
         self.attended.mul_(shrink)
         self.peak = peak

@@ -28,6 +28,10 @@ class Frame(NamedTuple):
         """Stored rows of adapted ones."""
         return (rows - self.shift).mul_(self.scale.reciprocal())
 
+    def seen_from(self, other: Frame) -> Frame:
+        """The map from rows that are stored in this frame to the same rows as the other one would store them."""
+        return Frame(self.scale / other.scale, (self.shift - other.shift).div_(other.scale))
+
     @staticmethod
     def where(condition: Bool[Tensor, "b"], a: Frame, b: Frame) -> Frame:
         """A map for each row: ``a`` where the condition holds, ``b`` elsewhere."""

@@ -24,6 +24,8 @@ from selfsup_xbn.queue_parts import Block, may_wait
 
 BUCKETS = 2**16
 FEW = 8  # rows are few where they are less than one in so many
+FEW_PAIRS = 16  # and so are pairs
+SAMPLED = 64  # in one column of so many pairs are counted, to guess how many there are
 
 
 class Pairs(NamedTuple):
@@ -77,7 +79,8 @@ class QueueReader:
         self.related: Tensor | None = None
         if may_wait(queue.rows):
             if own_slots is not None:
-                self.own_range = int(own_slots.min()), int(own_slots.max()) + 1
+                first, last = own_slots.aminmax()
+                self.own_range = int(first), int(last) + 1
             if rule is not None:
                 self.related = _related(queue, rule.labels)
 
@@ -108,6 +111,12 @@ class QueueReader:
         rows = block.features.to(scaled.dtype)
         inverse = inverse_of(block.lengths.to(scaled.dtype))
         return rows, inverse, (rows @ scaled.T).T.mul_(inverse)
+
+    def keeps_few(self, logits: Tensor) -> bool:
+        """Whether few pairs of a block of plain negatives are kept, by a sample of them."""
+        assert self.rule is not None
+        sample = logits[:, ::SAMPLED] > self.rule.above
+        return FEW_PAIRS * int(sample.count_nonzero()) < sample.numel()
 
     def leave_out_(self, logits: Tensor, block: Block, nothing: float) -> None:
         """Puts ``nothing`` in the place of pairs that are an empty slot or an anchor's own copy; of a run of slots."""

@@ -185,12 +185,20 @@ def _read(
     assert rule is not None
     for block, skipped in reader.plain(len(unit)):
         rows, inverse, logits = reader.logits(scaled, block)
-        F.threshold(logits, rule.above, sums.nothing, inplace=True)
-        if skipped:
-            logits.index_fill_(1, torch.tensor(skipped), sums.nothing)
-        if count_negatives:
-            negatives.add_((logits > sums.nothing).sum(1))
-        sums.add(logits, rows, inverse)
+        if reader.keeps_few(logits):
+            kept = logits > rule.above
+            if skipped:
+                kept.index_fill_(1, torch.tensor(skipped), False)
+            if count_negatives:
+                negatives.add_(kept.sum(1))
+            sums.add_few(logits, kept, rows, inverse)
+        else:
+            F.threshold(logits, rule.above, sums.nothing, inplace=True)
+            if skipped:
+                logits.index_fill_(1, torch.tensor(skipped), sums.nothing)
+            if count_negatives:
+                negatives.add_((logits > sums.nothing).sum(1))
+            sums.add(logits, rows, inverse)
     if not count_negatives:
         negatives.add_(~sums.empty())
     for block in reader.paired(len(unit)):

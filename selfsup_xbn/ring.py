@@ -5,12 +5,14 @@ shift`` with ``scale, shift`` [D] composed anew each time. The moments are known
 rows change only by the rows that come and go, and the frame takes their moments to those of the moved rows.
 
 **Turns.** Composed for ever, scale would leave the range in which float32 is exact, and errors of the sums would grow
-with it. So each turn of the ring has a frame and sums of its own. Slots before the pointer were written in this turn
-and belong to entry 0 of ``frames`` and ``sums``; slots from the pointer on were written in the turn before and belong
-to entry 1. When the pointer passes the end, this turn becomes the last one, whose rows are all gone by then, and a new
-one starts, in which rows of the moments that wait in entry 2 are standardised (so their sums lose no digits, and
-bfloat16 suffices to store them). No frame and no rounding error outlives two turns, nothing is ever rewritten, and
-pointer, count and all decisions stay on the device: no step waits for it.
+with it. So each turn of the ring has a frame of its own. Slots before the pointer were written in this turn and belong
+to entry 0 of ``frames``; slots from the pointer on were written in the turn before and belong to entry 1. When the
+pointer passes the end, this turn becomes the last one, whose rows are all gone by then, and a new one starts, in which
+rows of the moments that wait in entry 2 are standardised (so their sums lose no digits, and bfloat16 suffices to store
+them). Entry 0 of ``totals`` is over all rows, entry 1 over this turn's, both as this turn's frame would store them, so
+that all rows have one map to their moments. At a new turn all rows are this turn's, and their own sum starts the next
+one. No frame and no rounding error outlives two turns, nothing is ever rewritten, and pointer, count and all decisions
+stay on the device: no step waits for it.
 
 Axis legend: B batch, M ring's rows, D dimensions, n filled rows, b rows of a block.
 """
@@ -40,7 +42,7 @@ class Ring(nn.Module):
     count: Tensor
     skipped: Tensor
     frames: Tensor
-    sums: Tensor
+    totals: Tensor
 
     def __init__(
         self, size: int, dim: int, *, labels: bool, dtype: torch.dtype, device: torch.device | str | None
@@ -57,8 +59,8 @@ class Ring(nn.Module):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
         identity = torch.stack([torch.ones(3, dim), torch.zeros(3, dim)], dim=1).double().to(device)
         self.register_buffer("frames", identity)  # [this, last; scale, shift; D], [next; deviation, mean; D]
-        sums = torch.zeros(2, 2, dim, dtype=torch.float64, device=device)
-        self.register_buffer("sums", sums)  # [1, 2 power; turn; D]
+        totals = torch.zeros(2, 2, dim, dtype=torch.float64, device=device)
+        self.register_buffer("totals", totals)  # [1, 2 power; all rows, this turn's; D]
 
     def __len__(self) -> int:
         """Number of filled rows n. Waits for the device."""
@@ -66,15 +68,8 @@ class Ring(nn.Module):
 
     def moments(self) -> Moments:
         """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
-        n, total = self._turn_sizes(), self.count
-        scale, shift = self.frames[:2].unbind(1)
-        first, second = self.sums.unbind()
-        centre = first / n.clamp(min=1)
-        spread = torch.addcmul(second, centre, first, value=-1).clamp_(min=0).mul_(scale).mul_(scale)
-        means = torch.addcmul(shift, centre, scale)
-        mean = (means * n).sum(0).div_(total.clamp(min=1))
-        squares = spread.addcmul_(n, (means - mean).square_()).sum(0)
-        return Moments(mean, squares.div_((total - 1).clamp_(min=1)).sqrt_())
+        n = int(self.count) if may_wait(self.rows) else self.count
+        return _moments_of(self.totals[:, 0], n, self._frame(0))
 
     def features(self) -> Float[Tensor, "n D"]:
         """The filled rows, adapted, in the order of their slots. Waits for the device."""
@@ -123,14 +118,7 @@ class Ring(nn.Module):
     def _next_frame(self) -> Frame:
         """Frame of the turn to come, in which rows of the last target moments are standardised."""
         std, mean = self.frames[2].unbind()
-        return Frame(torch.where(Moments(mean, std).varies(), std, 1.0), mean)
-
-    def _turn_sizes(self) -> Float64[Tensor, "2 1"]:
-        """How many rows are of this turn and of the last one."""
-        if may_wait(self.rows):
-            pointer, count = int(self.pointer), int(self.count)
-            return torch.tensor([[pointer], [count - pointer]], dtype=torch.float64)
-        return torch.stack([self.pointer, self.count - self.pointer]).double()[:, None]
+        return Frame(std.masked_fill(Moments(mean, std).constant(), 1), mean)
 
     def _labels(self, slots: slice | Int64[Tensor, "b"]) -> Int64[Tensor, "b"] | None:
         return None if self.labels is None else self.labels[slots]
@@ -193,19 +181,24 @@ class Ring(nn.Module):
         if not (all(entering.sum() < torch.inf for entering in sums) and (allowed is None or allowed)):
             self.skipped.add_(1)
             return torch.full((len(values),), -1)
-        slots = torch.arange(pointer, pointer + len(values)).remainder_(self.size)
+        slots = torch.arange(pointer, pointer + len(values))
+        if len(parts) > 1:
+            slots.remainder_(self.size)
         if labels is not None and self.labels is not None:
             self.labels[slots] = labels
         for part, entering in zip(parts, sums, strict=True):
             place = slice(pointer, pointer + len(part))
             if count == self.size:  # the rows that were there are of the last turn
-                self.sums[:, 1].sub_(power_sums(self.rows[place]))
-            self.sums[:, 0].add_(entering)
+                replaced = self._frame(1).seen_from(self._frame(0))(self.rows[place].double())
+                self.totals[:, 0].sub_(power_sums(replaced))
+            self.totals.add_(entering[:, None])
             self.rows[place] = part
             pointer, count = place.stop % self.size, max(count, place.stop)
             if pointer == 0:
-                self.sums[:, 1], self.frames[1] = self.sums[:, 0], self.frames[0]
-                self.sums[:, 0], self.frames[0] = 0, torch.stack(self._next_frame())
+                following = self._next_frame()
+                self.totals[:, 0] = _sums_seen_from(following, self._frame(0), self.totals[:, 1], self.size)
+                self.totals[:, 1] = 0
+                self.frames[1], self.frames[0] = self.frames[0], torch.stack(following)
         self.pointer.fill_(pointer)
         self.count.fill_(count)
         return slots
@@ -216,22 +209,22 @@ class Ring(nn.Module):
         """``_write`` on an accelerator, where nothing may be looked at: every row of the batch in one way."""
         position = self.pointer + torch.arange(len(values), device=values.device)
         slots, next_turn = position % self.size, position >= self.size
-        following = self._next_frame()
-        stored = Frame.where(next_turn, following, self._frame(0)).inverse(values).to(self.rows.dtype)
+        this, last, following = self._frame(0), self._frame(1), self._next_frame()
+        stored = Frame.where(next_turn, following, this).inverse(values).to(self.rows.dtype)
         replaced = self.rows.index_select(0, slots)
+        left = Frame.where(next_turn, this.seen_from(following), last.seen_from(this))(replaced.double())
         turns = torch.stack([~next_turn, next_turn])
-        entering = power_sums(stored, turns)
-        leaving = power_sums(replaced, turns & (slots < self.count))
+        entering, leaving = power_sums(stored, turns), power_sums(left, turns & (slots < self.count))
         finite = entering.sum() < torch.inf
         if allowed is not None:
             finite = finite & allowed
         turned = finite & (position[-1] >= self.size - 1)
 
         # Rows up to the ring's end replace the last turn's; rows past it open the next turn and replace this one's.
-        this = self.sums[:, 0] + entering[:, 0]
-        stay = torch.stack([this, self.sums[:, 1] - leaving[:, 0]], dim=1)
-        turn = torch.stack([entering[:, 1], this - leaving[:, 1]], dim=1)
-        assign_(self.sums, torch.where(turned, turn, stay), finite)
+        own = self.totals[:, 1] + entering[:, 0]
+        stay = torch.stack([self.totals[:, 0] + (entering - leaving)[:, 0], own], dim=1)
+        started = _sums_seen_from(following, this, own, self.size) + (entering - leaving)[:, 1]
+        assign_(self.totals, torch.where(turned, torch.stack([started, entering[:, 1]], dim=1), stay), finite)
         assign_(self.frames[:2], torch.stack([torch.stack(following), self.frames[0]]), turned)
         self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))
         if labels is not None and self.labels is not None:
@@ -257,3 +250,22 @@ class Ring(nn.Module):
 
         super()._apply(move, recurse)
         return self
+
+
+def _moments_of(sums: Float64[Tensor, "2 D"], n: int | Int64[Tensor, ""], frame: Frame) -> Moments:
+    """Moments of n rows that are stored in a frame, of the sums over the stored ones."""
+    n = _at_least_one(n)
+    first, second = sums.unbind()
+    centre = first / n
+    spread = torch.addcmul(second, centre, first, value=-1).clamp_(min=0).div_(_at_least_one(n - 1))
+    return Moments(frame(centre), spread.sqrt_().mul_(frame.scale))
+
+
+def _at_least_one(n: int | Int64[Tensor, ""]) -> int | Int64[Tensor, ""]:
+    return max(n, 1) if isinstance(n, int) else n.clamp(min=1)
+
+
+def _sums_seen_from(other: Frame, frame: Frame, sums: Float64[Tensor, "2 D"], n: int) -> Float64[Tensor, "2 D"]:
+    """The sums over n rows that are stored in ``frame``, had they been stored in the other one."""
+    mean, std = _moments_of(sums, n, frame.seen_from(other))
+    return torch.stack([mean * n, (mean * mean).mul_(n).addcmul_(std, std, value=n - 1)])

@@ -102,6 +102,21 @@ def test_does_not_drift_over_100000_steps(adaptation, unchecked):
     torch.testing.assert_close(tracked.std, torch.tensor(expected.std(0, ddof=1)), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+def test_the_rounding_that_a_huge_row_leaves_behind_is_gone_with_the_next_turn(adaptation, path):
+    size, rng = 24, np.random.default_rng(0)
+    queue = FeatureQueue(size, 3, adaptation)
+    for step in range(3 * size // 6 + 1):
+        batch = torch.tensor(random_batch(rng, 6, 3))
+        if step == 1:
+            batch[2] = 1e15  # its square takes all of float64's digits from the others'
+        queue.adapt(batch)
+        queue.enqueue(batch)
+    rows = queue.features().double()
+    torch.testing.assert_close(queue.moments().mean, rows.mean(0), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(queue.moments().std, rows.std(0), rtol=1e-5, atol=1e-6)
+
+
 class QueueAgainstDeque(RuleBasedStateMachine):
     """Contents, labels, slots, counts and tracked moments under any sequence of operations."""
 
@@ -358,7 +373,7 @@ def test_module_casts_and_autocast_leave_the_statistics_alone():
         model[0].enqueue(batch)
     twin.adapt(batch)
     twin.enqueue(batch)
-    assert queue.sums.dtype == queue.frames.dtype == torch.float64
+    assert queue.totals.dtype == queue.frames.dtype == torch.float64
     assert torch.equal(queue.features(), twin.features())
 
 

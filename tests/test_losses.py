@@ -11,9 +11,10 @@ from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from pytorch_metric_learning.miners import PairMarginMiner
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from selfsup_xbn import FeatureQueue, queue_reader
+from selfsup_xbn import FeatureQueue, online, queue_reader
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
+from selfsup_xbn.queue_scan import class_reader, scan_negative_pairs
 
 CENTRES = torch.randn(6, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 LOSSES = {"sup_con": sup_con, "nt_xent": nt_xent}
@@ -25,11 +26,15 @@ def _block_rows(request, monkeypatch):
     monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: request.param)
 
 
-@pytest.fixture(params=["few", "many", "accelerator"])
+@pytest.fixture(params=["few", "few pairs", "many", "accelerator"])
 def path(request, monkeypatch):
-    """A CPU where rows of the batch's classes count as few, or as many; an accelerator: no shape depends on values."""
-    if request.param == "few":
+    """A CPU where rows of the batch's classes count as few, or as many; an accelerator: no shape depends on values.
+
+    Few rows of the batch's classes leave plain negatives, of which the miner's may count as few or as many.
+    """
+    if request.param.startswith("few"):
         monkeypatch.setattr(queue_reader, "FEW", 0)
+        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else 2**60)
     if request.param == "accelerator":
         monkeypatch.setattr(queue_reader, "may_wait", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -127,6 +132,24 @@ def test_sup_con_equals_pmls_value_and_gradient(rows, miner, path):
         found = sup_con(z, y, queue, temperature=temperature, miner=ours, own_slots=slots)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize(("kept", "products"), [(1 / 8, 1), (1 / 40, 0)])
+def test_few_kept_negatives_are_not_multiplied_with_all_others(kept, products, monkeypatch):
+    monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: 2**12)
+    queue = FeatureQueue(4096, 12, "xbm", labels=True, dtype=torch.float64)
+    queue.enqueue(torch.randn(4096, 12, dtype=torch.float64), torch.arange(4096))
+    z, y = torch.randn(8, 12, dtype=torch.float64), torch.full((8,), -1)  # negatives only
+    cosine = F.normalize(z, dim=1) @ F.normalize(queue.features(), dim=1).T
+    miner = PairMargin(0.0, float(cosine.flatten().quantile(1 - kept)), "cosine")
+    made, add = [], online.LogSumExp.add
+    monkeypatch.setattr(online.LogSumExp, "add", lambda *given: (made.append(given), add(*given)))
+    reader = class_reader(queue, 0.1, None, PairMargin.rule(miner, y))
+    found, number = scan_negative_pairs(F.normalize(z, dim=1), reader)
+    expected = torch.where(cosine > miner.negative, cosine / 0.1, -torch.inf).logsumexp(1)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    assert torch.equal(number, (cosine > miner.negative).sum(1))
+    assert sum(logits.numel() > 0 for _, logits, *_ in made) == products
 
 
 @pytest.mark.parametrize("miner", MINERS)

@@ -84,7 +84,7 @@ def moment_gap(queue: Moments, batch: Moments) -> MomentGap:
     ``mean = sqrt(avg_d ((mean_q - mean_b) / std_b)^2)``, ``std = sqrt(avg_d log(std_q / std_b)^2)``. Dimensions that
     are constant on either side, where neither is defined, are left out; NaN where all are.
     """
-    varies = queue.varies() & batch.varies()
+    varies = ~(queue.constant() | batch.constant())
     return MomentGap(
         mean=_root_mean_square((queue.mean - batch.mean) / batch.std, varies),
         std=_root_mean_square((queue.std / batch.std).log(), varies),

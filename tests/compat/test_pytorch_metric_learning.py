@@ -18,12 +18,13 @@ from selfsup_xbn import CrossBatchMemory, FeatureQueue, losses, queue_reader
 BATCHES = {"first batch": [8], "partly filled": [8, 7], "full": [8, 8, 8], "wrapped": [8, 7, 7, 8, 5]}
 
 
-@pytest.fixture(params=["small blocks", "few related rows", "fixed shapes"])
+@pytest.fixture(params=["small blocks", "few related rows", "few pairs", "fixed shapes"])
 def ways_to_read(request, monkeypatch):
     """Blocks smaller than the memory; and the way of an accelerator, where no shape may depend on values."""
     monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: 7)
-    if request.param == "few related rows":
+    if request.param.startswith("few"):
         monkeypatch.setattr(queue_reader, "FEW", 0)
+        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else 2**60)
     if request.param == "fixed shapes":
         monkeypatch.setattr(queue_reader, "may_wait", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
