@@ -24,7 +24,7 @@ from selfsup_xbn.queue_parts import Block, may_wait
 
 BUCKETS = 2**16
 FEW = 8  # rows are few where they are less than one in so many
-FEW_PAIRS = 16  # and so are pairs
+FEW_PAIRS = 24  # and so are pairs
 SAMPLED = 64  # in one column of so many pairs are counted, to guess how many there are
 
 

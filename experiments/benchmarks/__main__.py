@@ -81,7 +81,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(*table(work, found[work]["names"]), "", sep="\n")
     print(*summary(found), "", sep="\n")
     draw_scaling(found, path.with_name(f"scaling-{options.device}{tried_out}.png"))
-    print(*(verdict(goal, found[goal.work]["names"]) for goal in GOALS if goal.work in found), sep="\n")
+    goals = [goal for goal in GOALS if goal.work in found and goal.device == options.device]
+    print(*(verdict(goal, found[goal.work]["names"]) for goal in goals), sep="\n")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -104,7 +105,8 @@ def measure(work: str, options: argparse.Namespace) -> Found:
     """Every implementation of a work, in turns: seconds of each round, memory in bytes."""
     found: Found = {}
     started = time.monotonic()
-    for _ in range(SITTINGS if any(goal.work == work for goal in GOALS) else 1):
+    has_goal = any((goal.work, goal.device) == (work, options.device) for goal in GOALS)
+    for _ in range(SITTINGS if has_goal else 1):
         workers = {name: Worker(work, name, options) for name in works()[work]}
         for _, (name, worker) in itertools.product(range(options.rounds), workers.items()):
             if worker.present:
@@ -205,18 +207,19 @@ def draw_scaling(found: Found, path: Path) -> None:
 
 def verdict(goal: Goal, found: Found) -> str:
     """A line that says whether a goal was met, and by how much."""
-    if goal.name not in found or (goal.than and goal.than not in found):
-        return f"missing  {goal.work}: {goal.name if goal.name not in found else goal.than} was not measured"
-    values = found[goal.name]
+    others = goal.than.split(" + ") if goal.than else []
+    if missing := [name for name in (goal.name, *others) if name not in found]:
+        return f"missing  {goal.work}: {missing[0]} was not measured"
+    values, than = found[goal.name], sum(found[name]["seconds"] for name in others)
     if goal.unit == "x":
-        value = values["seconds"] / found[goal.than]["seconds"]
+        value = values["seconds"] / than
     elif goal.unit.startswith("MB"):
         value = values["peak_bytes" if "peak" in goal.unit else "extra_bytes"] / 2**20
     else:
-        value = values["seconds"] - (found[goal.than]["seconds"] if goal.than else 0)
-    than = f" {goal.unit} {goal.than}".rstrip()
+        value = values["seconds"] - than
     said = "met     " if value <= goal.limit else "NOT MET "
-    return f"{said} {goal.work}: {goal.name} at most {goal.limit:g}{than}: {value:.2f}"
+    limit = f"{goal.limit:g} {goal.unit} {goal.than}".rstrip()
+    return f"{said} {goal.work}: {goal.name} at most {limit}: {value:.2f}"
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.steps import Step, bare, supervised_inputs, supervised_ours
+from experiments.benchmarks.steps import MIDDLE, Step, bare, supervised_inputs, supervised_ours
 from experiments.runs import RESULTS
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.online import LogSumExp
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     setting = {name: getattr(options, name) for name in SETTING} | {"environment": environment()}
-    sizes = (options.batch, options.rows, options.dim)
+    sizes = (options.batch, options.rows, options.dim, MIDDLE)
     found = measure(supervised_ours("xbn", sizes, "cpu"), bare(supervised_inputs, sizes, "cpu"), options.steps)
     print(*table(found), sep="\n")
     options.out.mkdir(parents=True, exist_ok=True)

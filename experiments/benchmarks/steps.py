@@ -23,19 +23,21 @@ from torch import Tensor
 Step = Callable[[], Any]
 T = 0.1
 CLASSES, PER_CLASS, BATCHES = 11_318, 4, 256
+MIDDLE, LATE = 0.8, 0.76
 
 
-def supervised_inputs(batch: int, rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit features of a network in mid-training and their labels: ``BATCHES`` batches, and a full memory.
+def supervised_inputs(batch: int, rows: int, dim: int, alike: float = MIDDLE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Unit features of a network in training and their labels: ``BATCHES`` batches, and a full memory.
 
     Cosines are 0.8 in a class and 0.65 +- 0.02 across, so that the miner keeps all positives and a negative in fifteen.
+    Less ``alike``, as they are later in training, it keeps fewer negatives: with ``LATE`` one in 170.
     """
     generator = torch.Generator().manual_seed(0)
     common, centres = torch.randn(dim, generator=generator), torch.randn(CLASSES, dim, generator=generator)
 
     def draw(labels: Tensor) -> Tensor:
         noise = torch.randn(len(labels), dim, generator=generator)
-        return F.normalize(0.8 * common + 0.4 * centres[labels] + 0.2**0.5 * noise, dim=1)
+        return F.normalize(alike * common + 0.4 * centres[labels] + 0.2**0.5 * noise, dim=1)
 
     each = batch // PER_CLASS
     chosen = torch.stack([torch.randperm(CLASSES, generator=generator)[:each] for _ in range(BATCHES)])
@@ -67,7 +69,7 @@ def step_of(loss: Callable[[Tensor, int], Tensor], anchors: Tensor, device: str)
     return step
 
 
-def bare(inputs: Callable[..., Any], sizes: tuple[int, int, int], device: str) -> Step:
+def bare(inputs: Callable[..., Any], sizes: tuple[Any, ...], device: str) -> Step:
     """Both products of the batch with the memory."""
     found = inputs(*sizes)
     anchors, memory = found[0].to(device), found[2].to(device)
@@ -82,7 +84,20 @@ def bare(inputs: Callable[..., Any], sizes: tuple[int, int, int], device: str) -
     return step
 
 
-def supervised_ours(adaptation: str, sizes: tuple[int, int, int], device: str) -> Step:
+def copy(rows: int, dim: int, device: str) -> Step:
+    """A copy of the memory, which reads and writes it once."""
+    memory = torch.zeros(rows, dim, device=device)
+    copied = torch.empty_like(memory)
+
+    def step() -> None:
+        copied.copy_(memory)
+        if device != "cpu":
+            torch.cuda.synchronize()
+
+    return step
+
+
+def supervised_ours(adaptation: str, sizes: tuple[int, int, int, float], device: str) -> Step:
     from selfsup_xbn import FeatureQueue
     from selfsup_xbn.losses import PairMargin, sup_con
 
@@ -99,7 +114,7 @@ def supervised_ours(adaptation: str, sizes: tuple[int, int, int], device: str) -
     return step_of(loss, anchors, device)
 
 
-def supervised_pml(sizes: tuple[int, int, int], device: str) -> Step:
+def supervised_pml(sizes: tuple[int, int, int, float], device: str) -> Step:
     from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
     from pytorch_metric_learning.miners import PairMarginMiner
 
@@ -175,8 +190,8 @@ def moco_pml(sizes: tuple[int, int, int], device: str) -> Step:
     return step_of(loss, queries, device)
 
 
-def _supervised(rows: int, batch: int = 64, dim: int = 512) -> dict[str, Callable[[str], Step]]:
-    sizes = (batch, rows, dim)
+def _supervised(rows: int, batch: int = 64, dim: int = 512, alike: float = MIDDLE) -> dict[str, Callable[[str], Step]]:
+    sizes = (batch, rows, dim, alike)
     return {
         "bare": partial(bare, supervised_inputs, sizes),
         "ours, XBN": partial(supervised_ours, "xbn", sizes),
@@ -213,6 +228,7 @@ MEMORIES = (4_096, 65_536, 262_144, 1_000_000)
 WORKS: dict[str, dict[str, Callable[[str], Step]]] = {
     "supervised-29775": _supervised(29_775),
     "supervised-200000": _supervised(200_000),
+    "supervised-late": _supervised(29_775, alike=LATE),
     "moco-4096": _moco(128, 4_096),
     "moco-65536": _moco(256, 65_536),
     **{f"memory-{rows}": _memory(rows) for rows in MEMORIES},
