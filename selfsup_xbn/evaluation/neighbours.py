@@ -16,10 +16,11 @@ from selfsup_xbn.errors import UserError
 
 BLOCK = 2**25  # similarities that exist at one time: 128 MiB
 MAX_ROWS = 1024  # more rows make the product no faster
+ALIGNED = 16  # floats of a cache line: BLAS writes faster into rows that begin with one
 
 
 class Largest(NamedTuple):
-    """The k largest entries of each row, in descending order, and their columns."""
+    """The k largest entries of each row, in any order, and their columns."""
 
     values: Float[Tensor, "B k"]
     columns: Int64[Tensor, "B k"]
@@ -52,7 +53,7 @@ def similarity_blocks(
     """
     rows = min(max(BLOCK // len(gallery), 2), MAX_ROWS)
     blocks = queries.tensor_split(-(-len(queries) // rows))
-    buffer = queries.new_empty(len(blocks[0]), len(gallery))
+    buffer = queries.new_empty(len(blocks[0]), -(-len(gallery) // ALIGNED) * ALIGNED)[:, : len(gallery)]
     start = 0
     for block in blocks:
         stop = start + len(block)
@@ -61,18 +62,18 @@ def similarity_blocks(
 
 
 def top_k(values: Float[Tensor, "B G"], k: int, groups: int = 8) -> Largest:
-    """The same as ``values.topk(k)``; on a CPU in two thirds of the time at k 200 of 50,000, in a third at k 12.
+    """The same as ``values.topk(k, sorted=False)``; on a CPU in 2/3 of the time at k 200 of 50,000, in half at k 12.
 
     The columns are dealt into sets of ``groups`` (at least 2). The k largest entries lie in the k sets with the
     largest maxima, so only those are searched. Which of equal entries is taken at the k-th place is not specified.
     """
     rows, width = len(values), values.shape[1] // groups
     if width <= k:
-        return Largest(*values.topk(k, dim=1))
+        return Largest(*values.topk(k, dim=1, sorted=False))
     dealt = values[:, : groups * width].unflatten(1, (groups, width))
     best = top_k(dealt.amax(1), k, groups).columns
     offsets = torch.arange(0, groups * width, width, device=values.device)
     remainder = torch.arange(groups * width, values.shape[1], device=values.device)
     columns = torch.cat([(offsets[:, None] + best[:, None]).flatten(1), remainder.expand(rows, -1)], dim=1)
-    top = values.gather(1, columns).topk(k, dim=1)
+    top = values.gather(1, columns).topk(k, dim=1, sorted=False)
     return Largest(top.values, columns.gather(1, top.indices))

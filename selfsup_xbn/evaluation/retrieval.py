@@ -148,7 +148,7 @@ def _at_r(block: _Ranking) -> tuple[Tensor, Tensor]:
     """R-precision and average precision at R of each query."""
     relevant, most = block.relevant[:, None], int(block.relevant.max())
     matches = block.matches.topk(most, dim=1).values
-    others = top_k(block.others, most).values
+    others = top_k(block.others, most).values.sort(dim=1, descending=True).values
     position = torch.arange(1, most + 1, device=matches.device)
     # negated for an ascending order; right: ties count against the query
     rank = position + torch.searchsorted(-others, -matches, right=True)
