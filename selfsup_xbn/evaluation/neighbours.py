@@ -17,6 +17,7 @@ from selfsup_xbn.errors import UserError
 BLOCK = 2**25  # similarities that exist at one time: 128 MiB
 MAX_ROWS = 1024  # more rows make the product no faster
 ALIGNED = 16  # floats of a cache line: BLAS writes faster into rows that begin with one
+CHUNK = 1024  # gallery rows in one product on a CPU: its output stays in the cache
 
 
 class Largest(NamedTuple):
@@ -57,8 +58,22 @@ def similarity_blocks(
     start = 0
     for block in blocks:
         stop = start + len(block)
-        yield slice(start, stop), torch.mm(block, gallery.T, out=buffer[: len(block)])
+        yield slice(start, stop), _products(block, gallery, out=buffer[: len(block)])
         start = stop
+
+
+def _products(
+    queries: Float32[Tensor, "B D"], gallery: Float32[Tensor, "G D"], out: Float32[Tensor, "B G"]
+) -> Float32[Tensor, "B G"]:
+    """Write the inner products into ``out``, on a CPU ``CHUNK`` columns at a time.
+
+    All chunks are of one size, the last one overlaps the one before: so equal gallery rows meet the same path in BLAS.
+    """
+    width = min(CHUNK, len(gallery)) if out.device.type == "cpu" else len(gallery)
+    for chunk in range(0, len(gallery), width):
+        start = min(chunk, len(gallery) - width)
+        torch.mm(queries, gallery[start : start + width].T, out=out[:, start : start + width])
+    return out
 
 
 def top_k(values: Float[Tensor, "B G"], k: int, groups: int = 8) -> Largest:

@@ -47,6 +47,15 @@ def test_the_block_size_does_not_change_the_answer(budget, monkeypatch):
     assert torch.equal(knn_classify(queries, bank, labels, 5, k=30), expected)
 
 
+@pytest.mark.parametrize("chunk", [16, 64, 399])
+def test_the_chunk_size_does_not_change_the_answer_with_k_above_it_too(chunk, monkeypatch):
+    (queries, _), (bank, labels) = clustered(150, 5, 8, 4), clustered(400, 5, 8, 5)
+    similarities, nearest = (normalize(queries.double()) @ normalize(bank.double()).T).topk(30, dim=1)
+    ballots = torch.nn.functional.one_hot(labels[nearest], 5) * (similarities / 0.1).exp()[:, :, None]
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    assert torch.equal(knn_classify(queries, bank, labels, 5, k=30), ballots.sum(1).argmax(1))
+
+
 def test_exclude_self_equals_leaving_each_row_out_of_the_bank(monkeypatch):
     monkeypatch.setattr(neighbours, "BLOCK", 700)
     bank, labels = clustered(60, 4, 6, 6)

@@ -47,6 +47,22 @@ def test_blocks_cover_the_whole_product_in_order_within_the_budget(count, budget
     assert all(block.numel() <= max(budget, 2 * 20) for _, block in parts)
 
 
+@pytest.mark.parametrize("width", [1, 15, 16, 17, 63, 64, 65, 128, 130, 1000])
+def test_chunks_of_the_gallery_cover_the_whole_product(width, monkeypatch):
+    monkeypatch.setattr(neighbours, "CHUNK", 64)
+    queries, gallery = torch.randn(50, 33, dtype=torch.float64), torch.randn(width, 33, dtype=torch.float64)
+    (_, block), *_ = similarity_blocks(queries.float(), gallery.float())
+    torch.testing.assert_close(block, (queries @ gallery.T).float(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("width", [64, 65, 130, 191, 1000, 1001])
+def test_equal_gallery_rows_are_equally_similar_in_all_chunks(width, monkeypatch):
+    monkeypatch.setattr(neighbours, "CHUNK", 64)
+    queries, row = torch.randn(100, 33), torch.randn(1, 33)
+    for _, block in similarity_blocks(queries, row.expand(width, -1).clone()):
+        assert torch.equal(block, block[:, :1].expand_as(block))
+
+
 @pytest.mark.parametrize("count", [2, 3, 1025, 2049])
 def test_no_block_has_a_single_row(count):
     blocks = list(similarity_blocks(torch.randn(count, 3), torch.randn(4, 3)))

@@ -93,6 +93,28 @@ def test_the_block_size_does_not_change_the_answer(budget, same_set, monkeypatch
     assert retrieval_metrics(*given, ks=KS) == expected
 
 
+@pytest.mark.parametrize("chunk", [16, 48, 1000])
+@pytest.mark.parametrize("same_set", [True, False], ids=["same set", "query and gallery"])
+@pytest.mark.parametrize("make", [gaussian, tied])
+def test_equals_the_brute_force_matrix_with_classes_and_ties_across_chunks(make, same_set, chunk, monkeypatch):
+    given = sides(make, same_set, 7)
+    expected = brute_force(*given)
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    assert int(given[1].unique(return_counts=True)[1].max()) > 40  # the largest class spans chunks of 16
+    assert retrieval_metrics(*given, ks=KS) == pytest.approx(expected, abs=1e-9)
+    assert recall_at_k(*given, ks=KS) == pytest.approx({k: expected[f"recall@{k}"] for k in KS}, abs=1e-9)
+
+
+@pytest.mark.parametrize("chunk", [16, 48])
+def test_duplicates_of_any_values_tie_across_chunks(chunk, monkeypatch):
+    """Each point is there once for each of 4 classes, so each best match ties with the 3 others of its point."""
+    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    points, classes = torch.randn(30, 33), torch.arange(4)
+    gallery, labels = points.repeat_interleave(4, dim=0), classes.repeat(30)
+    found = recall_at_k(points.repeat(4, 1), classes.repeat_interleave(30), gallery, labels, ks=(1, 3, 4))
+    assert found == {1: 0, 3: 0, 4: 100}
+
+
 def test_the_order_of_the_rows_does_not_change_the_answer():
     queries, labels = sides(tied, True, 6)
     order = torch.randperm(len(labels))
