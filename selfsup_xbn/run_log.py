@@ -18,6 +18,16 @@ from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.scalar_log import EVENTS, ScalarLog
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+PACKAGES = (
+    "selfsup-xbn",
+    "torch",
+    "torchvision",
+    "lightly",
+    "pytorch-metric-learning",
+    "timm",
+    "scikit-learn",
+    "faiss-cpu",
+)
 LARGEST = 1e300  # no measurement is larger; whole numbers in JSON can be, and then are no floats
 OWN_FILES = (
     CONFIG,
@@ -193,15 +203,26 @@ def environment() -> dict[str, str]:
         "processes": str(world()),
         "python": platform.python_version(),
         "machine": platform.machine(),
+        "processor": processor(),
         "system": platform.system(),
     }
-    for name in ("selfsup-xbn", "torch", "torchvision", "lightly", "pytorch-metric-learning", "timm", "scikit-learn"):
+    for name in PACKAGES:
         try:
             found[name] = version(name)
         except PackageNotFoundError:
             found[name] = "not installed"
     found["commit"] = git_commit()
     return found
+
+
+def processor() -> str:
+    """The processor's name, as Linux or else Python tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or "unknown")
 
 
 def git_commit() -> str:

@@ -55,6 +55,7 @@ from selfsup_xbn.run_log import environment
 
 Found = dict[str, dict[str, Any]]
 SITTINGS, SHORT_SECONDS = 5, 180
+SHOWN = ("processor", "torch", "lightly", "pytorch-metric-learning", "scikit-learn", "faiss-cpu", "commit")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -79,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.from_results:
         for work in [work for work in wanted if work in found]:
             print(*table(work, found[work]["names"]), "", sep="\n")
-    print(*summary(found), "", sep="\n")
+    print(*summary(found), "", *measured_on(found), "", sep="\n")
     draw_scaling(found, path.with_name(f"scaling-{options.device}{tried_out}.png"))
     goals = [goal for goal in GOALS if goal.work in found and goal.device == options.device]
     print(*(verdict(goal, found[goal.work]["names"]) for goal in goals), sep="\n")
@@ -189,6 +190,20 @@ def summary(found: Found) -> list[str]:
         peers = [f"{name} {text}" for name, text in shown.items() if name != "bare" and not name.startswith("ours")]
         lines.append(f"| {title} | {own} | {shown.get('bare', '-').partition(',')[0]} | {'; '.join(peers)} |")
     return lines
+
+
+def measured_on(found: Found) -> list[str]:
+    """A line for each setting that works were measured in: machine, versions, commit."""
+    works_of: dict[str, list[str]] = {}
+    for work, values in found.items():
+        about = [f"{values['threads']} threads"]
+        about += [f"{name} {value}" for name, value in values["environment"].items() if name in SHOWN]
+        works_of.setdefault(", ".join(about), []).append(work)
+    most = max(works_of, key=lambda setting: len(works_of[setting]), default="")
+    return [
+        f"Measured with {setting}" + ("" if setting == most else f": {', '.join(works)}")
+        for setting, works in works_of.items()
+    ]
 
 
 def draw_scaling(found: Found, path: Path) -> None:
