@@ -68,8 +68,10 @@ def gather(rows: Shaped[Tensor, "b *rest"], total: int) -> Shaped[Tensor, "B *re
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     gathered = rows.new_empty(world() * most, *rows.shape[1:])
+    # torch 2.14 has a new name for it, and warns of the old one
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     with _peers():
-        dist.all_gather_into_tensor(gathered, padded)
+        getattr(dist, name)(gathered, padded)
     pieces = [piece[:count] for piece, count in zip(gathered.split(most), counts, strict=True)]
     pieces[rank()] = rows
     return torch.cat(pieces)
