@@ -26,7 +26,7 @@ class Moments(NamedTuple):
     std: Float64[Tensor, "D"]
 
     def constant(self) -> Bool[Tensor, "D"]:
-        """Whether a dimension is no more than a constant with float32's rounding."""
+        """Whether a dimension is no more than a constant with float32's rounding; not so for NaN."""
         return self.std <= self.mean.abs().mul_(1e-6).add_(1e-12)
 
 

@@ -25,7 +25,7 @@ from selfsup_xbn.queue_parts import Block, may_wait
 BUCKETS = 2**16
 FEW = 8  # rows are few where they are less than one in so many
 FEW_PAIRS = 24  # and so are pairs
-SAMPLED = 64  # in one column of so many pairs are counted, to guess how many there are
+SAMPLED = 61  # one column of so many tells how many pairs there are; no multiple of a batch's size
 
 
 class Pairs(NamedTuple):
@@ -100,7 +100,7 @@ class QueueReader:
         if self.related is None:
             yield from self.queue.blocks(rows)
             return
-        for slots in self.related.split(rows):
+        for slots in self.related.split(rows) if len(self.related) else ():
             yield self.queue.gather(slots)
 
     def logits(self, scaled: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:

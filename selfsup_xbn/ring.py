@@ -9,10 +9,10 @@ with it. So each turn of the ring has a frame of its own. Slots before the point
 to entry 0 of ``frames``; slots from the pointer on were written in the turn before and belong to entry 1. When the
 pointer passes the end, this turn becomes the last one, whose rows are all gone by then, and a new one starts, in which
 rows of the moments that wait in entry 2 are standardised (so their sums lose no digits, and bfloat16 suffices to store
-them). Entry 0 of ``totals`` is over all rows, entry 1 over this turn's, both as this turn's frame would store them, so
-that all rows have one map to their moments. At a new turn all rows are this turn's, and their own sum starts the next
-one. No frame and no rounding error outlives two turns, nothing is ever rewritten, and pointer, count and all decisions
-stay on the device: no step waits for it.
+them). ``totals[:, 0]`` are the sums over all rows, ``totals[:, 1]`` those over this turn's, both as this turn's frame
+would store them, so that one map takes all rows to their moments. When a turn ends all rows are its own, and so their
+sums start the next one. No frame and no rounding error outlives two turns, nothing is ever rewritten, and pointer,
+count and all decisions stay on the device: no step waits for it.
 
 Axis legend: B batch, M ring's rows, D dimensions, n filled rows, b rows of a block.
 """
@@ -67,7 +67,10 @@ class Ring(nn.Module):
         return int(self.count)
 
     def moments(self) -> Moments:
-        """Mean and unbiased standard deviation of the adapted rows, without reading them; 0 where there are too few."""
+        """Mean and unbiased standard deviation of the adapted rows, without reading them.
+
+        The deviation of fewer than two rows is 0, and the mean of none is any number.
+        """
         n = int(self.count) if may_wait(self.rows) else self.count
         return _moments_of(self.totals[:, 0], n, self._frame(0))
 

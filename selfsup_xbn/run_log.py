@@ -222,7 +222,7 @@ def processor() -> str:
     except OSError:
         lines = []
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or "unknown")
+    return next(names, "") or platform.processor() or "unknown"
 
 
 def git_commit() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import json
 import math
@@ -15,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from experiments.benchmarks.__main__ import main as benchmark
+from experiments.benchmarks.__main__ import measure, measured_on, verdict
 from experiments.benchmarks.__main__ import table as work_table
-from experiments.benchmarks.__main__ import verdict
 from experiments.benchmarks.step_parts import BARE, PARTS, READS, REST, STEP
 from experiments.benchmarks.step_parts import main as measure_parts
 from experiments.benchmarks.works import GOALS, Goal, works
@@ -148,6 +149,31 @@ def test_the_benchmarks_measure_in_processes_of_their_own(tmp_path, capsys):
     assert set(found) == {"XBM", "XBN"}
     assert all(values["seconds"] > 0 and values["extra_bytes"] >= 0 for values in found.values())
     assert "memory-4096: XBN at most 1.03 x XBM" in capsys.readouterr().out
+
+
+def test_a_work_is_measured_with_what_its_device_has(monkeypatch):
+    made = []
+
+    class NoWorker:
+        present = False
+
+        def __init__(self, work, name, options):
+            made.append(name)
+
+        def end(self):
+            pass
+
+    monkeypatch.setattr("experiments.benchmarks.__main__.Worker", NoWorker)
+    for device, expected in (("cuda", True), ("cpu", False)):
+        made.clear()
+        measure("supervised-200000", argparse.Namespace(device=device, rounds=1))
+        assert ("copy" in made) == expected
+
+
+def test_works_share_a_line_about_what_they_were_measured_with():
+    settings = [{"threads": 2, "environment": {"processor": name, "system": "Linux"}} for name in ("A", "B", "A")]
+    found = dict(zip(("x", "y", "z"), settings, strict=True))
+    assert measured_on(found) == ["Measured with 2 threads, processor A", "Measured with 2 threads, processor B: y"]
 
 
 def test_memory_is_told_only_where_the_work_is_the_process_s_own():

@@ -176,6 +176,9 @@ class QueueAgainstDeque(RuleBasedStateMachine):
             np.testing.assert_allclose(rows, expected, rtol=1e-4, atol=1e-4 * (1 + np.abs(expected).max()))
         if len(rows) > 1:
             np.testing.assert_allclose(self.queue.moments().std, expected.std(0, ddof=1), rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(
+                self.queue.moments().mean, expected.mean(0), rtol=1e-4, atol=1e-5 * (1 + np.abs(expected).max())
+            )
 
 
 QueueAgainstDeque.TestCase.settings = settings(max_examples=40, stateful_step_count=30)

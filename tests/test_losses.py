@@ -1,6 +1,7 @@
 """The blockwise losses against plain matrices in float64, lightly and PML."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def path(request, monkeypatch):
     """
     if request.param.startswith("few"):
         monkeypatch.setattr(queue_reader, "FEW", 0)
-        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else 2**60)
+        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else math.inf)
     if request.param == "accelerator":
         monkeypatch.setattr(queue_reader, "may_wait", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -134,22 +135,32 @@ def test_sup_con_equals_pmls_value_and_gradient(rows, miner, path):
         torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
 
 
-@pytest.mark.parametrize(("kept", "products"), [(1 / 8, 1), (1 / 40, 0)])
-def test_few_kept_negatives_are_not_multiplied_with_all_others(kept, products, monkeypatch):
+@pytest.mark.parametrize(("kept", "products"), [(1 / 8, 1), (1 / 40, 0), (0, 0)])
+@pytest.mark.parametrize("temperature", TEMPERATURES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_few_kept_negatives_are_not_multiplied_with_all_others(kept, products, temperature, dtype, monkeypatch):
     monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: 2**12)
-    queue = FeatureQueue(4096, 12, "xbm", labels=True, dtype=torch.float64)
-    queue.enqueue(torch.randn(4096, 12, dtype=torch.float64), torch.arange(4096))
-    z, y = torch.randn(8, 12, dtype=torch.float64), torch.full((8,), -1)  # negatives only
-    cosine = F.normalize(z, dim=1) @ F.normalize(queue.features(), dim=1).T
-    miner = PairMargin(0.0, float(cosine.flatten().quantile(1 - kept)), "cosine")
+    queue = FeatureQueue(4096, 12, "xbm", labels=True, dtype=dtype)
+    queue.enqueue(torch.randn(4096, 12, dtype=dtype), torch.arange(4096))
+    z, y = torch.randn(8, 12, dtype=dtype), torch.full((8,), -1)  # negatives only
+    anchors = F.normalize(z, dim=1).requires_grad_()
+    cosine = F.normalize(z.double(), dim=1) @ F.normalize(queue.features().double(), dim=1).T
+    ordered = cosine.flatten().sort().values
+    rank = round(len(ordered) * (1 - kept))
+    margin = float(ordered[max(rank - 1, 0) : rank + 1].mean()) if kept else 1.01  # between two cosines
+    miner = PairMargin(0.0, margin, "cosine")
     made, add = [], online.LogSumExp.add
     monkeypatch.setattr(online.LogSumExp, "add", lambda *given: (made.append(given), add(*given)))
-    reader = class_reader(queue, 0.1, None, PairMargin.rule(miner, y))
-    found, number = scan_negative_pairs(F.normalize(z, dim=1), reader)
-    expected = torch.where(cosine > miner.negative, cosine / 0.1, -torch.inf).logsumexp(1)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    assert torch.equal(number, (cosine > miner.negative).sum(1))
-    assert sum(logits.numel() > 0 for _, logits, *_ in made) == products
+    reader = class_reader(queue, temperature, None, PairMargin.rule(miner, y))
+    found, number = scan_negative_pairs(anchors, reader)
+    weights = torch.where(cosine > margin, cosine / temperature, -torch.inf)
+    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
+    torch.testing.assert_close(found.double(), weights.logsumexp(1).clamp(min=online.FLOOR), **close)
+    rows = F.normalize(queue.features().double(), dim=1)
+    by_anchor = weights.softmax(1).nan_to_num() @ rows / temperature
+    torch.testing.assert_close(gradient(found.sum(), anchors)[0].double(), by_anchor, **close)
+    assert torch.equal(number, (cosine > margin).sum(1))
+    assert len(made) == products
 
 
 @pytest.mark.parametrize("miner", MINERS)

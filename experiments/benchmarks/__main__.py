@@ -55,7 +55,7 @@ from selfsup_xbn.run_log import environment
 
 Found = dict[str, dict[str, Any]]
 SITTINGS, SHORT_SECONDS = 5, 180
-SHOWN = ("processor", "torch", "lightly", "pytorch-metric-learning", "scikit-learn", "faiss-cpu", "commit")
+SHOWN = ("device", "processor", "torch", "lightly", "pytorch-metric-learning", "scikit-learn", "faiss-cpu", "commit")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"no results in {path}")
     options.out.mkdir(parents=True, exist_ok=True)
     found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    measured_with = {"threads": options.threads, "environment": environment()}
+    measured_with = {"threads": options.threads, "environment": environment() | device_name(options.device)}
     for work in [] if options.from_results else wanted:
         found[work] = {"names": measure(work, options), **measured_with}
         path.write_text(json.dumps(found, indent=1) + "\n")
@@ -108,7 +108,7 @@ def measure(work: str, options: argparse.Namespace) -> Found:
     started = time.monotonic()
     has_goal = any((goal.work, goal.device) == (work, options.device) for goal in GOALS)
     for _ in range(SITTINGS if has_goal else 1):
-        workers = {name: Worker(work, name, options) for name in works()[work]}
+        workers = {name: Worker(work, name, options) for name in works(options.device)[work]}
         for _, (name, worker) in itertools.product(range(options.rounds), workers.items()):
             if worker.present:
                 _take_in(found.setdefault(name, {"rounds": []}), worker.round())
@@ -160,6 +160,15 @@ class Worker:
         return answer
 
 
+def device_name(device: str) -> dict[str, str]:
+    """What the device is called, where it is not the processor."""
+    if device == "cpu":
+        return {}
+    import torch
+
+    return {"device": torch.cuda.get_device_name(device)}
+
+
 def table(work: str, found: Found) -> list[str]:
     """A Markdown table of one work; ratios are to its first implementation."""
     first = next(iter(found.values()))["seconds"]
@@ -187,7 +196,8 @@ def summary(found: Found) -> list[str]:
             for name, values in names.items()
         }
         own = shown.get("ours, XBN") or shown["ours"]
-        peers = [f"{name} {text}" for name, text in shown.items() if name != "bare" and not name.startswith("ours")]
+        known = ("bare", "copy", "ours")
+        peers = [f"{name} {text}" for name, text in shown.items() if not name.startswith(known)]
         lines.append(f"| {title} | {own} | {shown.get('bare', '-').partition(',')[0]} | {'; '.join(peers)} |")
     return lines
 

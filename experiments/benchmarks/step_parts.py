@@ -51,8 +51,10 @@ PARTS: tuple[tuple[Any, str, str], ...] = (
     (FeatureQueue, "enqueue", "enqueue the batch"),
     (QueueReader, "__init__", "find the rows of the batch's classes"),
     (QueueReader, "logits", "first product, over the rows' lengths"),
+    (QueueReader, "keeps_few", "the miner's threshold"),
     (torch.nn.functional, "threshold", "the miner's threshold"),
     (LogSumExp, "add", "softmax and second product"),
+    (LogSumExp, "add_few", "softmax and second product"),
     (Tensor, "backward", "backward"),
 )
 READS: tuple[tuple[Any, str, str], ...] = (

@@ -29,8 +29,8 @@ MIDDLE, LATE = 0.8, 0.76
 def supervised_inputs(batch: int, rows: int, dim: int, alike: float = MIDDLE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Unit features of a network in training and their labels: ``BATCHES`` batches, and a full memory.
 
-    Cosines are 0.8 in a class and 0.65 +- 0.02 across, so that the miner keeps all positives and a negative in fifteen.
-    Less ``alike``, as they are later in training, it keeps fewer negatives: with ``LATE`` one in 170.
+    With ``MIDDLE`` cosines are 0.8 in a class and 0.65 +- 0.02 across, so that the miner keeps all positives and a
+    negative in fifteen. With a smaller ``alike``, as later in training, it keeps fewer: one in 170 with ``LATE``.
     """
     generator = torch.Generator().manual_seed(0)
     common, centres = torch.randn(dim, generator=generator), torch.randn(CLASSES, dim, generator=generator)

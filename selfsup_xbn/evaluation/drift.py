@@ -82,9 +82,9 @@ def moment_gap(queue: Moments, batch: Moments) -> MomentGap:
     """What XBN removes: the gap between the moments of a queue and those of the current batch, per dimension.
 
     ``mean = sqrt(avg_d ((mean_q - mean_b) / std_b)^2)``, ``std = sqrt(avg_d log(std_q / std_b)^2)``. Dimensions that
-    are constant on either side, where neither is defined, are left out; NaN where all are.
+    are constant or not finite on either side, where neither is defined, are left out; NaN where all are.
     """
-    varies = ~(queue.constant() | batch.constant())
+    varies = ~(queue.constant() | batch.constant()) & (queue.std / batch.std).isfinite()
     return MomentGap(
         mean=_root_mean_square((queue.mean - batch.mean) / batch.std, varies),
         std=_root_mean_square((queue.std / batch.std).log(), varies),

@@ -1,6 +1,7 @@
 """CrossBatchMemory against PML's own in float64."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def ways_to_read(request, monkeypatch):
     monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: 7)
     if request.param.startswith("few"):
         monkeypatch.setattr(queue_reader, "FEW", 0)
-        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else 2**60)
+        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else math.inf)
     if request.param == "fixed shapes":
         monkeypatch.setattr(queue_reader, "may_wait", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
