@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from experiments.benchmarks import knn_parts, step_parts
 from experiments.benchmarks.__main__ import main as benchmark
 from experiments.benchmarks.__main__ import measure, measured_on, verdict
 from experiments.benchmarks.__main__ import table as work_table
-from experiments.benchmarks.step_parts import BARE, PARTS, READS, REST, STEP
-from experiments.benchmarks.step_parts import main as measure_parts
+from experiments.benchmarks.parts import ALL, REST
 from experiments.benchmarks.works import GOALS, Goal, works
 from experiments.runs import RESULTS, Experiment, folder_name, read, table
 from selfsup_xbn.recipes import RECIPES
@@ -199,11 +199,19 @@ def test_works_are_named_by_how_they_begin(tmp_path, monkeypatch, capsys):
     assert "no work's name begins with 'memories'" in capsys.readouterr().err
 
 
-def test_the_parts_of_a_step_are_all_found_and_add_up(tmp_path, capsys):
-    sizes = ["--rows", "2048", "--batch", "8", "--dim", "32", "--threads", "1"]
-    measure_parts([*sizes, "--steps", "9", "--out", str(tmp_path)])
-    found = json.loads((tmp_path / "step-parts-2048.json").read_text())["milliseconds"]
-    assert set(found) == {part for *_, part in (*PARTS, *READS)} | {REST, STEP, BARE}
+SMALL = {
+    step_parts: (["--rows", "2048", "--batch", "8", "--dim", "32", "--steps", "9"], "step-parts-2048.json"),
+    knn_parts: (["--scale", "0.02", "--rounds", "5"], "knn-parts.json"),
+}
+
+
+@pytest.mark.parametrize("module", SMALL)
+def test_the_parts_of_a_work_are_all_found_and_add_up(module, tmp_path, capsys):
+    options, name = SMALL[module]
+    module.main([*options, "--threads", "1", "--out", str(tmp_path)])
+    found = json.loads((tmp_path / name).read_text())["milliseconds"]
+    parts = {part.part for part in module.PARTS} | {REST}
+    assert len(set(found) - parts) == 2  # all of them together, and the other work
     assert all(taken > 0 for taken in found.values())
-    assert math.isclose(sum(found.values()) - found[STEP] - found[BARE], found[STEP], rel_tol=0.3)
-    assert STEP in capsys.readouterr().out
+    assert math.isclose(sum(found[part] for part in parts), found[ALL], rel_tol=0.3)
+    assert ALL in capsys.readouterr().out

@@ -1,0 +1,51 @@
+"""Where the time of the weighted k-NN goes, beside faiss at the same work.
+
+    python -m experiments.benchmarks.knn_parts [--rounds 5] [--scale 1] [--threads 2]
+
+10,000 queries in a bank of 50,000 rows, D 512, k 200. Both take turns in one process (``parts``). Writes
+``results/knn-parts.json`` and prints medians, and how often faiss would have run in that time, e.g. ::
+
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from experiments.benchmarks.evaluators import knn_faiss, knn_ours
+from experiments.benchmarks.parts import Part, measure, table
+from experiments.runs import RESULTS
+from selfsup_xbn.evaluation import knn, neighbours
+from selfsup_xbn.run_log import environment
+
+FAISS = "faiss-cpu"
+PARTS = (
+    Part(knn, "unit_rows", "queries and bank at unit length"),
+    Part(neighbours, "_products", "products"),
+    Part(knn, "top_k", "the k largest of each query"),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, writes the results, prints them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
+    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of rows (default 1)")
+    parser.add_argument("--threads", type=int, default=2, help="(default 2)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    setting = {name: getattr(options, name) for name in ("rounds", "scale", "threads")}
+    found = measure(knn_ours(options.scale), PARTS, FAISS, knn_faiss(options.scale), options.rounds)
+    print(*table(found, FAISS), sep="\n")
+    options.out.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(setting | {"milliseconds": found, "environment": environment()}, indent=1)
+    (options.out / "knn-parts.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
