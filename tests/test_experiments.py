@@ -17,7 +17,7 @@ import pytest
 
 from experiments.benchmarks import knn_parts, step_parts
 from experiments.benchmarks.__main__ import main as benchmark
-from experiments.benchmarks.__main__ import measure, measured_on, verdict
+from experiments.benchmarks.__main__ import measure, measured_on, ratio, verdict
 from experiments.benchmarks.__main__ import table as work_table
 from experiments.benchmarks.parts import ALL, REST
 from experiments.benchmarks.works import GOALS, Goal, works
@@ -136,11 +136,17 @@ def test_every_goal_is_about_works_that_exist():
 )
 def test_verdicts_compare_the_right_numbers(goal, met):
     found = {
-        "a": {"seconds": 2.0, "peak_bytes": 10 * 2**20, "extra_bytes": 2**20},
-        "b": {"seconds": 1.0, "peak_bytes": 0, "extra_bytes": 0},
-        "c": {"seconds": 0.5, "peak_bytes": 0, "extra_bytes": 0},
+        "a": {"seconds": 2.0, "rounds": [2.0], "peak_bytes": 10 * 2**20, "extra_bytes": 2**20},
+        "b": {"seconds": 1.0, "rounds": [1.0], "peak_bytes": 0, "extra_bytes": 0},
+        "c": {"seconds": 0.5, "rounds": [0.5], "peak_bytes": 0, "extra_bytes": 0},
     }
     assert verdict(goal, found).startswith("met" if met else "NOT MET")
+
+
+def test_ratios_are_those_of_a_round():
+    a, b, c = ({"rounds": rounds} for rounds in ([1.0, 4.0, 10.0], [1.0, 1.0, 8.0], [1.0, 1.0, 2.0]))
+    assert ratio(a, [b]) == 1.25  # the machine was slow in the last round; of medians it is 4
+    assert ratio(a, [b, c]) == 1.0
 
 
 def test_the_benchmarks_measure_in_processes_of_their_own(tmp_path, capsys):
@@ -182,7 +188,8 @@ def test_memory_is_told_only_where_the_work_is_the_process_s_own():
     ready, answer = done.stdout.splitlines()
     assert json.loads(ready) == {"ready": True}
     assert set(json.loads(answer)) == {"seconds"}
-    rows = {"another": {"seconds": 1.0}, "own": {"seconds": 1.0, "extra_bytes": 0, "peak_bytes": 2**20}}
+    rows = {"another": {"seconds": 1.0, "rounds": [1.0]}}
+    rows["own"] = rows["another"] | {"extra_bytes": 0, "peak_bytes": 2**20}
     assert [line.split(" | ")[-2:] for line in work_table("", rows)[2:]] == [["-", "- |"], ["0 MB", "1 MB |"]]
 
 
@@ -190,7 +197,9 @@ def test_works_are_named_by_how_they_begin(tmp_path, monkeypatch, capsys):
     measured = []
     monkeypatch.setattr(
         "experiments.benchmarks.__main__.measure",
-        lambda work, options: measured.append(work) or {"XBM": {"seconds": 1.0}, "XBN": {"seconds": 1.0}},
+        lambda work, options: (
+            measured.append(work) or {name: {"seconds": 1.0, "rounds": [1.0]} for name in works()[work]}
+        ),
     )
     benchmark(["memory-1", "memory-6", "memory-1000", "--out", str(tmp_path)])
     assert measured == ["memory-65536", "memory-1000000"]

@@ -3,10 +3,10 @@
     python -m experiments.benchmarks [WORK ...] [--rounds 7] [--device cpu] [--threads 2]
 
 Each implementation has a process of its own. They take turns, one works while all others wait, so that the machine's
-moods meet them alike; times are medians over the rounds, memory is the largest. A work with a goal has up to five
-sittings, if they are short, each with new processes: where a process's memory comes to lie makes a difference too.
-Writes ``results/benchmarks-DEVICE.json`` (works that are not measured this time keep their numbers) and prints a table
-and the goals, e.g. ::
+moods meet them alike; times are medians over the rounds, ratios are medians of those within a round, memory is the
+largest. A work with a goal has up to five sittings, if they are short, each with new processes: where a process's
+memory comes to lie makes a difference too. Writes ``results/benchmarks-DEVICE.json`` (works that are not measured this
+time keep their numbers) and prints a table and the goals, e.g. ::
 
     | supervised-29775 | time | x bare | memory beyond inputs | peak |
     |---|---|---|---|---|
@@ -171,13 +171,19 @@ def device_name(device: str) -> dict[str, str]:
 
 def table(work: str, found: Found) -> list[str]:
     """A Markdown table of one work; ratios are to its first implementation."""
-    first = next(iter(found.values()))["seconds"]
+    first = next(iter(found.values()))
     lines = [f"| {work} | time | x {next(iter(found))} | memory beyond inputs | peak |", "|---|---|---|---|---|"]
     for name, values in found.items():
         sizes = [values.get(key) for key in ("extra_bytes", "peak_bytes")]
         memory = " | ".join("-" if size is None else f"{size / 2**20:.0f} MB" for size in sizes)
-        lines.append(f"| {name} | {_time(values['seconds'])} | {values['seconds'] / first:.2f} | {memory} |")
+        lines.append(f"| {name} | {_time(values['seconds'])} | {ratio(values, [first]):.2f} | {memory} |")
     return lines
+
+
+def ratio(values: dict[str, Any], others: list[dict[str, Any]]) -> float:
+    """How many times as long as the others together: the median over rounds, in each of which all had their turn."""
+    rounds = zip(values["rounds"], *(other["rounds"] for other in others), strict=True)
+    return statistics.median(seconds / sum(theirs) for seconds, *theirs in rounds)
 
 
 def _time(seconds: float) -> str:
@@ -235,13 +241,13 @@ def verdict(goal: Goal, found: Found) -> str:
     others = goal.than.split(" + ") if goal.than else []
     if missing := [name for name in (goal.name, *others) if name not in found]:
         return f"missing  {goal.work}: {missing[0]} was not measured"
-    values, than = found[goal.name], sum(found[name]["seconds"] for name in others)
+    values = found[goal.name]
     if goal.unit == "x":
-        value = values["seconds"] / than
+        value = ratio(values, [found[name] for name in others])
     elif goal.unit.startswith("MB"):
         value = values["peak_bytes" if "peak" in goal.unit else "extra_bytes"] / 2**20
     else:
-        value = values["seconds"] - than
+        value = values["seconds"] - sum(found[name]["seconds"] for name in others)
     said = "met     " if value <= goal.limit else "NOT MET "
     limit = f"{goal.limit:g} {goal.unit} {goal.than}".rstrip()
     return f"{said} {goal.work}: {goal.name} at most {limit}: {value:.2f}"
