@@ -3,8 +3,15 @@
     python -m experiments.benchmarks.knn_parts [--rounds 5] [--scale 1] [--threads 2]
 
 10,000 queries in a bank of 50,000 rows, D 512, k 200. Both take turns in one process (``parts``). Writes
-``results/knn-parts.json`` and prints medians, and how often faiss would have run in that time, e.g. ::
+``results/knn-parts.json`` and prints medians, and how often faiss would have run in that time, e.g. on two cores of an
+AMD EPYC::
 
+    products                                       2920.54 ms   0.99
+    the k largest of each query                     431.39 ms   0.15
+    queries and bank at unit length                  36.19 ms   0.01
+    all else                                         32.58 ms   0.01
+    all                                            3426.30 ms   1.16
+    faiss-cpu                                      2963.33 ms   1.00
 """
 
 from __future__ import annotations
