@@ -100,8 +100,8 @@ class QueueReader:
         if self.related is None:
             yield from self.queue.blocks(rows)
             return
-        for slots in self.related.split(rows) if len(self.related) else ():
-            yield self.queue.gather(slots)
+        for start in range(0, len(self.related), rows):
+            yield self.queue.gather(self.related[start : start + rows])
 
     def logits(self, scaled: Tensor, block: Block) -> tuple[Tensor, Tensor, Tensor]:
         """The block's rows [b, D], the inverse of their lengths [b], and their logits [B, b] with anchors over T.

@@ -183,22 +183,18 @@ def _read(
     scaled, sums = unit / reader.temperature, LogSumExp(unit, reader.bound)
     negatives, rule = torch.zeros(len(unit), dtype=torch.int64, device=unit.device), reader.rule
     assert rule is not None
+    least = max(rule.above, sums.nothing)  # negatives that count are above it
     for block, skipped in reader.plain(len(unit)):
         rows, inverse, logits = reader.logits(scaled, block)
-        if reader.keeps_few(logits):
-            kept = logits > rule.above
-            if skipped:
-                kept.index_fill_(1, torch.tensor(skipped), False)
-            if count_negatives:
-                negatives.add_(kept.sum(1))
-            sums.add_few(logits, kept, rows, inverse)
+        few = reader.keeps_few(logits)
+        if skipped:
+            logits.index_fill_(1, torch.tensor(skipped), sums.nothing)
+        if count_negatives:
+            negatives.add_((logits > least).sum(1))
+        if few:
+            sums.add_few(logits, logits > least, rows, inverse)
         else:
-            F.threshold(logits, rule.above, sums.nothing, inplace=True)
-            if skipped:
-                logits.index_fill_(1, torch.tensor(skipped), sums.nothing)
-            if count_negatives:
-                negatives.add_((logits > sums.nothing).sum(1))
-            sums.add(logits, rows, inverse)
+            sums.add(F.threshold(logits, least, sums.nothing, inplace=True), rows, inverse)
     if not count_negatives:
         negatives.add_(~sums.empty())
     for block in reader.paired(len(unit)):

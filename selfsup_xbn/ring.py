@@ -223,10 +223,11 @@ class Ring(nn.Module):
             finite = finite & allowed
         turned = finite & (position[-1] >= self.size - 1)
 
+        change = entering - leaving
         # Rows up to the ring's end replace the last turn's; rows past it open the next turn and replace this one's.
         own = self.totals[:, 1] + entering[:, 0]
-        stay = torch.stack([self.totals[:, 0] + (entering - leaving)[:, 0], own], dim=1)
-        started = _sums_seen_from(following, this, own, self.size) + (entering - leaving)[:, 1]
+        stay = torch.stack([self.totals[:, 0] + change[:, 0], own], dim=1)
+        started = _sums_seen_from(following, this, own, self.size) + change[:, 1]
         assign_(self.totals, torch.where(turned, torch.stack([started, entering[:, 1]], dim=1), stay), finite)
         assign_(self.frames[:2], torch.stack([torch.stack(following), self.frames[0]]), turned)
         self.rows.index_copy_(0, slots, torch.where(finite, stored, replaced))

@@ -17,17 +17,15 @@ AMD EPYC::
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from experiments.benchmarks.evaluators import knn_faiss, knn_ours
-from experiments.benchmarks.parts import Part, measure, table
+from experiments.benchmarks.parts import Part, measure, report
 from experiments.runs import RESULTS
 from selfsup_xbn.evaluation import knn, neighbours
-from selfsup_xbn.run_log import environment
 
 FAISS = "faiss-cpu"
 PARTS = (
@@ -48,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(options.threads)
     setting = {name: getattr(options, name) for name in ("rounds", "scale", "threads")}
     found = measure(knn_ours(options.scale), PARTS, FAISS, knn_faiss(options.scale), options.rounds)
-    print(*table(found, FAISS), sep="\n")
-    options.out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(setting | {"milliseconds": found, "environment": environment()}, indent=1)
-    (options.out / "knn-parts.json").write_text(text + "\n")
+    report(found, FAISS, setting, options.out / "knn-parts.json")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
+
+from selfsup_xbn.run_log import environment
 
 REST, ALL = "all else", "all"
 WARM = 5
@@ -102,7 +106,10 @@ def measure(
     return {name: round(1000 * statistics.median(values[WARM:]), 4) for name, values in seconds.items()}
 
 
-def table(found: dict[str, float], beside: str) -> Iterator[str]:
-    """A line a part, the largest first, then the work and the other one."""
+def report(found: dict[str, float], beside: str, setting: dict[str, Any], path: Path) -> None:
+    """Prints a line a part, the largest first, then the work and the other one; writes what was found where and how."""
     for name in sorted(found, key=lambda name: (name == beside, name == ALL, -found[name])):
-        yield f"{name:<45}{found[name]:9.2f} ms {found[name] / found[beside]:6.2f}"
+        print(f"{name:<45}{found[name]:9.2f} ms {found[name] / found[beside]:6.2f}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(setting | {"environment": environment(), "milliseconds": found}, indent=1)
+    path.write_text(text + "\n")

@@ -24,20 +24,18 @@ This was on two cores of an AMD EPYC.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from experiments.benchmarks.parts import Part, measure, table
+from experiments.benchmarks.parts import Part, measure, report
 from experiments.benchmarks.steps import MIDDLE, bare, supervised_inputs, supervised_ours
 from experiments.runs import RESULTS
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.online import LogSumExp
 from selfsup_xbn.queue_reader import QueueReader
-from selfsup_xbn.run_log import environment
 
 BARE = "bare products"
 SETTING = {"rows": 29_775, "batch": 64, "dim": 512, "steps": 200, "threads": 2}
@@ -66,14 +64,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
-    setting = {name: getattr(options, name) for name in SETTING} | {"environment": environment()}
+    setting = {name: getattr(options, name) for name in SETTING}
     sizes = (options.batch, options.rows, options.dim, MIDDLE)
     step, products = supervised_ours("xbn", sizes, "cpu"), bare(supervised_inputs, sizes, "cpu")
     found = measure(step, PARTS, BARE, products, options.steps)
-    print(*table(found, BARE), sep="\n")
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"step-parts-{options.rows}.json"
-    path.write_text(json.dumps(setting | {"milliseconds": found}, indent=1) + "\n")
+    report(found, BARE, setting, options.out / f"step-parts-{options.rows}.json")
 
 
 if __name__ == "__main__":
