@@ -30,7 +30,7 @@ class Goal(NamedTuple):
 TITLES = {
     "supervised-29775": "supervised step, SupCon + pair margin miner, B 64, M 29,775, D 512",
     "supervised-200000": "the same, M 200,000",
-    "supervised-late": "the same, M 29,775, later in training: the miner keeps one negative in 170",
+    "supervised-late": "the same, M 29,775, later in training: the miner keeps fewer negatives",
     "moco-4096": "MoCo loss step, B 128, M 4,096, D 128",
     "moco-65536": "MoCo loss step, B 256, M 65,536, D 128",
     "knn": "weighted k-NN, 10,000 x 50,000, D 512, k 200",
