@@ -6,12 +6,12 @@
 ``results/knn-parts.json`` and prints medians, and how often faiss would have run in that time, e.g. on two cores of an
 AMD EPYC::
 
-    products                                       2983.14 ms   0.98
-    the k largest of each query                     418.46 ms   0.14
-    all else                                         34.43 ms   0.01
-    queries and bank at unit length                  30.01 ms   0.01
-    all                                            3487.18 ms   1.14
-    faiss-cpu                                      3059.06 ms   1.00
+    products                                       3023.54 ms   0.91
+    the k largest of each query                     430.51 ms   0.13
+    all else                                         42.37 ms   0.01
+    queries and bank at unit length                  37.40 ms   0.01
+    all                                            3528.82 ms   1.06
+    faiss-cpu                                      3338.68 ms   1.00
 """
 
 from __future__ import annotations

@@ -5,18 +5,18 @@
 Our step and the products take turns in one process (``parts``). Writes ``results/step-parts-ROWS.json`` and prints
 medians, and how often the products would have run in that time, e.g. ::
 
-    softmax and second product                       16.84 ms   0.45
-    first product, over the rows' lengths            14.81 ms   0.40
-    adapt and measure the rows as they are read       5.98 ms   0.16
-    all else                                          1.36 ms   0.04
-    pairs with rows of the batch's classes            0.95 ms   0.03
-    the miner's threshold                             0.77 ms   0.02
-    adapt the queue to the batch                      0.76 ms   0.02
-    enqueue the batch                                 0.49 ms   0.01
-    find the rows of the batch's classes              0.24 ms   0.01
-    backward                                          0.18 ms   0.00
-    all                                              42.84 ms   1.14
-    bare products                                    37.45 ms   1.00
+    softmax and second product                       16.62 ms   0.45
+    first product, over the rows' lengths            14.89 ms   0.40
+    adapt and measure the rows as they are read       5.87 ms   0.16
+    all else                                          1.33 ms   0.04
+    pairs with rows of the batch's classes            0.92 ms   0.02
+    adapt the queue to the batch                      0.77 ms   0.02
+    the miner's threshold                             0.72 ms   0.02
+    enqueue the batch                                 0.47 ms   0.01
+    find the rows of the batch's classes              0.25 ms   0.01
+    backward                                          0.19 ms   0.01
+    all                                              42.12 ms   1.13
+    bare products                                    37.25 ms   1.00
 
 This was on two cores of an AMD EPYC.
 """
