@@ -29,7 +29,7 @@ import torch
 from experiments import runs
 from experiments.bad_input_targets import TARGETS, Target
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.run_log import environment
+from selfsup_xbn.runs.folder import environment
 
 SECONDS = 20
 WORDS = (

@@ -23,13 +23,13 @@ from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from experiments.benchmarks.official_layouts import WRITERS
-from selfsup_xbn import checkpoint
-from selfsup_xbn.config import PretrainConfig, resolved
+from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.config.schema import PretrainConfig, resolved
 from selfsup_xbn.data import ImageData, eval_batches, load_data
-from selfsup_xbn.recipes import RECIPES
-from selfsup_xbn.report import result_lines
-from selfsup_xbn.run_log import read_config, read_metrics
-from selfsup_xbn.train import Run
+from selfsup_xbn.report.curves import result_lines
+from selfsup_xbn.runs import checkpoint
+from selfsup_xbn.runs.folder import read_config, read_metrics
+from selfsup_xbn.training.trainer import Run
 
 
 @dataclass(frozen=True)

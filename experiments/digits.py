@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.runs import Experiment, Result, table
-from selfsup_xbn.recipes import RECIPES
+from selfsup_xbn.config.recipes import RECIPES
 
 CELLS = {name: replace(RECIPES["digits"], adaptation=name, eval_every=0) for name in ("xbm", "xbn", "axbn")}
 COLUMNS = {

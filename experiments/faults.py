@@ -30,9 +30,9 @@ import torch
 
 from experiments import runs
 from experiments.killed_runs import PLACES, Ended, Kill, cells, differences, run, write_photos
-from selfsup_xbn import checkpoint
 from selfsup_xbn.data import DATA_SETS
-from selfsup_xbn.run_log import environment
+from selfsup_xbn.runs import checkpoint
+from selfsup_xbn.runs.folder import environment
 
 
 class Campaign:

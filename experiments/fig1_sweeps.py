@@ -39,7 +39,7 @@ from pathlib import Path
 from experiments.pictures import save_chart, series
 from experiments.retrieval import METHODS, recipe, rows
 from experiments.runs import Experiment, Result, value_text
-from selfsup_xbn.config import SuperviseConfig
+from selfsup_xbn.config.schema import SuperviseConfig
 
 BATCHES, MEMORIES = (16, 32, 64, 128), (10, 25, 50, 100)
 BATCH, MEMORY = 64, 50

@@ -31,8 +31,8 @@ from typing import Any, cast
 
 from experiments.pictures import course, save_chart
 from experiments.runs import Experiment, Result
-from selfsup_xbn.config import PretrainConfig
-from selfsup_xbn.recipes import RECIPES
+from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.config.schema import PretrainConfig
 
 ADAPTATIONS = {"XBM": "xbm", "XBN": "xbn", "AXBN": "axbn"}
 EPOCHS = {"small": (1, 2, 4, 6, 8), "paper": (5, 15, 50, 200)}

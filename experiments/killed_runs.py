@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from selfsup_xbn import checkpoint, train
 from selfsup_xbn.cli import main as command
-from selfsup_xbn.run_log import read_metrics
+from selfsup_xbn.runs import checkpoint
+from selfsup_xbn.runs.folder import read_metrics
+from selfsup_xbn.training import trainer as train
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (train.Run, "train_step"),

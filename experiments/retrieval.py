@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, cast
 
-from selfsup_xbn.config import SuperviseConfig
-from selfsup_xbn.recipes import RECIPES
+from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.config.schema import SuperviseConfig
 
 METHODS: dict[str, dict[str, Any]] = {
     "no memory": {"queue_size": "0"},

@@ -20,10 +20,10 @@ from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
-from selfsup_xbn.config import Config, resolved
+from selfsup_xbn.config.command import command_of
+from selfsup_xbn.config.schema import Config, resolved
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.repeat import command_of
-from selfsup_xbn.run_log import CONFIG, read_metrics
+from selfsup_xbn.runs.folder import CONFIG, read_metrics
 
 RESULTS = Path(__file__).parent / "results"
 NOT_IN_HISTORY = ("epoch", "step", "seconds", "images_per_second")
@@ -140,7 +140,7 @@ def _run(config: Config, threads: int) -> dict[str, Any]:
     """The course of all that the run logged, the seconds that it took, and where."""
     import torch
 
-    from selfsup_xbn.train import train
+    from selfsup_xbn.training.trainer import train
 
     torch.set_num_threads(threads)
     folder = Path(config.out)

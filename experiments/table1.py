@@ -23,7 +23,7 @@ from pathlib import Path
 
 from experiments.retrieval import recipe, rows
 from experiments.runs import Experiment, Result, table
-from selfsup_xbn.config import SuperviseConfig
+from selfsup_xbn.config.schema import SuperviseConfig
 
 COLUMNS = {"recall@1": "Recall@1", "recall@10": "Recall@10", "r_precision": "R-precision", "map@r": "MAP@R"}
 

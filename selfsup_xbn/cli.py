@@ -13,9 +13,9 @@ from dataclasses import Field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from selfsup_xbn.config import EXPORTS, MODES, Config, resolved
+from selfsup_xbn.config.recipes import DEFAULT_RECIPES, RECIPES
+from selfsup_xbn.config.schema import EXPORTS, MODES, Config, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near
-from selfsup_xbn.recipes import DEFAULT_RECIPES, RECIPES
 
 EXIT_CODES = (
     "exit codes: 0 done; 2 the input is at fault, or a file cannot be written; 3 the loss diverged; "
@@ -138,7 +138,7 @@ def config_of(found: argparse.Namespace, kind: type[Config]) -> Config:
         )
     config = replace(recipe, **given)
     if found.resume and not found.recipe:
-        from selfsup_xbn.run_log import holds_run, read_config
+        from selfsup_xbn.runs.folder import holds_run, read_config
 
         folder = Path(config.run_folder)
         if holds_run(folder) and type(saved := read_config(folder)) is kind:
@@ -151,13 +151,13 @@ def _train(found: argparse.Namespace, kind: type[Config]) -> None:
     if found.resume and found.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
     if found.dry_run:
-        from selfsup_xbn.cost import cost_lines
+        from selfsup_xbn.commands.dry_run import cost_lines
 
         print(json.dumps(resolved(config), indent=2))
         print(*cost_lines(config), sep="\n")
         return
-    from selfsup_xbn.report import result_lines
-    from selfsup_xbn.train import train
+    from selfsup_xbn.report.curves import result_lines
+    from selfsup_xbn.training.trainer import train
 
     folder = train(config, resume=found.resume, overwrite=found.overwrite)
     if _rank() == 0:
@@ -198,7 +198,7 @@ def _evaluate(found: argparse.Namespace) -> None:
         raise UserError("--weights needs --backbone NAME and --data SPEC")
     if found.run and found.backbone:
         raise UserError("--backbone goes with --weights; a run knows its own")
-    from selfsup_xbn.evaluate import evaluate_run, evaluate_weights
+    from selfsup_xbn.commands.evaluate import evaluate_run, evaluate_weights
 
     if found.run:
         lines = evaluate_run(found.kind, Path(found.run), given, best=found.best)
@@ -214,7 +214,7 @@ def _add_report(parser: _Parser) -> None:
 
 
 def _report(found: argparse.Namespace) -> None:
-    from selfsup_xbn.html_report import write_report
+    from selfsup_xbn.report.page import write_report
 
     path, notes = write_report([Path(run) for run in found.runs], Path(found.out))
     print(*notes, path, sep="\n")
@@ -234,7 +234,7 @@ def _add_export(parser: _Parser) -> None:
 
 
 def _export(found: argparse.Namespace) -> None:
-    from selfsup_xbn.export import export_run
+    from selfsup_xbn.commands.export import export_run
 
     out = Path(found.out) if found.out else None
     print(*export_run(Path(found.run), found.format, out, best=found.best, overwrite=found.overwrite), sep="\n")

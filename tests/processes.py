@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from selfsup_xbn import train
 from selfsup_xbn.cli import main
+from selfsup_xbn.training import trainer as train
 
 
 class Ended(NamedTuple):

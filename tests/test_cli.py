@@ -9,8 +9,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfsup_xbn import checkpoint
 from selfsup_xbn.cli import main
+from selfsup_xbn.runs import checkpoint
 
 SMALL = ["--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--epochs", "1"]
 

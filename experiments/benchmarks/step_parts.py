@@ -34,8 +34,8 @@ from experiments.benchmarks.parts import Part, measure, report
 from experiments.benchmarks.steps import MIDDLE, bare, supervised_inputs, supervised_ours
 from experiments.runs import RESULTS
 from selfsup_xbn import FeatureQueue
-from selfsup_xbn.online import LogSumExp
-from selfsup_xbn.queue_reader import QueueReader
+from selfsup_xbn.losses.online import LogSumExp
+from selfsup_xbn.losses.pairs import QueueReader
 
 BARE = "bare products"
 SETTING = {"rows": 29_775, "batch": 64, "dim": 512, "steps": 200, "threads": 2}

@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib
 import os
 
-from ..errors import UserError, near
-from .base import ImageData, Split, limit
-from .loader import Batch, Batches, eval_batches, raw_pixels
-from .sampler import ClassBalancedBatches, RandomBatches, seed_for
+from selfsup_xbn.data.base import ImageData, Split, limit
+from selfsup_xbn.data.loader import Batch, Batches, eval_batches, raw_pixels
+from selfsup_xbn.data.sampler import ClassBalancedBatches, RandomBatches, seed_for
+from selfsup_xbn.errors import UserError, near
 
 __all__ = [
     "Batch",
@@ -55,7 +55,7 @@ def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, wo
     name, _, path = spec.partition(":")
     if name not in DATA_SETS:
         raise UserError(f"no data set {name!r} (choose from {', '.join(DATA_SETS)}){near(name, DATA_SETS)}")
-    module = importlib.import_module(f".{DATA_SETS[name]}", __name__)
+    module = importlib.import_module(f"selfsup_xbn.data.datasets.{DATA_SETS[name]}")
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     data: ImageData = module.load(name, path, root=root, cache_bytes=cache_bytes, workers=workers)
     return data

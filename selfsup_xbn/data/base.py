@@ -12,7 +12,7 @@ import torch
 from jaxtyping import Int, Int64, UInt8
 from torch import Tensor
 
-from ..errors import UserError
+from selfsup_xbn.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,10 +16,10 @@ from torch import Tensor
 from torchvision.transforms import Compose, Normalize, ToTensor
 from torchvision.transforms import functional as TF
 
-from ..errors import UserError
-from .base import ImageData, Split
-from .images import read_image, to_bytes
-from .sampler import seed_for
+from selfsup_xbn.data.base import ImageData, Split
+from selfsup_xbn.data.images import read_image, to_bytes
+from selfsup_xbn.data.sampler import seed_for
+from selfsup_xbn.errors import UserError
 
 LONGEST = 16
 """Times as long as wide an image may be before it is resized."""

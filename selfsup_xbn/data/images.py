@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 
-from ..errors import UserError
+from selfsup_xbn.errors import UserError
 
 MAX_PIXELS = 2**27
 """Larger images are refused: a small file can unpack to more memory than there is."""

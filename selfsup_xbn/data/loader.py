@@ -16,13 +16,13 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
-from ..distributed import part
-from .base import ImageData, Split
-from .files import EvalFile, RandomFile, SmallFile, fit
-from .image_ops import normalize
-from .parallel import ParallelReader
-from .sampler import Sampler, seed_for
-from .views import Views, memory_views
+from selfsup_xbn.data.augmentations import Views, memory_views
+from selfsup_xbn.data.base import ImageData, Split
+from selfsup_xbn.data.files import EvalFile, RandomFile, SmallFile, fit
+from selfsup_xbn.data.image_ops import normalize
+from selfsup_xbn.data.sampler import Sampler, seed_for
+from selfsup_xbn.data.workers import ParallelReader
+from selfsup_xbn.utils.distributed import part
 
 RAW_SIDE = 32
 PIECE = 128

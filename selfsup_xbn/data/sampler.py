@@ -16,7 +16,7 @@ import torch
 from jaxtyping import Int64
 from torch import Tensor
 
-from ..errors import UserError
+from selfsup_xbn.errors import UserError
 
 
 def seed_for(*numbers: int) -> int:

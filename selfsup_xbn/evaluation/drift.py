@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
-from selfsup_xbn.adaptation import Moments
-from selfsup_xbn.distributed import gather, part
 from selfsup_xbn.evaluation.features import evaluating
+from selfsup_xbn.memory.adaptation import Moments
+from selfsup_xbn.utils.distributed import gather, part
 
 
 class Drift(NamedTuple):

@@ -16,12 +16,12 @@ from pytorch_metric_learning import miners as pml_miners
 from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
 from torch import Tensor, nn
 
-from selfsup_xbn.config import SuperviseConfig, arguments
-from selfsup_xbn.distributed import gather
+from selfsup_xbn.config.schema import SuperviseConfig, arguments
 from selfsup_xbn.errors import UserError, near
-from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.losses import PairMargin, sup_con
-from selfsup_xbn.models import Encoder
+from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.models.encoder import Encoder
+from selfsup_xbn.utils.distributed import gather
 
 
 @runtime_checkable

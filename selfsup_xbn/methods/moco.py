@@ -14,10 +14,10 @@ from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from selfsup_xbn.distributed import from_first, gather, part
-from selfsup_xbn.feature_queue import FeatureQueue
 from selfsup_xbn.losses import info_nce
-from selfsup_xbn.models import Encoder
+from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.models.encoder import Encoder
+from selfsup_xbn.utils.distributed import from_first, gather, part
 
 
 class MoCo(nn.Module):

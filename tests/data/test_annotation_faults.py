@@ -12,7 +12,8 @@ from official import drawing, edit, fault, line_of, official
 from scipy.io import savemat
 
 from experiments.benchmarks.official_layouts import WRITERS, write_images
-from selfsup_xbn.data import cars196, load_data
+from selfsup_xbn.data import load_data
+from selfsup_xbn.data.datasets import cars196
 from selfsup_xbn.errors import UserError
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from official import fault, official, photo
 from PIL import Image
 
-from selfsup_xbn.data import ImageData, Split, deepfashion2, eval_batches, load_data
+from selfsup_xbn.data import ImageData, Split, eval_batches, load_data
+from selfsup_xbn.data.datasets import deepfashion2
 from selfsup_xbn.errors import UserError
 
 SMALL = 0.0005

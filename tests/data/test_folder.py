@@ -8,7 +8,8 @@ import pytest
 import torch
 from PIL import Image
 
-from selfsup_xbn.data import cifar, load_data
+from selfsup_xbn.data import load_data
+from selfsup_xbn.data.datasets import cifar
 from selfsup_xbn.errors import UserError
 
 SMALL, WIDE, LARGE = (12, 12), (20, 14), (400, 300)

@@ -45,7 +45,7 @@ def test_sop_groups_images_by_class_id_and_numbers_the_test_classes_after_the_tr
 
 def test_counts_are_noted_beside_the_official_ones_and_a_difference_is_a_warning(tmp_path, monkeypatch):
     spec = official("sop", tmp_path, 0.01)
-    monkeypatch.setattr("selfsup_xbn.data.sop.OFFICIAL", {"train": (596, 113), "test": (605, 112)})
+    monkeypatch.setattr("selfsup_xbn.data.datasets.sop.OFFICIAL", {"train": (596, 113), "test": (605, 112)})
     assert load_data(spec).notes == (
         "train: 596 images of 113 classes, as it should be",
         "warning: test: 605 images of 113 classes, where the official set has 605 images of 112 classes",

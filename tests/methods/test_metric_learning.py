@@ -11,11 +11,11 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner, PairMarginMiner
 from torch import nn
 
 from selfsup_xbn import FeatureQueue
-from selfsup_xbn.config import SuperviseConfig
+from selfsup_xbn.config.schema import SuperviseConfig
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.methods.metric_learning import MetricLearning, PeerLoss, SupCon, make_loss
-from selfsup_xbn.models import Encoder
+from selfsup_xbn.models.encoder import Encoder
 
 
 def make(adaptation="xbm", loss=None, size=40, **kwargs):

@@ -10,7 +10,7 @@ from torch import nn
 
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.methods.moco import MoCo
-from selfsup_xbn.models import Encoder
+from selfsup_xbn.models.encoder import Encoder
 
 
 def encoder(norm=False):

@@ -1,0 +1,42 @@
+"""What a run will take, before anything is trained or downloaded."""
+
+from __future__ import annotations
+
+import torch
+
+from selfsup_xbn.config.schema import Config
+from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.training import build
+
+DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}  # training images, known without fetching them
+
+
+def cost_lines(config: Config) -> list[str]:
+    """Images, steps, parameters and the queue's bytes, a line each.
+
+    Raises:
+        UserError: as training would.
+    """
+    size, channels, images = config.image_size or 32, 3, DOWNLOADED.get(config.data)
+    if images is None:
+        data = build.data_of(config)
+        size, channels, images = data.image_size, data.channels, len(data.train)
+    images = min(images, config.limit_train or images)
+    build.check_sizes(config, images)
+    with torch.device("meta"):
+        method = build.method_of(config, build.random_encoder(config, channels, size), images)
+    steps = images // config.batch_size
+    trained = sum(parameter.numel() for parameter in method.encoder.parameters())
+    return [
+        f"training images  {images:,} of {size} x {size} pixels, {channels} channels",
+        f"steps            {steps:,} an epoch, {steps * config.epochs:,} in all",
+        f"parameters       {trained:,} in the encoder {config.backbone}",
+        f"queue            {_queue_line(method.queue)}",
+    ]
+
+
+def _queue_line(queue: FeatureQueue | None) -> str:
+    if queue is None:
+        return "none"
+    size = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers())
+    return f"{queue.size:,} rows of {queue.dim}, {size / 2**20:.1f} MiB"

@@ -1,0 +1,27 @@
+"""The command that makes a run again."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from typing import Any
+
+from selfsup_xbn.config.recipes import DEFAULT_RECIPES, RECIPES
+from selfsup_xbn.config.schema import Config
+
+
+def command_of(config: Config) -> list[str]:
+    """Words of the command whose settings are ``config``: the options that differ from the mode's default recipe."""
+    recipe = RECIPES[DEFAULT_RECIPES[config.mode]]
+    words = ["selfsup-xbn", config.mode]
+    for item in fields(config):
+        value = getattr(config, item.name)
+        if value != getattr(recipe, item.name):
+            words += _option("--" + item.name.replace("_", "-"), value)
+    return words
+
+
+def _option(flag: str, value: Any) -> list[str]:
+    if isinstance(value, bool):
+        return [flag if value else flag.replace("--", "--no-", 1)]
+    text = str(value)
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]  # what begins with a dash reads as an option

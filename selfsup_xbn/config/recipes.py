@@ -1,0 +1,48 @@
+"""Settings by name: the demos, the paper's figures and tables, and small versions of them for two cores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from selfsup_xbn.config.schema import Config, PretrainConfig, SuperviseConfig
+
+_DIGITS = PretrainConfig(
+    backbone="convnet-digits", batch_size=64, epochs=40, lr=0.06, weight_decay=1e-4, knn_k=20, drift_every=11
+)
+_CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size=4096, epochs=200)
+
+# Tables 1 to 3 of arXiv 2303.17127. Without a path the files are looked for in a folder of that name in --data-root.
+_PAPER = SuperviseConfig(
+    backbone="resnet50",
+    weights="imagenet",
+    dim=512,
+    batch_size=64,
+    queue_size="50%",
+    optimizer="adamw",
+    lr=1e-4,
+    schedule="step",
+    epochs=50,
+    head_epochs=2,
+    recall_ks="1,10,100,1000",
+    workers=8,
+)
+_SMALL = SuperviseConfig(
+    backbone="convnet4", batch_size=64, optimizer="adamw", lr=1e-3, schedule="constant", epochs=3, knn_k=20
+)
+
+RECIPES: dict[str, Config] = {
+    # Fig. 2: PML's MoCo notebook for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP, SplitBatchNorm of 8, queue 4096,
+    # T 0.1, m 0.99, SGD 0.03 with a cosine), at batch size 128.
+    "digits": _DIGITS,
+    "cifar10-fig2": _CIFAR10_FIG2,
+    "cifar100-fig2": replace(_CIFAR10_FIG2, data="cifar100"),
+    "digits-disjoint": replace(
+        _SMALL, data="digits-disjoint", backbone="convnet-digits", batch_size=60, images_per_class=12, epochs=20
+    ),
+    "omniglot": replace(_SMALL, data="omniglot", backbone="conv4-64", queue_size="6000", augmentation="none"),
+    "cars196": replace(_PAPER, data="cars196", queue_size="100%"),
+    "sop": replace(_PAPER, data="sop"),
+    "inshop": replace(_PAPER, data="inshop"),
+    "deepfashion2": replace(_PAPER, data="deepfashion2", queue_size="100%", gain_interval=10),
+}
+DEFAULT_RECIPES = {"pretrain": "digits", "supervise": "digits-disjoint"}

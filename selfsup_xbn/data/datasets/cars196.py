@@ -1,0 +1,85 @@
+"""Cars196 (Krause et al., 2013) for retrieval (Song et al., 2016): classes 1 to 98 train, 99 to 196 test.
+
+Three layouts: ``cars_annos.mat`` with ``car_ims``; as torchvision's StanfordCars has it, ``devkit`` and
+``cars_test_annos_withlabels.mat`` with ``cars_train`` and ``cars_test``; or image folders ``train/CLASS`` and
+``test/CLASS``. Whole images, without the bounding boxes. Test images are searched among themselves.
+"""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from scipy.io import loadmat
+
+from selfsup_xbn.data.base import ImageData
+from selfsup_xbn.data.datasets import folder as image_folders
+from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, count_note, home, retrieval_data, shown
+from selfsup_xbn.errors import UserError
+
+TRAINING_CLASSES, CLASSES = 98, 196
+OFFICIAL = {"train": (8_054, 98), "test": (8_131, 98)}
+LAYOUTS = (
+    (("cars_annos.mat", ".", "relative_im_path"),),
+    (
+        ("devkit/cars_train_annos.mat", "cars_train", "fname"),
+        ("cars_test_annos_withlabels.mat", "cars_test", "fname"),
+    ),
+)
+"""For each official layout its files, where their images are, and the field that names an image."""
+
+
+def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> ImageData:
+    """One of the three layouts.
+
+    Raises:
+        UserError: none of them, a malformed annotation, or an image that is missing or (in folders) cannot be read.
+    """
+    folder = home(name, path, root)
+    for layout in LAYOUTS:
+        if (folder / layout[0][0]).is_file():
+            samples = [sample for file, base, key in layout for sample in _samples(folder / file, folder / base, key)]
+            parts = {
+                "train": [sample for sample in samples if int(sample.label) <= TRAINING_CLASSES],
+                "test": [sample for sample in samples if int(sample.label) > TRAINING_CLASSES],
+            }
+            return retrieval_data(f"{name}:{folder}", parts, OFFICIAL)
+    if not (folder / "train").is_dir():
+        files = " nor ".join(layout[0][0] for layout in LAYOUTS)
+        raise UserError(f"{folder} holds neither {files} nor train/CLASS/; unpack Cars196 there")
+    return _from_folders(name, folder, cache_bytes, workers)
+
+
+def _from_folders(name: str, folder: Path, cache_bytes: int, workers: int) -> ImageData:
+    data = image_folders.load(name, str(folder), root="", cache_bytes=cache_bytes, workers=workers)
+    if not data.disjoint:
+        raise UserError(f"{folder}: train and test have classes in common; put classes 99 to 196 into test alone")
+    return replace(data, notes=tuple(count_note(part, getattr(data, part), OFFICIAL[part]) for part in OFFICIAL))
+
+
+def _samples(file: Path, base: Path, key: str) -> list[Sample]:
+    images = ImageFolders(base)
+    samples = []
+    for number, entry in enumerate(_entries(file), 1):
+        where = f"{file}: annotation {number}"
+        image, label = (entry.get(field) if isinstance(entry, dict) else None for field in (key, "class"))
+        if not isinstance(image, str) or not isinstance(label, int) or not 1 <= label <= CLASSES:
+            raise UserError(f"{where}: {key} {shown(image)}, class {shown(label)}; expected a name and 1 to {CLASSES}")
+        samples.append(Sample(where, images.find(where, image), label))
+    return samples
+
+
+def _entries(file: Path) -> list[Any]:
+    """The annotations, read in a process of their own: on some broken files scipy's reader ends its process."""
+    try:
+        with ProcessPoolExecutor(1) as pool:
+            return pool.submit(_annotations, file).result()
+    except Exception as error:  # scipy raises nearly anything on broken bytes
+        raise UserError(f"{file}: no MATLAB file with annotations ({shown(str(error))}); unpack it anew") from error
+
+
+def _annotations(file: Path) -> list[Any]:
+    found = loadmat(file, simplify_cells=True)["annotations"]
+    return [found] if isinstance(found, dict) else list(found)

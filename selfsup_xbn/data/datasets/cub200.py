@@ -1,0 +1,54 @@
+"""Caltech-UCSD Birds-200-2011 (Wah et al., 2011) for retrieval (Song et al., 2016): the first 100 species train.
+
+https://www.vision.caltech.edu/datasets/cub_200_2011/. Whole images, without the bounding boxes. The split in
+``train_test_split.txt`` is for classification and not used. Test images are searched among themselves.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from selfsup_xbn.data.base import ImageData
+from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, find_file, home, read_table, retrieval_data
+from selfsup_xbn.errors import UserError
+
+TRAINING_CLASSES, CLASSES = 100, 200
+OFFICIAL = {"train": (5_864, 100), "test": (5_924, 100)}
+
+
+def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
+    """``images.txt``, ``image_class_labels.txt`` and ``images`` are in the folder, or in ``CUB_200_2011`` in it.
+
+    Raises:
+        UserError: a list is missing or malformed, an image has no class, or an image is missing.
+    """
+    folder = home(name, path, root)
+    file = find_file("images.txt", (folder, folder / "CUB_200_2011"))
+    paths = _by_id(file, "image_id path", numbers=1)
+    classes = _by_id(file.with_name("image_class_labels.txt"), "image_id class_id", numbers=2)
+    for one, other in ((paths, classes), (classes, paths)):
+        for number in one.keys() - other.keys():
+            raise UserError(f"{one[number][0]}: image_id {number} is in this list only; complete the other one")
+    images = ImageFolders(file.parent / "images")
+    parts: dict[str, list[Sample]] = {part: [] for part in OFFICIAL}
+    for number, (where, image) in paths.items():
+        label = _class(*classes[number])
+        part = "train" if label <= TRAINING_CLASSES else "test"
+        parts[part].append(Sample(where, images.find(where, image), label))
+    return retrieval_data(f"{name}:{folder}", parts, OFFICIAL)
+
+
+def _by_id(file: Path, columns: str, numbers: int) -> dict[int, tuple[str, str]]:
+    """Where each image_id is, and the value beside it."""
+    rows: dict[int, tuple[str, str]] = {}
+    for where, (number, value) in read_table(file, columns, numbers=numbers):
+        first, _ = rows.setdefault(int(number), (where, value))
+        if first is not where:
+            raise UserError(f"{where}: image_id {number} is already in {first}; remove one of the two")
+    return rows
+
+
+def _class(where: str, value: str) -> int:
+    if not 1 <= int(value) <= CLASSES:
+        raise UserError(f"{where}: class_id is {int(value)}; expected 1 to {CLASSES}")
+    return int(value)

@@ -1,0 +1,94 @@
+"""A tree of image files: PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg, images of any size and format.
+
+Every file is opened when the data set is: decoded if all images have one size and fit in memory, else its header read.
+
+Axis legend: N samples.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from selfsup_xbn.data.base import ImageData, Split
+from selfsup_xbn.data.datasets import cifar
+from selfsup_xbn.data.workers import decode_same_size, image_sizes
+from selfsup_xbn.errors import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+LARGEST_VIEW = 224
+SMALL_VIEW = 64
+"""Views up to this side get CIFAR's normalisation and augmentation, larger ones ImageNet's and MoCo v2's."""
+
+
+def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> ImageData:
+    """The tree at ``path``. Labels number the training classes by name, then those that only the test set has.
+
+    A view's side is the shorter side of the images (the median where they differ), at most 224.
+
+    Raises:
+        UserError: a split or the images of a class are missing, or a file cannot be read.
+    """
+    if not path:
+        raise UserError("folder: names no path; write folder:PATH")
+    train, test = (class_files(Path(path).expanduser() / part) for part in ("train", "test"))
+    numbers = {label: number for number, label in enumerate([*train, *(label for label in test if label not in train)])}
+    splits = [_split(part, numbers) for part in (train, test)]
+    splits, side = _opened(splits, cache_bytes, workers)
+    mean, std = (cifar.MEAN, cifar.STD) if side <= SMALL_VIEW else (IMAGENET_MEAN, IMAGENET_STD)
+    return ImageData(
+        name=f"{name}:{path}",
+        train=splits[0],
+        test=splits[1],
+        classes=list(numbers),
+        disjoint=not set(train) & set(test),
+        image_size=side,
+        mean=mean,
+        std=std,
+        augmentation="cifar" if side <= SMALL_VIEW else "photo",
+    )
+
+
+def class_files(folder: Path) -> dict[str, list[str]]:
+    """The image files of each class folder, searched to any depth, classes and files in the order of their names.
+
+    Raises:
+        UserError: there is no such folder, no class folder in it, or no image in one of these.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder; an image-folder tree holds train/CLASS/ and test/CLASS/")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{folder} holds no class folders; put each class's images into a folder of its own")
+    return {label: _image_files(folder / label) for label in classes}
+
+
+def _image_files(folder: Path) -> list[str]:
+    files = [
+        os.path.join(place, name)
+        for place, _, names in os.walk(folder, followlinks=True)
+        for name in names
+        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+    ]
+    if not files:
+        raise UserError(f"class folder {folder} holds no images ({' '.join(IMG_EXTENSIONS)}); fill or remove it")
+    return sorted(files)
+
+
+def _split(files: dict[str, list[str]], numbers: dict[str, int]) -> Split:
+    labels = [numbers[label] for label, members in files.items() for _ in members]
+    return Split(torch.tensor(labels), paths=[file for members in files.values() for file in members])
+
+
+def _opened(splits: list[Split], cache_bytes: int, workers: int) -> tuple[list[Split], int]:
+    """The splits, in memory where that is possible, and the side of a view."""
+    paths = [path for split in splits for path in split.paths or ()]
+    images = decode_same_size(paths, cache_bytes, workers)
+    if images is None:
+        return splits, min(LARGEST_VIEW, int(image_sizes(paths, workers).amin(1).median()))
+    pixels = images.split([len(split) for split in splits])
+    splits = [Split(split.labels, part) for split, part in zip(splits, pixels, strict=True)]
+    return splits, min(LARGEST_VIEW, *images.shape[2:])

@@ -1,0 +1,33 @@
+"""Stanford Online Products (Song et al., 2016): photos of products, as sellers on eBay took them.
+
+https://cvgl.stanford.edu/projects/lifted_struct/. ``Ebay_train.txt`` and ``Ebay_test.txt`` list the images. Test images
+are searched among themselves, Recall@1, 10, 100 and 1000.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from selfsup_xbn.data.base import ImageData
+from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, find_file, home, read_table, retrieval_data
+
+COLUMNS = "image_id class_id super_class_id path"
+OFFICIAL = {"train": (59_551, 11_318), "test": (60_502, 11_316)}
+
+
+def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
+    """The lists and the images are in the data set's folder, or in ``Stanford_Online_Products`` in it.
+
+    Raises:
+        UserError: a list is missing or malformed, or an image is missing.
+    """
+    folder = home(name, path, root)
+    places = folder, folder / "Stanford_Online_Products"
+    images = ImageFolders(*places)
+    lists = {part: find_file(f"Ebay_{part}.txt", places) for part in OFFICIAL}
+    return retrieval_data(f"{name}:{folder}", {part: _samples(file, images) for part, file in lists.items()}, OFFICIAL)
+
+
+def _samples(file: Path, images: ImageFolders) -> list[Sample]:
+    rows = read_table(file, COLUMNS, numbers=3, header=1)
+    return [Sample(where, images.find(where, image), int(label)) for where, (_, label, _, image) in rows]

@@ -1,0 +1,167 @@
+"""What an encoder is worth on a data set: k-NN or retrieval, beside what the pixels themselves give.
+
+Axis legend: N samples, F features.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Protocol, runtime_checkable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from selfsup_xbn.data import ImageData, Split, eval_batches, raw_pixels
+from selfsup_xbn.evaluation.features import extract_features
+from selfsup_xbn.evaluation.knn import knn_classify
+from selfsup_xbn.evaluation.retrieval import retrieval_metrics
+from selfsup_xbn.models.encoder import Encoder
+from selfsup_xbn.utils.distributed import gather, part, world
+
+CHUNK = 256
+
+
+@runtime_checkable
+class Probe(Protocol):
+    """An evaluator: built once, then asked again and again. Values are in percent."""
+
+    main: str  # the value that tells which of two encoders is better
+
+    def encoder(self, encoder: Encoder) -> dict[str, float]:
+        """Values of an encoder."""
+        ...
+
+    def raw_pixels(self) -> dict[str, float]:
+        """The same values of the pixels themselves: what an encoder must beat."""
+        ...
+
+
+def baselines(probe: Probe, untrained: Encoder) -> dict[str, float]:
+    """Values of raw pixels and of an encoder before training, as ``NAME_raw_pixels`` and ``NAME_untrained``."""
+    found = {f"{name}_raw_pixels": value for name, value in probe.raw_pixels().items()}
+    return found | {f"{name}_untrained": value for name, value in probe.encoder(untrained).items()}
+
+
+class KnnProbe:
+    """Weighted k-NN top-1, in percent, of the test images.
+
+    The bank is the training set. Where the test classes are not among the training classes it is the gallery, or, if
+    there is none, the test set itself with the query left out.
+
+    Args:
+        data: the data set.
+        k, temperature: as in ``knn_classify``.
+        device: where the encoder runs.
+        workers: processes that decode images from disk.
+    """
+
+    main = "knn_top1"
+
+    def __init__(
+        self,
+        data: ImageData,
+        *,
+        k: int = 200,
+        temperature: float = 0.1,
+        device: torch.device | str = "cpu",
+        workers: int = 0,
+    ) -> None:
+        self.data, self.temperature = data, temperature
+        self.device, self.workers = torch.device(device), workers
+        self.bank = (data.gallery or data.test) if data.disjoint else data.train
+        self.self_search = self.bank is data.test
+        self.k = min(k, len(self.bank) - self.self_search)
+        if self.k < k:
+            warnings.warn(f"k-NN: k {k} is more than the bank offers; k {self.k} is used", stacklevel=2)
+
+    def raw_pixels(self) -> dict[str, float]:
+        """Top-1 of the pixels themselves: what an encoder must beat."""
+        return {"knn_top1": self._top1(*(pixel_features(split, self.workers) for split in self._splits()))}
+
+    def encoder(self, encoder: Encoder) -> dict[str, float]:
+        """Top-1 of the projection (``knn_top1``) and of the backbone's features (``knn_top1_backbone``)."""
+        features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
+        projections = [extract_features(encoder.head, iter(part.split(CHUNK))) for part in features]
+        return {"knn_top1": self._top1(*projections), "knn_top1_backbone": self._top1(*features)}
+
+    def _splits(self) -> list[Split]:
+        return [self.data.test] if self.self_search else [self.data.test, self.bank]
+
+    def _top1(self, queries: Tensor, bank: Tensor | None = None) -> float:
+        labels = self.bank.labels
+        found = knn_classify(
+            queries,
+            queries if bank is None else bank,
+            labels.to(queries.device),
+            self.data.num_classes,
+            k=self.k,
+            temperature=self.temperature,
+            exclude_self=bank is None,
+        )
+        return 100 * (found.cpu() == self.data.test.labels).double().mean().item()
+
+
+class RetrievalProbe:
+    """Recall@K, R-precision and MAP@R, in percent, of the test images in the gallery, or among themselves.
+
+    Args:
+        data: the data set.
+        ks: K of Recall@K.
+        device: where the encoder runs.
+        workers: processes that decode images from disk.
+    """
+
+    main = "recall@1"
+
+    def __init__(
+        self, data: ImageData, ks: Sequence[int] = (1, 10), *, device: torch.device | str = "cpu", workers: int = 0
+    ) -> None:
+        self.data, self.ks, self.device, self.workers = data, ks, torch.device(device), workers
+
+    def raw_pixels(self) -> dict[str, float]:
+        """Retrieval by the pixels themselves."""
+        return self._metrics([pixel_features(split, self.workers) for split in self._splits()])
+
+    def encoder(self, encoder: Encoder) -> dict[str, float]:
+        """Retrieval by the encoder's embeddings."""
+        return self._metrics(self.embeddings(encoder))
+
+    def embeddings(self, encoder: Encoder) -> list[Float[Tensor, "_ D"]]:
+        """Embeddings of the queries and, where there is one, of the gallery."""
+        features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
+        return [extract_features(encoder.head, iter(part.split(CHUNK))) for part in features]
+
+    def _splits(self) -> list[Split]:
+        return [self.data.test, *([] if self.data.gallery is None else [self.data.gallery])]
+
+    def _metrics(self, features: list[Tensor]) -> dict[str, float]:
+        labels = [split.labels for split in self._splits()]
+        gallery, gallery_labels = (features[1], labels[1]) if len(features) > 1 else (None, None)
+        return retrieval_metrics(features[0], labels[0], gallery, gallery_labels, self.ks)
+
+
+def backbone_features(
+    encoder: Encoder, split: Split, data: ImageData, device: torch.device, workers: int
+) -> Float[Tensor, "N F"]:
+    """The backbone's features of a split, in order."""
+    return _in_parts(
+        split,
+        lambda own: extract_features(
+            encoder.features, eval_batches(own, data, device=device, batch_size=CHUNK, workers=workers)
+        ),
+    )
+
+
+def pixel_features(split: Split, workers: int) -> Float[Tensor, "N F"]:
+    """The pixels of a split, in order."""
+    return _in_parts(split, lambda own: raw_pixels(own, workers=workers))
+
+
+def _in_parts(split: Split, function: Callable[[Split], Tensor]) -> Tensor:
+    """``function`` of all samples, a row each, in order: each process computes its part of them."""
+    if not 1 < world() <= len(split):
+        return function(split)
+    own = part(len(split))
+    return gather(function(split.subset(torch.arange(own.start, own.stop))), len(split))

@@ -1,0 +1,193 @@
+"""One page about one run or several: settings, curves, pictures, results, and the commands that repeat them.
+
+The page is one file that needs no network and no script. Text is escaped by the template (Jinja, autoescape on).
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from selfsup_xbn.commands.evaluate import open_run
+from selfsup_xbn.config.command import command_of
+from selfsup_xbn.config.schema import Config, PretrainConfig, queue_rows, resolved
+from selfsup_xbn.data import ImageData
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.report import map as embedding_map
+from selfsup_xbn.report.curves import COLUMNS, PANELS, Points, comparison_rows, is_baseline, latest, points_of
+from selfsup_xbn.report.line_plot import Curve, Plot, line_plot
+from selfsup_xbn.report.thumbnails import Pictures, draw_pictures
+from selfsup_xbn.runs.folder import read_config, read_environment, read_metrics
+from selfsup_xbn.training import build
+from selfsup_xbn.utils.atomic import replacing
+
+NAME = "index.html"
+GENERATOR = "selfsup-xbn report"
+NO_VALUE = "–"
+COLORS = 8  # of runs, in the template; more runs share them
+
+
+@dataclass(frozen=True)
+class RunEntry:
+    """What the page says of one run; ``note`` is why it has no pictures."""
+
+    name: str
+    folder: Path
+    config: Config
+    environment: dict[str, str]
+    records: list[dict[str, Any]]
+    color: str
+    pictures: Pictures | None = None
+    note: str = ""
+
+    @property
+    def command(self) -> list[str]:
+        """The words of the command that makes the run again."""
+        return command_of(self.config)
+
+    @property
+    def memory(self) -> str:
+        """The adaptation, where there is a memory to adapt."""
+        return self.config.adaptation if queue_rows(self.config, 100) else "no memory"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of a table that has a column for each run: texts, and which of them differ from the first run's."""
+
+    name: str
+    values: list[str]
+
+    @property
+    def differs(self) -> list[bool]:
+        """For each run whether its value is another than the first run's."""
+        return [value != self.values[0] for value in self.values]
+
+
+def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
+    """Writes the page to ``out``/index.html; returns its path, and a line for each run without pictures.
+
+    Raises:
+        UserError: a folder holds no run, or its config or metrics are damaged; ``out`` is a file or holds another page.
+    """
+    path = out / NAME
+    _check_out(path)
+    runs = [_entry(folder, name, f"run{i % COLORS}") for i, (folder, name) in enumerate(_named(folders).items())]
+    runs = [_with_pictures(run) for run in runs]
+    page = _page(runs).encode(errors="replace")
+    out.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "give another --out") as file:
+        file.write(page)
+    return path, [f"{run.name}: {run.note}" for run in runs if run.note]
+
+
+def _check_out(path: Path) -> None:
+    if path.parent.exists() and not path.parent.is_dir():
+        raise UserError(f"{path.parent} is a file: give another --out")
+    if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+        raise UserError(f"{path} is of something else: give another --out")
+
+
+def _named(folders: Sequence[Path]) -> dict[Path, str]:
+    """Each folder once, by as many last parts of its path as tell the runs apart."""
+    paths: dict[Path, Path] = {}
+    for folder in folders:
+        paths.setdefault(folder.resolve(), folder)
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            break
+    return dict(zip(paths.values(), names, strict=True))
+
+
+def _entry(folder: Path, name: str, color: str) -> RunEntry:
+    return RunEntry(name, folder, read_config(folder), read_environment(folder), read_metrics(folder), color)
+
+
+def _with_pictures(run: RunEntry) -> RunEntry:
+    try:
+        trained = open_run(run.folder)
+        return replace(run, pictures=draw_pictures(trained, _data(run.config, trained.image_size)))
+    except (UserError, OSError) as error:
+        return replace(run, note=f"no pictures ({' '.join(str(error).split())})")
+
+
+def _data(config: Config, image_size: int) -> ImageData:
+    """The data set; runs on the same one share it."""
+    return _load(
+        PretrainConfig(data=config.data, data_root=config.data_root, image_size=image_size, workers=config.workers)
+    )
+
+
+_load = lru_cache(maxsize=2)(build.data_of)
+
+
+# ---------------------------------------------------------------- what the page shows
+
+
+def _page(runs: list[RunEntry]) -> str:
+    loader = PackageLoader("selfsup_xbn.report")
+    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja.filters["quoted"] = shlex.quote
+    settings = _table([{name: _text(value) for name, value in resolved(run.config).items()} for run in runs])
+    return jinja.get_template("report.html").render(
+        generator=GENERATOR,
+        runs=runs,
+        settings=settings,
+        differences=[row for row in settings if row.name != "out" and any(row.differs)],
+        plots=[plot for title, keys in PANELS if (plot := _plot(title, keys, runs))],
+        columns=[COLUMNS[name] for name in _measured(runs)],
+        results=[(run, _results(run, _measured(runs))) for run in runs],
+        versions=_table([run.environment for run in runs]),
+        map_method=embedding_map.METHOD,
+    )
+
+
+def _table(columns: Sequence[Mapping[str, str]]) -> list[Row]:
+    """A row for each key of any column, in the order of their first appearance."""
+    names = dict.fromkeys(name for column in columns for name in column)
+    return [Row(name, [column.get(name, NO_VALUE) for column in columns]) for name in names]
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return str(value) if value != "" else NO_VALUE
+
+
+def _plot(title: str, keys: Mapping[str, str], runs: list[RunEntry]) -> Plot | None:
+    """The panel of ``keys`` for all runs: a colour for each run, dashes for each key."""
+    curves: list[Curve] = []
+    dashes = {True: 0, False: 0}
+    for key, label in keys.items():
+        found = [(run, points) for run in runs if (points := points_of(run.records, key))]
+        if not found:
+            continue
+        across = all(is_baseline(points) for _, points in found)
+        dash = f"{'level' if across else 'curve'}{dashes[across]}"
+        dashes[across] += 1
+        curves += _curves(found, label, dash, across)
+    return line_plot(title, curves) if curves else None
+
+
+def _curves(found: Sequence[tuple[RunEntry, Points]], label: str, dash: str, across: bool) -> Iterable[Curve]:
+    """A curve for each run; a level that several runs have in common is one curve, in no run's colour."""
+    if across and len(found) > 1 and len({points[0] for _, points in found}) == 1:
+        return [Curve(found[0][1], label, "all", dash, across)]
+    return [Curve(points, label, run.color, dash, across) for run, points in found]
+
+
+def _measured(runs: list[RunEntry]) -> list[str]:
+    """The values of the results table that any run has."""
+    return [name for name in COLUMNS if any(points_of(run.records, name) for run in runs)]
+
+
+def _results(run: RunEntry, names: list[str]) -> dict[str, list[str]]:
+    rows = comparison_rows(latest(run.records), names)
+    return {row: [NO_VALUE if v is None else f"{v:.2f}" for v in values] for row, values in rows.items()}

@@ -1,0 +1,89 @@
+"""Config: what is refused, what comes back from config.json, and the recipes."""
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+
+from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.config.schema import PretrainConfig, differences, from_resolved, resolved
+from selfsup_xbn.errors import UserError, near
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"adaptation": "xbnn"}, r"--adaptation: expected one of xbm, xbn, axbn, got 'xbnn'; did you mean xbn"),
+        ({"epochs": 0}, "--epochs: expected a number of at least 1, got 0"),
+        ({"epochs": 2.5}, r"--epochs: expected int, got 2\.5"),
+        ({"lr": float("nan")}, "--lr: expected a number of at least 0, got nan"),
+        ({"temperature": 0.0}, "--temperature"),
+        ({"batch_size": True}, "--batch-size: expected int, got True"),
+        ({"data": 3}, "--data: expected str, got 3"),
+    ],
+)
+def test_wrong_values_are_named_with_what_is_expected(change, message, unchecked):
+    with pytest.raises(UserError, match=message):
+        PretrainConfig(**change)
+
+
+def test_every_recipe_comes_back_from_json():
+    for recipe in RECIPES.values():
+        assert from_resolved(json.loads(json.dumps(resolved(recipe)))) == recipe
+
+
+def test_whole_numbers_are_taken_for_floats(unchecked):
+    assert PretrainConfig(lr=1).lr == 1.0
+
+
+@pytest.mark.parametrize("values", [{}, {"mode": "nonsense"}, [], None, {"mode": "pretrain"}, {"mode": ["pretrain"]}])
+def test_a_damaged_config_is_refused(values):
+    with pytest.raises(UserError, match="expected"):
+        from_resolved(values)
+
+
+def test_options_that_an_older_version_did_not_know_are_at_their_default_unless_they_change_results():
+    config = RECIPES["sop"]
+    saved = resolved(config)
+    assert from_resolved({name: value for name, value in saved.items() if name != "tensorboard"}) == config
+    with pytest.raises(UserError, match="'loss_args'"):
+        from_resolved({name: value for name, value in saved.items() if name != "loss_args"})
+
+
+def test_differences_name_what_changes_results_only():
+    a = PretrainConfig()
+    assert differences(a, replace(a, device="cuda", out="elsewhere", workers=7)) == []
+    assert differences(a, replace(a, seed=3)) == ["seed: 0, 3"]
+
+
+def test_the_figure_2_recipe_is_the_papers():
+    config = RECIPES["cifar10-fig2"]
+    expected = {"batch_size": 128, "queue_size": 4096, "momentum": 0.99, "temperature": 0.1, "lr": 0.03, "epochs": 200}
+    expected |= {
+        "weight_decay": 5e-4,
+        "bn_splits": 8,
+        "knn_k": 200,
+        "knn_temperature": 0.1,
+        "head": "linear",
+        "dim": 128,
+    }
+    assert {name: getattr(config, name) for name in expected} == expected
+    changed = replace(RECIPES["cifar10-fig2"], data="cifar100")
+    assert changed == RECIPES["cifar100-fig2"]
+
+
+def test_every_option_has_a_help_text():
+    assert all(len(item.metadata["help"]) > 5 for item in fields(PretrainConfig))
+
+
+def test_the_nearest_word_is_offered():
+    assert near("--bach-size", ["--batch-size", "--seed"]) == "; did you mean --batch-size?"
+    assert near("--zzz", ["--batch-size", "--seed"]) == ""
+
+
+def test_a_config_of_a_version_without_an_option_that_does_not_affect_results_is_read():
+    config = PretrainConfig(seed=3)
+    values = resolved(config)
+    assert from_resolved({name: value for name, value in values.items() if name != "timeout"}) == config
+    with pytest.raises(UserError, match="'lr'"):
+        from_resolved({name: value for name, value in values.items() if name != "lr"})

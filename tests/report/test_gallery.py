@@ -1,0 +1,32 @@
+"""A gallery's rows are those of a full sort in float64."""
+
+import pytest
+import torch
+
+from selfsup_xbn.data import ImageData, Split
+from selfsup_xbn.report.gallery import nearest_images
+
+
+def split(labels):
+    return Split(labels, images=torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8))
+
+
+@pytest.mark.parametrize("with_gallery", [False, True])
+def test_rows_are_the_nearest_images_and_the_hardest_mistakes_stand_first(with_gallery):
+    labels, gallery_labels = torch.randint(4, (40,)), torch.randint(4, (30,))
+    queries, gallery = torch.randn(40, 6), torch.randn(30, 6)
+    data = ImageData("x", split(labels), split(labels), split(gallery_labels) if with_gallery else None)
+    rows = nearest_images([queries, gallery] if with_gallery else [queries], data, rows=8, nearest=3)
+    bank, bank_labels = (gallery, gallery_labels) if with_gallery else (queries, labels)
+    cosine = torch.nn.functional.cosine_similarity(queries[:, None].double(), bank[None].double(), dim=2)
+    if not with_gallery:
+        cosine.fill_diagonal_(-2)
+    leads = []
+    for query in range(40):
+        same = bank_labels == labels[query]
+        leads.append(float(cosine[query][~same].max() - cosine[query][same].max()))
+    assert [row.query for row in rows[:4]] == sorted(range(40), key=lambda query: -leads[query])[:4]
+    assert len({row.query for row in rows}) == 8
+    for row in rows:
+        assert row.nearest == sorted(range(len(bank)), key=lambda other: -cosine[row.query, other])[:3]
+        assert row.right == [bool(bank_labels[other] == labels[row.query]) for other in row.nearest]

@@ -1,0 +1,204 @@
+"""Several processes are one: the same queue, losses, weights and evaluations; one voice; none waits for the dead."""
+
+import json
+import os
+import re
+import signal
+import time
+
+import pytest
+import torch
+from PIL import Image
+from processes import launch
+from test_cli import tree
+from torch import nn
+
+from selfsup_xbn.cli import main
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.models.encoder import SMALL_BACKBONES
+from selfsup_xbn.runs import checkpoint
+from selfsup_xbn.runs.folder import read_metrics
+from selfsup_xbn.training import trainer as train
+from selfsup_xbn.utils.distributed import part
+
+PRETRAIN = ["pretrain", "--limit-train", "227", "--batch-size", "22", "--queue-size", "100", "--backbone", "plain"]
+PRETRAIN += ["--epochs", "5", "--lr", "0.01", "--drift-every", "5", "--eval-every", "0"]
+SUPERVISE = ["supervise", "--limit-train", "181", "--batch-size", "18", "--images-per-class", "6", "--queue-size", "90"]
+SUPERVISE += ["--backbone", "plain", "--epochs", "5", "--drift-every", "5", "--eval-every", "0"]
+RUNS = {
+    "pretrain xbn": PRETRAIN,
+    "supervise xbn": SUPERVISE,
+    "supervise xbm*": [*SUPERVISE, "--adaptation", "xbm", "--batch-loss-weight", "1"],
+    "supervise without memory": [*SUPERVISE, "--queue-size", "0"],
+}
+
+
+@pytest.fixture(autouse=True)
+def plain(monkeypatch, unchecked):
+    """A backbone without BatchNorm, whose rows do not see one another; pictures that take no time."""
+
+    def layers(channels):
+        return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 64), nn.GELU(), nn.Linear(64, 32))
+
+    def gallery(folder, probe, encoder):
+        assert len(probe.embeddings(encoder)[0]) == len(probe.data.test)
+        (folder / "retrieval.png").touch()
+
+    monkeypatch.setitem(SMALL_BACKBONES, "plain", layers)
+    monkeypatch.setattr(train, "draw_curves", lambda folder: (folder / "curves.png").touch())
+    monkeypatch.setattr(train, "draw_gallery", gallery)
+
+
+def assert_close(a, b):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(value, b[name], rtol=1e-5, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_run(a, b):
+    """State, and every number of the log but the times."""
+    assert_close(checkpoint.load(a)["method"], checkpoint.load(b)["method"])
+    for one, two in zip(read_metrics(a), read_metrics(b), strict=True):
+        assert one.keys() == two.keys()
+        for name in one.keys() - {"images_per_second"}:
+            assert one[name] == pytest.approx(two[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize(
+    ("name", "numbers"),
+    [("pretrain xbn", (2, 4)), ("supervise xbn", (2,)), ("supervise xbm*", (4,)), ("supervise without memory", (2,))],
+)
+def test_two_and_four_processes_are_one_after_fifty_steps(tmp_path, name, numbers):
+    assert main([*RUNS[name], "--out", str(tmp_path / "one")]) == 0
+    assert read_metrics(tmp_path / "one")[-1]["step"] == 50
+    for processes in numbers:  # a batch of 22 or 18 for four: they have 5 and 6, or 4 and 5
+        ended = launch(tmp_path / f"{processes}", processes, [*RUNS[name], "--out", str(tmp_path / f"of {processes}")])
+        assert ended.codes == [0] * processes
+        assert_same_run(tmp_path / "one", tmp_path / f"of {processes}")
+        first, *others = (torch.load(tmp_path / f"{processes}" / f"rank-{r}.pt") for r in range(processes))
+        for other in others:
+            assert all(torch.equal(value, first[key]) for key, value in other.items())
+        # before training, evaluations are those of one process to the last digit
+        assert read_metrics(tmp_path / "one")[0] == read_metrics(tmp_path / f"of {processes}")[0]
+
+
+def test_with_split_batch_norm_processes_see_the_parts_and_the_shuffled_keys_that_one_would(tmp_path):
+    options = ["pretrain", "--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--lr", "0.001"]
+    options += ["--epochs", "1", "--bn-splits", "4", "--symmetric", "--drift-every", "2"]
+    assert main([*options, "--out", str(tmp_path / "one")]) == 0
+    for processes in (2, 4):
+        ended = launch(tmp_path / f"{processes}", processes, [*options, "--out", str(tmp_path / f"of {processes}")])
+        assert ended.codes == [0] * processes
+        a, b = (checkpoint.load(tmp_path / name)["method"] for name in ("one", f"of {processes}"))
+        assert any("running_var" in name for name in a)
+        assert_close(a, b)
+
+
+def test_a_signal_to_one_process_stops_all_and_any_number_goes_on(tmp_path):
+    options = [*PRETRAIN, "--epochs", "3", "--adaptation", "axbn"]
+    parts, sent = str(tmp_path / "parts"), []
+
+    def at(step, receiver):
+        def signals(run, rank):
+            sent.append(0)
+            if len(sent) == step and rank == receiver:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        return signals
+
+    ended = launch(tmp_path / "a", 2, [*options, "--out", parts], at(5, receiver=1))
+    assert ended.codes == [75, 75]
+    assert "".join(ended.err) == "interrupted: stopped at epoch 0, step 6; go on with --resume\n"
+    ended = launch(tmp_path / "b", 4, ["pretrain", "--resume", "--out", parts], at(9, receiver=0))
+    assert ended.codes == [75] * 4
+    assert checkpoint.load(tmp_path / "parts")["epoch"] == 1
+    assert main(["pretrain", "--resume", "--out", parts]) == 0
+    assert main([*options, "--out", str(tmp_path / "one")]) == 0
+    assert_same_run(tmp_path / "one", tmp_path / "parts")
+
+
+def test_three_processes_that_stop_and_go_on_end_bit_for_bit_as_without(tmp_path):
+    options = ["pretrain", "--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--epochs", "2"]
+
+    def stop(run, rank):
+        if run.epoch == 0 and run.step == 2 and rank == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert launch(tmp_path / "a", 3, [*options, "--out", str(tmp_path / "whole")]).codes == [0] * 3
+    assert launch(tmp_path / "b", 3, [*options, "--out", str(tmp_path / "parts")], stop).codes == [75] * 3
+    again = ["pretrain", "--resume", "--out", str(tmp_path / "parts")]
+    assert launch(tmp_path / "c", 3, again).codes == [0] * 3
+    whole, parts = (checkpoint.load(tmp_path / name)["method"] for name in ("whole", "parts"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+
+
+def test_a_signal_to_all_that_torchrun_started_leaves_the_readers_of_files_at_work(tmp_path):
+    root = tree(tmp_path / "photos", classes=("a", "b", "c"), images=16)
+    Image.new("RGB", (11, 9)).save(root / "train" / "a" / "0.png")  # of another size: read from disk
+    options = ["pretrain", "--data", f"folder:{root}", "--backbone", "convnet-digits", "--image-size", "32"]
+    options += ["--batch-size", "4", "--queue-size", "16", "--workers", "1", "--epochs", "1"]
+
+    def stop(run, rank):
+        if rank == 0 and run.step == 2:
+            os.killpg(0, signal.SIGTERM)
+
+    ended = launch(tmp_path / "a", 2, [*options, "--out", str(tmp_path / "run")], stop)
+    assert ended.codes == [75, 75]
+    assert checkpoint.load(tmp_path / "run")["step"] == 3
+
+
+def test_the_first_process_alone_writes_and_prints(tmp_path):
+    ended = launch(tmp_path / "a", 2, [*SUPERVISE, "--epochs", "1", "--out", str(tmp_path / "run")])
+    assert "epoch 1/1" in ended.out[0]
+    assert str(tmp_path / "run") in ended.out[0]
+    assert ended.out[1] + "".join(ended.err) == ""
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert found == {"config.json", "metrics.jsonl", "checkpoint.pt", "best.pt", "curves.png", "retrieval.png"}
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["processes"] == "2"
+
+
+def test_a_fault_is_told_once_whoever_finds_it(tmp_path):
+    run = ["--out", str(tmp_path / "run")]
+    ended = launch(tmp_path / "a", 2, [*PRETRAIN, "--queue-size", "999", *run])
+    assert ended.codes == [2, 2]
+    assert "".join(ended.err).count("\n") == 1
+    assert "--queue-size 999" in "".join(ended.err)
+    ended = launch(tmp_path / "b", 4, [*PRETRAIN, "--batch-size", "7", *run])
+    assert "--batch-size 7 leaves some of 4 processes" in "".join(ended.err)
+    ended = launch(tmp_path / "c", 3, [*PRETRAIN, "--bn-splits", "4", *run])
+    assert "--bn-splits 4 cannot be shared by 3 processes" in "".join(ended.err)
+    assert not (tmp_path / "run").exists()
+
+    def unreadable(run, rank):
+        if rank == 1:
+            raise UserError("cannot read cat.png")
+
+    ended = launch(tmp_path / "d", 2, [*PRETRAIN, *run], unreadable)
+    assert ended.codes == [4, 2]
+    assert "".join(ended.err) == "error: cannot read cat.png\n"
+
+
+@pytest.mark.parametrize("fate", ["killed", "hung"])
+def test_a_process_that_is_gone_ends_the_other_with_a_line_and_in_time(tmp_path, fate):
+    def happens(run, rank):
+        if rank == 1 and run.step == 3:
+            if fate == "hung":
+                time.sleep(6)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    options = [*PRETRAIN, "--timeout", "2" if fate == "hung" else "50", "--out", str(tmp_path / "run")]
+    since = time.monotonic()
+    ended = launch(tmp_path / "a", 2, options, happens)
+    assert ended.codes == [4, -signal.SIGKILL]
+    assert time.monotonic() - since < 25
+    assert bool(re.search(r"\(.*(Timed out|timeout caused)", ended.err[0])) == (fate == "hung")
+    assert ended.err[0].startswith("lost: another process of the run ended, or did not answer")
+    assert "--resume" in ended.err[0]
+    assert ended.err[0].count("\n") == 1
+
+
+def test_parts_follow_one_another_and_differ_by_one_at_most():
+    for total, n in ((22, 4), (360, 7), (3, 3), (128, 1)):
+        parts = [range(total)[part(total, (r, n))] for r in range(n)]
+        assert [row for rows in parts for row in rows] == list(range(total))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
