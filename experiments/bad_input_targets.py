@@ -191,7 +191,7 @@ def small_run() -> Run:
     """Made once, for it takes longer than to load its state."""
     return Run(
         PretrainConfig(
-            backbone="convnet-digits", limit_train=32, batch_size=16, queue_size=16, dim=4, epochs=3, knn_k=5
+            backbone="convnet-digits", limit_train=32, batch_size=16, queue_size="16", dim=4, epochs=3, knn_k=5
         )
     )
 

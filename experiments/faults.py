@@ -39,8 +39,9 @@ class Campaign:
     """Cases, their random numbers, and the uninterrupted run of each cell, made when it is first asked for."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        for module in ("lightly.transforms", "timm.data", *(f"selfsup_xbn.data.{name}" for name in DATA_SETS.values())):
+        for module in ("lightly.transforms", "timm.data"):
             importlib.import_module(module)  # once, and not in every run
+        list(DATA_SETS.values())  # imports each
         self.folder, self.random = folder, random.Random(seed)
         self.cells = cells(write_photos(folder / "photos"))
         self.cases: list[dict[str, Any]] = []

@@ -24,7 +24,7 @@ from experiments.benchmarks.works import GOALS, Goal, works
 from experiments.runs import RESULTS, Experiment, folder_name, read, table
 from selfsup_xbn.config.recipes import RECIPES
 
-TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size=64, dim=16, drift_every=0)
+TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size="64", dim=16, drift_every=0)
 CELLS = {name: replace(TINY, adaptation=name) for name in ("xbm", "xbn")}
 FIGURES = [
     path.stem

@@ -24,7 +24,7 @@ from experiments.runs import RESULTS
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import ImageData, Split
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
 from selfsup_xbn.training import trainer as train
 
 IMAGES, WARM_UP = 50_000, 20
@@ -41,7 +41,7 @@ def random_images(config: Config) -> ImageData:
 
 def images_per_second(config: Config, steps: int) -> tuple[float, float]:
     """The median over five stretches of ``steps`` steps, and the peak of device memory in MB."""
-    with mock.patch("selfsup_xbn.training.build.data_of", random_images):
+    with mock.patch("selfsup_xbn.training.trainer.data_of", random_images):
         run = train.Run(config)
     found: list[float] = []
     batches = (batch for epoch in range(10**6) for batch in run.batches.epoch(epoch))

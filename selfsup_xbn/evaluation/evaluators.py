@@ -13,21 +13,37 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from selfsup_xbn.config.parsing import parse_numbers
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import ImageData, Split, eval_batches, raw_pixels
 from selfsup_xbn.evaluation.features import extract_features
 from selfsup_xbn.evaluation.knn import knn_classify
 from selfsup_xbn.evaluation.retrieval import retrieval_metrics
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import gather, part, world
+from selfsup_xbn.utils.distributed import gather, shard_slice, world
 
 CHUNK = 256
 
 
 @runtime_checkable
-class Probe(Protocol):
-    """An evaluator: built once, then asked again and again. Values are in percent."""
+class Evaluator(Protocol):
+    """What is measured of an encoder on a data set: built once, then called after each epoch. Values are in percent.
 
-    main: str  # the value that tells which of two encoders is better
+    Attributes:
+        main: the name of the value by which two encoders are compared.
+    """
+
+    main: str
+
+    @classmethod
+    def from_config(cls, config: Config, data: ImageData, device: torch.device) -> Evaluator:
+        """Return the evaluator of a run."""
+        ...
+
+    @staticmethod
+    def title(config: Config) -> str:
+        """Return what is measured, on which data, for the head of a table."""
+        ...
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
         """Values of an encoder."""
@@ -38,13 +54,13 @@ class Probe(Protocol):
         ...
 
 
-def baselines(probe: Probe, untrained: Encoder) -> dict[str, float]:
+def baselines(evaluator: Evaluator, untrained: Encoder) -> dict[str, float]:
     """Values of raw pixels and of an encoder before training, as ``NAME_raw_pixels`` and ``NAME_untrained``."""
-    found = {f"{name}_raw_pixels": value for name, value in probe.raw_pixels().items()}
-    return found | {f"{name}_untrained": value for name, value in probe.encoder(untrained).items()}
+    pixels = {f"{name}_raw_pixels": value for name, value in evaluator.raw_pixels().items()}
+    return pixels | {f"{name}_untrained": value for name, value in evaluator.encoder(untrained).items()}
 
 
-class KnnProbe:
+class KnnEvaluator:
     """Weighted k-NN top-1, in percent, of the test images.
 
     The bank is the training set. Where the test classes are not among the training classes it is the gallery, or, if
@@ -76,6 +92,16 @@ class KnnProbe:
         if self.k < k:
             warnings.warn(f"k-NN: k {k} is more than the bank offers; k {self.k} is used", stacklevel=2)
 
+    @classmethod
+    def from_config(cls, config: Config, data: ImageData, device: torch.device) -> KnnEvaluator:
+        """Return the evaluator with the config's k and temperature."""
+        return cls(data, k=config.knn_k, temperature=config.knn_temperature, device=device, workers=config.workers)
+
+    @staticmethod
+    def title(config: Config) -> str:
+        """Return what is measured, on which data."""
+        return f"k-NN on {config.data}, k {config.knn_k}, T {config.knn_temperature:g}"
+
     def raw_pixels(self) -> dict[str, float]:
         """Top-1 of the pixels themselves: what an encoder must beat."""
         return {"knn_top1": self._top1(*(pixel_features(split, self.workers) for split in self._splits()))}
@@ -103,7 +129,7 @@ class KnnProbe:
         return 100 * (found.cpu() == self.data.test.labels).double().mean().item()
 
 
-class RetrievalProbe:
+class RetrievalEvaluator:
     """Recall@K, R-precision and MAP@R, in percent, of the test images in the gallery, or among themselves.
 
     Args:
@@ -119,6 +145,17 @@ class RetrievalProbe:
         self, data: ImageData, ks: Sequence[int] = (1, 10), *, device: torch.device | str = "cpu", workers: int = 0
     ) -> None:
         self.data, self.ks, self.device, self.workers = data, ks, torch.device(device), workers
+
+    @classmethod
+    def from_config(cls, config: Config, data: ImageData, device: torch.device) -> RetrievalEvaluator:
+        """Return the evaluator with the config's K."""
+        ks = parse_numbers(config.recall_ks, "--recall-ks")
+        return cls(data, ks, device=device, workers=config.workers)
+
+    @staticmethod
+    def title(config: Config) -> str:
+        """Return what is measured, on which data."""
+        return f"retrieval on {config.data}"
 
     def raw_pixels(self) -> dict[str, float]:
         """Retrieval by the pixels themselves."""
@@ -163,5 +200,5 @@ def _in_parts(split: Split, function: Callable[[Split], Tensor]) -> Tensor:
     """``function`` of all samples, a row each, in order: each process computes its part of them."""
     if not 1 < world() <= len(split):
         return function(split)
-    own = part(len(split))
+    own = shard_slice(len(split))
     return gather(function(split.subset(torch.arange(own.start, own.stop))), len(split))

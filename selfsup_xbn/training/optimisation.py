@@ -1,8 +1,11 @@
-"""Learning rate as a function of the position in a run, without state."""
+"""The optimizer, and the learning rate as a function of the position in a run, without state."""
 
 from __future__ import annotations
 
 import math
+
+import torch
+from torch import nn
 
 from selfsup_xbn.config.schema import Config
 
@@ -20,3 +23,11 @@ def learning_rate(config: Config, epoch: int, fraction: float) -> float:
     if config.schedule == "step":
         return config.lr * config.step_factor ** (epoch // config.step_epochs)
     return config.lr
+
+
+def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
+    """Return SGD or AdamW over the parameters that are trained."""
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
+    return torch.optim.SGD(parameters, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)

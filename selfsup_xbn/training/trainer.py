@@ -6,6 +6,7 @@ import contextlib
 import math
 import time
 import warnings
+from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -13,33 +14,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfsup_xbn.config.schema import Config, differences, from_resolved, resolved, save_interval
-from selfsup_xbn.data import Batch, eval_batches, limit
+from selfsup_xbn.config.parsing import parse_save_interval
+from selfsup_xbn.config.registry import EVALUATORS
+from selfsup_xbn.config.schema import Config, differences, from_resolved, resolved
+from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
 from selfsup_xbn.evaluation.collapse import collapse_warning, embedding_std
 from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
-from selfsup_xbn.evaluation.evaluators import RetrievalProbe, baselines
+from selfsup_xbn.evaluation.evaluators import Evaluator, baselines
 from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.methods.metric_learning import MetricLearning
-from selfsup_xbn.report.curves import draw_curves
-from selfsup_xbn.report.gallery import draw_gallery
+from selfsup_xbn.methods.base import Method, method_class
+from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, check_folder
-from selfsup_xbn.training import build
 from selfsup_xbn.training import preflight as limits
-from selfsup_xbn.training.metrics import Meter
-from selfsup_xbn.training.optimisation import learning_rate
+from selfsup_xbn.training.metrics import MetricAccumulator
+from selfsup_xbn.training.optimisation import learning_rate, make_optimizer
 from selfsup_xbn.training.progress import Progress
 from selfsup_xbn.training.signals import stop_signals
 from selfsup_xbn.utils import distributed
+from selfsup_xbn.utils.device import device_of
 from selfsup_xbn.utils.distributed import rank, world
 
 DRIFT_IMAGES = 128
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Path:
-    """Trains as ``config`` says and returns the run's folder.
+def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Run | None:
+    """Train as ``config`` says. Return the run that is done; None on all processes but the first.
 
     Nothing is written before folder, data and sizes were found in order. A resumed run goes on from its last
     checkpoint and ends, on a CPU, bit for bit where it would have ended without the interruption. Of several
@@ -54,9 +56,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> P
     folder = Path(config.run_folder)
     with distributed.process_group(config.timeout) as first:
         run = _train(config, folder, resume=resume, overwrite=overwrite)
-    if first:  # and alone: the others are done
-        _draw(run, folder)
-    return folder
+    return run if first else None
 
 
 def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Run:
@@ -80,23 +80,15 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Ru
     return run
 
 
-def _draw(run: Run, folder: Path) -> None:
-    try:
-        draw_curves(folder)
-        if isinstance(run.probe, RetrievalProbe):
-            draw_gallery(folder, run.probe, run.method.encoder)
-    except OSError as error:  # a full disk: the run is done and saved
-        warnings.warn(f"a picture could not be drawn in {folder} ({error.strerror})", stacklevel=2)
-
-
 def _fit(run: Run, log: RunFolder | None, asked_to_stop: list[int]) -> None:
     """Trains to the end. The process that is given a log keeps it and the checkpoints."""
     config, any_process = run.config, distributed.AnyProcess()
-    save_epochs, save_seconds = save_interval(config.save_every)
+    save_epochs, save_seconds = parse_save_interval(config.save_every)
     saved = time.monotonic()
     progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step)
     with contextlib.closing(progress):
         while run.epoch < run.epochs:
+            run.meter.start()
             for batch in run.batches.epoch(run.epoch, start=run.step):
                 run.train_step(batch)
                 if progress.step():
@@ -115,7 +107,7 @@ def _fit(run: Run, log: RunFolder | None, asked_to_stop: list[int]) -> None:
             progress.epoch(run.epoch, run.epochs, record)
             if warning := collapse_warning(record["embedding_std"], config.dim):
                 warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
-            if run.is_best(record) and config.mode == "supervise":
+            if run.is_best(record) and config.keeps_best:
                 checkpoint.save(run.state_dict(), log.folder, checkpoint.BEST)
             if run.epoch == run.epochs or (save_epochs and run.epoch % save_epochs == 0):
                 _save(run, log)
@@ -136,24 +128,28 @@ class Run:
     """All that a run is made of, and its position: ``epoch`` epochs and ``step`` steps of the next one are done."""
 
     def __init__(self, config: Config) -> None:
-        self.config, self.device = config, build.device_of(config.device)
+        self.config, self.device = config, device_of(config.device)
         with distributed.first_goes_first():
-            self.data = build.data_of(config)
-        build.check_sizes(config, len(self.data.train))
+            self.data = data_of(config)
+        limits.check_sizes(config, len(self.data.train))
         limits.check_memory(config, len(self.data.train), self.device)
         torch.manual_seed(config.seed)
-        encoder = build.encoder_of(config, self.data)
-        self.method = build.method_of(config, encoder, len(self.data.train)).to(self.device)
-        self.batches = build.batches_of(config, self.data, self.device, (rank(), world()))
-        self.probe = build.probe_of(config, self.data, self.device)
+        encoder = initial_encoder(config, self.data.channels, self.data.image_size)
+        self.method: Method = method_class(config).from_config(config, encoder, len(self.data.train)).to(self.device)
+        self.batches = Batches.from_config(config, self.data, self.device, (rank(), world()))
+        self.evaluator: Evaluator = EVALUATORS[config.evaluator].from_config(config, self.data, self.device)
+        self.validator: Evaluator | None = None
+        if self.data.validation is not None:
+            held_out = replace(self.data, test=self.data.validation, gallery=None, disjoint=True)
+            self.validator = EVALUATORS[config.evaluator].from_config(config, held_out, self.device)
         fixed = limit(self.data.train, DRIFT_IMAGES, config.seed)
         images = next(eval_batches(fixed, self.data, device=self.device, batch_size=DRIFT_IMAGES))
         self.drift = FeatureDrift(self.method.encoder, images)
-        self.head_epochs = getattr(config, "head_epochs", 0)
+        self.head_epochs = config.head_epochs
         self.epochs, self.steps = self.head_epochs + config.epochs, len(self.batches)
         self.epoch = self.step = 0
         self.best = -math.inf
-        self.meter = Meter(self.device)
+        self.meter = MetricAccumulator(self.device)
         self.optimizer = self._make_optimizer()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
@@ -166,14 +162,14 @@ class Run:
 
     @property
     def head_stage(self) -> bool:
-        """Whether the head alone is trained as yet."""
+        """Whether this epoch trains the head alone."""
         return self.epoch < self.head_epochs
 
     @property
     def lr(self) -> float:
         """Learning rate of the next step."""
         if self.head_stage:
-            return getattr(self.config, "head_lr", 0.0)
+            return self.config.head_lr
         return learning_rate(self.config, self.epoch - self.head_epochs, self.step / self.steps)
 
     def train_step(self, batch: Batch) -> None:
@@ -200,7 +196,6 @@ class Run:
 
     def _loss(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         if self.head_stage:
-            assert isinstance(self.method, MetricLearning)
             return self.method.head_loss(views, labels)
         step = (self.epoch - self.head_epochs) * self.steps + self.step
         return self.method(views, labels, step, self.config.epochs * self.steps)
@@ -227,7 +222,7 @@ class Run:
         if self.head_stage:
             head = self.method.encoder.head.parameters()
             return torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
-        return build.optimizer_of(self.config, self.method)
+        return make_optimizer(self.config, self.method)
 
     def mean_loss(self) -> float:
         """Mean loss of the epoch as yet. Waits for the device.
@@ -252,27 +247,36 @@ class Run:
         record: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": self.lr}
         record |= self.meter.record(self.config.batch_size) | _queue_record(self.method.queue)
         record["embedding_std"] = embedding_std(self.drift.embeddings()).item()
-        self.epoch, self.step, self.meter = self.epoch + 1, 0, Meter(self.device)
+        self.epoch, self.step, self.meter = self.epoch + 1, 0, MetricAccumulator(self.device)
         if self.epoch == self.head_epochs:
             self.optimizer = self._make_optimizer()
         every = self.config.eval_every
         if self.epoch == self.epochs or (every and self.epoch % every == 0):
             try:
-                record |= self.probe.encoder(self.method.encoder)
+                record |= self._evaluate()
             except UserError as error:  # the same evaluation went well before training
                 raise Diverged(f"the encoder cannot be evaluated after epoch {self.epoch}: {error}") from error
         return record
 
     def is_best(self, record: dict[str, Any]) -> bool:
         """Whether the record's evaluation, if it has one, is the best as yet; remembers it."""
-        value = record.get(self.probe.main, -math.inf)
+        main = self.evaluator.main if self.validator is None else f"{self.evaluator.main}_validation"
+        value = record.get(main, -math.inf)
         better = value > self.best
         self.best = max(self.best, value)
         return better
 
     def baselines(self) -> dict[str, float]:
-        """What an encoder must beat: raw pixels, and its own random start."""
-        return baselines(self.probe, self.method.encoder)
+        """Return the values of raw pixels and of the untrained encoder."""
+        return baselines(self.evaluator, self.method.encoder) | self._validate()
+
+    def _evaluate(self) -> dict[str, float]:
+        return self.evaluator.encoder(self.method.encoder) | self._validate()
+
+    def _validate(self) -> dict[str, float]:
+        """Return the values on the held-out training classes, as ``NAME_validation``, if there are any."""
+        values = {} if self.validator is None else self.validator.encoder(self.method.encoder)
+        return {f"{name}_validation": value for name, value in values.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """All that going on needs."""

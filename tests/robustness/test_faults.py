@@ -15,7 +15,7 @@ import torch
 
 from experiments import faults, killed_runs
 from selfsup_xbn.cli import main
-from selfsup_xbn.config.schema import save_interval
+from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.collapse import collapse_warning, embedding_std
 from selfsup_xbn.evaluation.drift import FeatureDrift
@@ -177,12 +177,12 @@ def test_a_run_with_damaged_checkpoints_only_is_refused_in_one_line_and_nothing_
 
 
 def test_save_every_is_epochs_or_minutes():
-    assert save_interval("3") == (3, 0.0)
-    assert save_interval("10m") == (0, 600.0)
-    assert save_interval("0.5m") == (0, 30.0)
+    assert parse_save_interval("3") == (3, 0.0)
+    assert parse_save_interval("10m") == (0, 600.0)
+    assert parse_save_interval("0.5m") == (0, 30.0)
     for text in ("0", "-1", "1.5", "m", "0m", "-2m", "nanm", "infm", "1e999m", "10 minutes", "", "1h", "9" * 5000):
         with pytest.raises(UserError, match=r"^--save-every: expected epochs from 1 on, or minutes such as 10m, got '"):
-            save_interval(text)
+            parse_save_interval(text)
 
 
 def test_minutes_are_looked_at_in_each_step_and_the_end_is_saved_at_all_events(tmp_path, monkeypatch):

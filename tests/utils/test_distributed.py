@@ -14,12 +14,12 @@ from test_cli import tree
 from torch import nn
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.commands import train
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.models.encoder import SMALL_BACKBONES
+from selfsup_xbn.models.backbones import SMALL_BACKBONES
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
-from selfsup_xbn.training import trainer as train
-from selfsup_xbn.utils.distributed import part
+from selfsup_xbn.utils.distributed import shard_slice
 
 PRETRAIN = ["pretrain", "--limit-train", "227", "--batch-size", "22", "--queue-size", "100", "--backbone", "plain"]
 PRETRAIN += ["--epochs", "5", "--lr", "0.01", "--drift-every", "5", "--eval-every", "0"]
@@ -40,8 +40,8 @@ def plain(monkeypatch, unchecked):
     def layers(channels):
         return nn.Sequential(nn.Flatten(), nn.Linear(64 * channels, 64), nn.GELU(), nn.Linear(64, 32))
 
-    def gallery(folder, probe, encoder):
-        assert len(probe.embeddings(encoder)[0]) == len(probe.data.test)
+    def gallery(folder, evaluator, encoder):
+        assert len(evaluator.embeddings(encoder)[0]) == len(evaluator.data.test)
         (folder / "retrieval.png").touch()
 
     monkeypatch.setitem(SMALL_BACKBONES, "plain", layers)
@@ -199,6 +199,6 @@ def test_a_process_that_is_gone_ends_the_other_with_a_line_and_in_time(tmp_path,
 
 def test_parts_follow_one_another_and_differ_by_one_at_most():
     for total, n in ((22, 4), (360, 7), (3, 3), (128, 1)):
-        parts = [range(total)[part(total, (r, n))] for r in range(n)]
+        parts = [range(total)[shard_slice(total, (r, n))] for r in range(n)]
         assert [row for rows in parts for row in rows] == list(range(total))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1
