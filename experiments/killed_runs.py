@@ -23,6 +23,7 @@ import torch
 from PIL import Image
 
 from selfsup_xbn.cli import main as command
+from selfsup_xbn.commands import train as commands_train
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
 from selfsup_xbn.training import trainer as train
@@ -123,7 +124,7 @@ def _child(argv: list[str], parent: Connection, kill: Kill | None, file_bytes: i
         number = kill.number if kill and kill.place == place else 0
         setattr(owner, name, _watched(getattr(owner, name), seconds[place], number, parent))
     for name in ("draw_curves", "draw_gallery"):
-        setattr(train, name, lambda *_: None)
+        setattr(commands_train, name, lambda *_: None)
     if file_bytes is not None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     output = io.StringIO()

@@ -12,13 +12,6 @@ from selfsup_xbn.config.registry import METHODS
 ODD = 'it\'s $HOME/a b; "c" -- \\d é'
 SPECIAL = {"save_every": "9m", "recall_ks": "1,7", "queue_size": "7", "validation": "10%"}
 SPECIAL |= {"loss_args": "margin=-0.5", "miner_args": "a=1"}
-    "save_every": "9m",
-    "recall_ks": "1,7",
-    "queue_size": "7",
-    "validation": "10%",
-    "loss_args": "margin=-0.5",
-    "miner_args": "a=1",
-}
 
 
 def parsed(command):
