@@ -10,8 +10,9 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from selfsup_xbn.config.options import option
     from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS, EVALUATORS, METHODS
-    from selfsup_xbn.config.schema import Config, option
+    from selfsup_xbn.config.schema import Config
     from selfsup_xbn.data.base import ImageData, Split
     from selfsup_xbn.evaluation.evaluators import FeatureEvaluator
     from selfsup_xbn.evaluation.knn import knn_classify
@@ -65,8 +66,9 @@ __all__ = [
 ]
 
 _NAMES = {
+    "config.options": ("option",),
     "config.registry": ("ADAPTATIONS", "DATA_SETS", "EVALUATORS", "METHODS"),
-    "config.schema": ("Config", "option"),
+    "config.schema": ("Config",),
     "data.base": ("ImageData", "Split"),
     "evaluation.evaluators": ("FeatureEvaluator",),
     "evaluation.knn": ("knn_classify",),

@@ -6,15 +6,13 @@ that the command line can answer at once.
 
 from __future__ import annotations
 
-import math
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
+from selfsup_xbn.config.options import check_option, option
 from selfsup_xbn.config.parsing import parse_arguments, parse_numbers, parse_rows, parse_save_interval, parse_validation
 from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS, METHODS
-from selfsup_xbn.errors import UserError, near
+from selfsup_xbn.errors import UserError
 
 DATA_HELP = "data set: {names}; with :PATH where its files are (folder:PATH holds train/ and test/)"
 
@@ -25,40 +23,6 @@ EXPORTS = {
     "onnx": "encoder.onnx",
 }
 """The file of each format that a run is exported to, unless another is named."""
-
-
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Iterable[str] = (),
-    least: int | float | None = None,
-    most: int | float = float("inf"),
-    affects_results: bool = True,
-    names: Iterable[str] = (),
-    later: bool = False,
-) -> Any:
-    """Return a field with its text on the command line and the values that it takes.
-
-    Args:
-        default: its default.
-        help: its text; ``{names}`` in it becomes the ``names``.
-        choices: the values that it takes; a registry may grow later. None: any.
-        least, most: bounds of a number.
-        affects_results: whether a run with another value may have other results.
-        names: names to list in the text.
-        later: a ``config.json`` may lack it, and then means the default: older versions behaved so.
-    """
-    metadata = {
-        "help": help,
-        "names": names,
-        "later": later,
-        "choices": choices,
-        "least": least,
-        "most": most,
-        "affects_results": affects_results,
-    }
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +123,7 @@ class Config:
         """
         types = get_type_hints(type(self))
         for item in fields(self):
-            _check(item.name, getattr(self, item.name), types[item.name], item.metadata)
+            check_option(item.name, getattr(self, item.name), types[item.name], item.metadata)
         parse_numbers(self.recall_ks, "--recall-ks")
         parse_save_interval(self.save_every)
         queue_rows(self, 100)
@@ -250,21 +214,6 @@ def queue_rows(config: Config, images: int) -> int:
         UserError: it is neither a whole number nor a percentage of at most 100.
     """
     return parse_rows(config.queue_size, images)
-
-
-def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
-    flag = "--" + name.replace("_", "-")
-    if type(value) not in ((float, int) if kind is float else (kind,)):
-        raise UserError(f"{flag}: expected {kind.__name__}, got {' '.join(repr(value).split())}")
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise UserError(
-            f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}"
-        )
-    least = metadata["least"]
-    most = min(metadata["most"], sys.maxsize if kind is int else sys.float_info.max)
-    if least is not None and not least <= value <= most:
-        limit = "" if metadata["most"] == math.inf else f" and at most {metadata['most']:g}"
-        raise UserError(f"{flag}: expected a number of at least {least:g}{limit}, got {value}")
 
 
 def resolved(config: Config) -> dict[str, Any]:
