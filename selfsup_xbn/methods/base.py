@@ -51,6 +51,11 @@ class Method(nn.Module):
             step, steps: position in the run.
         """
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph of one step repeats every step: no number of the host may change from step to step."""
+        return False
+
     def head_loss(self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
         """Return the loss of a step in the stage that trains the head alone (``Config.head_epochs``)."""
         raise NotImplementedError(f"{type(self).__name__} has no stage in which the head alone is trained")

@@ -83,6 +83,11 @@ class MoCo(Method):
         """The query encoder, which is evaluated and exported."""
         return self.encoder_q
 
+    @property
+    def capturable(self) -> bool:
+        """Whether the momentum is constant: a graph would freeze it."""
+        return self.momentum_schedule == "constant"
+
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
     ) -> Float[Tensor, ""]:

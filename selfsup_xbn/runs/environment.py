@@ -21,7 +21,9 @@ PACKAGES = (
 
 def environment() -> dict[str, str]:
     """Return versions, machine, number of processes and commit, on which a result may depend."""
-    from selfsup_xbn.utils.distributed import world  # here, for reading a run's folder needs no torch
+    import torch  # here, as reading a run's folder needs no torch
+
+    from selfsup_xbn.utils.distributed import world
 
     values = {
         "processes": str(world()),
@@ -30,6 +32,8 @@ def environment() -> dict[str, str]:
         "processor": processor(),
         "system": platform.system(),
     }
+    if torch.cuda.is_available():
+        values["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
         try:
             values[name] = version(name)
