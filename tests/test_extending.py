@@ -1,12 +1,15 @@
 """An adaptation, a method, a data set and a metric are added from outside and used from the command line."""
 
 import json
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import selfsup_xbn
 from selfsup_xbn import (
     ADAPTATIONS,
     DATA_SETS,
@@ -179,3 +182,29 @@ def test_a_name_is_registered_once():
     with pytest.raises(ValueError, match="'xbn', which is registered"):
         ADAPTATIONS.add("xbn", Isotropic, "another")
     assert list(ADAPTATIONS) == ["xbm", "xbn", "axbn", "isotropic"]
+
+
+def test_the_code_of_the_guide_runs(tmp_path):
+    """The blocks of the package's README, with other names, train and evaluate."""
+    guide = (Path(selfsup_xbn.__file__).parent / "README.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", guide, flags=re.DOTALL)
+    assert len(blocks) == 4
+    split = stripes("", "", root="", cache_bytes=0, workers=0).test
+    space = {name: getattr(selfsup_xbn, name) for name in selfsup_xbn.__all__}
+    space |= {"torch": torch, "F": F, "dataclass": dataclass, "__name__": "guide"}
+    space |= {"labels": split.labels, "images": split.images.repeat(1, 3, 1, 1)}
+    space |= {"test": Split(space["labels"], space["images"])}
+    names = {"isotropic": "guide-isotropic", "nnclr": "guide", "mine": "guide-data", "same-class": "guide-metric"}
+    for block in blocks:
+        for name, other in names.items():
+            block = block.replace(f'"{name}"', f'"{other}"')
+        exec(block, space)
+    registries = (ADAPTATIONS, METHODS, DATA_SETS, EVALUATORS)
+    try:
+        options = ["guide", *TINY, "--adaptation", "guide-isotropic", "--data", "guide-data", "--image-size", "8"]
+        assert main([*options, "--epochs", "1", "--knn-k", "5", "--no-symmetric", "--out", str(tmp_path)]) == 0
+        assert main(["evaluate", "guide-metric", "--run", str(tmp_path)]) == 0
+    finally:
+        for registry, name in zip(registries, names.values(), strict=True):
+            registry.remove(name)
+        METRICS.pop()
