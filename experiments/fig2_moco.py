@@ -18,8 +18,8 @@ NVIDIA H200 with six runs at a time in eight minutes (``--compile``, CUDA graph,
     XBM    43.53 +- 0.58  49.11 +- 1.45  54.68 +- 1.09  63.71 +- 0.06  67.99 +- 0.59  70.13 +- 0.38  72.43 +- 0.57
     XBN    44.69 +- 1.02  52.61 +- 0.17  57.27 +- 0.07  64.83 +- 0.27  68.71 +- 0.50  70.06 +- 0.27  72.56 +- 0.47
 
-XBN leads by up to 3.5 points in the first epochs, while the keys move fast. The lead is 0.7 points at epoch 15, where the
-paper has about 4, and nothing from epoch 18 on.
+XBN leads by up to 3.5 points in the first epochs, while the keys move fast. The lead is 0.7 points at epoch 15, where
+the paper has about 4, and nothing from epoch 18 on.
 
     python -m experiments.fig2_moco --data cifar10=folder:FOLDER
     python -m experiments.fig2_moco --scale paper --only cifar10: --jobs 6 --data cifar10=cifar10:ROOT      # one GPU
