@@ -6,6 +6,7 @@ import argparse
 import importlib
 import json
 import math
+import re
 import shlex
 import statistics
 import subprocess
@@ -21,7 +22,7 @@ from experiments.benchmarks.__main__ import measure, measured_on, ratio, verdict
 from experiments.benchmarks.__main__ import table as work_table
 from experiments.benchmarks.parts import ALL, REST
 from experiments.benchmarks.works import GOALS, Goal, works
-from experiments.runs import RESULTS, Experiment, folder_name, read, table
+from experiments.runs import RESULTS, Experiment, folder_name, read, settings, table
 from selfsup_xbn.config.recipes import RECIPES
 
 TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size="64", dim=16, drift_every=0)
@@ -88,9 +89,12 @@ def test_results_grow_run_by_run_and_runs_that_are_done_are_not_repeated(tmp_pat
 def test_committed_results_are_those_of_the_cells_and_can_be_shown(name, tmp_path, capsys, monkeypatch):
     module = importlib.import_module(f"experiments.{name}")
     for path in RESULTS.glob("*.json"):
-        if path.stem.removesuffix("-small") not in (name, name.split("_")[0]) and path.stem != f"{name}-small":
+        if re.sub("-(small|paper)$", "", path.stem) not in (name, name.split("_")[0]):
             continue
         results = json.loads(path.read_text())
+        scale = path.stem.rpartition("-")[2]
+        cells = module.SCALES[scale] if hasattr(module, "SCALES") else module.CELLS
+        assert all(result["config"] == settings(cells[result["label"]]) for result in results)
         for line in module.show(results, tmp_path / path.name):
             assert isinstance(line, str)
         for result in results:
