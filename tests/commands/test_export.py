@@ -7,7 +7,6 @@ import signal
 import pytest
 import torch
 import torchvision
-from test_cli import refused
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.commands.export import export_run
@@ -16,6 +15,7 @@ from selfsup_xbn.models.pretrained import load_weights
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, read_metrics
 from selfsup_xbn.training import build
+from tests.command_line import contents, refused
 
 
 def made_run(folder, channels=3, image_size=32, best=False, **options):
@@ -141,18 +141,18 @@ def test_csv_is_the_metrics_with_blanks(tmp_path):
 )
 def test_faults_are_one_line_and_nothing_is_written(tmp_path, capsys, options, parts, monkeypatch):
     made_run(tmp_path, channels=1, image_size=8, backbone="convnet-digits")
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     message = refused(capsys, ["export", str(tmp_path), *(option.replace("RUN", str(tmp_path)) for option in options)])
     assert all(part in message for part in parts)
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 @pytest.mark.parametrize("kind", ["csv", "torchvision", "safetensors"])
 def test_a_full_disk_leaves_the_old_file_and_one_line(tmp_path, capsys, kind):
     made_run(tmp_path, backbone="resnet18", bn_splits=8)
     export_run(tmp_path, kind)
-    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, hard))
@@ -163,7 +163,7 @@ def test_a_full_disk_leaves_the_old_file_and_one_line(tmp_path, capsys, kind):
         signal.signal(signal.SIGXFSZ, ignored)
     assert EXPORTS[kind] in message
     assert "--out" in message
-    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    assert contents(tmp_path) == before
 
 
 def test_a_new_run_takes_old_exports_away(tmp_path):

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official import drawing, edit, fault, line_of, official
 from scipy.io import savemat
 
 from experiments.benchmarks.official_layouts import WRITERS, write_images
 from selfsup_xbn.data import load_data
 from selfsup_xbn.data.datasets import cars196
 from selfsup_xbn.errors import UserError
+from tests.official import drawing, edit, fault, line_of, official
 
 
 def test_a_folder_that_is_not_there_is_named_with_the_cure(tmp_path):

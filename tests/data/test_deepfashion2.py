@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official import fault, official, photo
 from PIL import Image
 
 from selfsup_xbn.data import ImageData, Split, eval_batches, load_data
 from selfsup_xbn.data.datasets import deepfashion2
 from selfsup_xbn.errors import UserError
+from tests.official import fault, official, photo
 
 SMALL = 0.0005
 CACHE = "annos.selfsup_xbn.npz"

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import drawing, fault, official, photo
 from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
@@ -14,6 +13,7 @@ from sklearn.datasets import load_digits
 from experiments.benchmarks.official_layouts import WRITERS, write_images
 from selfsup_xbn.data import Batches, ImageData, RandomBatches, Split, eval_batches, load_data
 from selfsup_xbn.evaluation import recall_at_k
+from tests.official import drawing, fault, official, photo
 
 
 def by_class(split: Split) -> dict[int, set[str]]:

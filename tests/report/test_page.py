@@ -12,12 +12,12 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from test_cli import refused, tree
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.schema import from_resolved
 from selfsup_xbn.runs.folder import read_metrics
+from tests.command_line import image_folder, refused
 
 VOID = {"meta", "img", "br"}
 
@@ -144,7 +144,7 @@ def test_pictures_are_the_same_at_each_call_and_in_any_company(page, runs, capsy
 
 def test_names_are_text_and_never_markup(tmp_path):
     bad = '<svg onload=alert(1)>&"'
-    photos = tree(tmp_path / f"photos{bad}", classes=(bad, "b"), images=4)
+    photos = image_folder(tmp_path / f"photos{bad}", classes=(bad, "b"), images=4)
     options = ["--batch-size", "4", "--queue-size", "8", "--epochs", "1", "--image-size", "32", "--knn-k", "3"]
     folder = tmp_path / f"<img src=x>{bad}"
     assert main(["pretrain", "--data", f"folder:{photos}", *options, "--out", str(folder)]) == 0

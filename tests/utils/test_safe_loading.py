@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
-from test_cli import refused, tree
 
 from experiments.benchmarks.official_layouts import WRITERS
 from selfsup_xbn.cli import main
@@ -21,6 +20,7 @@ from selfsup_xbn.data.datasets import cifar
 from selfsup_xbn.data.files import fit
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs import checkpoint
+from tests.command_line import image_folder, refused
 
 SMALL = ["--limit-train", "64", "--batch-size", "20", "--queue-size", "20", "--epochs", "1", "--drift-every", "0"]
 
@@ -159,7 +159,7 @@ def test_a_long_image_that_is_cut_first_looks_as_one_that_is_not(monkeypatch, tu
 
 
 def test_a_small_file_of_a_huge_image_is_refused_and_one_of_a_long_image_is_read(tmp_path):
-    root = tree(tmp_path / "photos", images=2)
+    root = image_folder(tmp_path / "photos", images=2)
     bomb = root / "train" / "a" / "bomb.png"
     Image.new("L", (1, 65_000)).save(bomb)  # resized to 37 pixels of width: 89 million pixels; to 256: 4 billion
     assert bomb.stat().st_size < 300
