@@ -92,6 +92,8 @@ class Experiment:
         made.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
         made.add_argument("--threads", type=int, default=1, help="threads of each (default 1)")
         made.add_argument("--device", default="auto", help="device of all runs (default auto)")
+        made.add_argument("--compile", action="store_true", help="torch.compile the networks of all runs")
+        made.add_argument("--save-every", default="1", help="epochs or minutes (10m) between checkpoints (default 1)")
         made.add_argument("--folder", type=Path, default=Path("runs"), help="where the runs' folders go (default runs)")
         return made
 
@@ -116,7 +118,15 @@ def run_all(cells: Cells, options: argparse.Namespace, path: Path) -> None:
         for label, seed in jobs:
             cell = cells[label]
             out = str(options.folder / folder_name(cell, seed))
-            here = replace(cell, seed=seed, data=_spec(options, cell), out=out, device=options.device)
+            here = replace(
+                cell,
+                seed=seed,
+                data=_spec(options, cell),
+                out=out,
+                device=options.device,
+                compile=options.compile,
+                save_every=options.save_every,
+            )
             waiting[pool.submit(_run, here, options.threads)] = label, seed
         for done in as_completed(waiting):
             label, seed = waiting[done]

@@ -21,6 +21,6 @@ def test_every_peer_gives_our_answer(work, peer, ours):
     assert run() == pytest.approx(ours[work])
 
 
-def test_the_works_are_neither_trivial_nor_hopeless(ours):
+def test_works_are_neither_trivial_nor_hopeless(ours):
     assert len(set(ours["knn"])) == 10
     assert 50 < ours["recall"][KS[0]] < ours["recall"][KS[1]] < 100

@@ -33,7 +33,7 @@ FIGURES = [
 ]
 
 
-def test_folders_differ_in_what_changes_results_and_in_nothing_else():
+def test_folder_names_depend_on_what_changes_results():
     other = [replace(TINY, lr=0.01), replace(TINY, data="cifar10"), replace(TINY, adaptation="xbm")]
     same = [
         replace(TINY, seed=5),
@@ -85,7 +85,7 @@ def test_results_grow_run_by_run_and_runs_that_are_done_are_not_repeated(tmp_pat
 
 
 @pytest.mark.parametrize("name", FIGURES)
-def test_committed_results_are_those_of_the_cells_and_can_be_shown(name, tmp_path, capsys, monkeypatch):
+def test_committed_results_are_consistent_and_shown(name, tmp_path, capsys, monkeypatch):
     module = importlib.import_module(f"experiments.{name}")
     for path in RESULTS.glob("*.json"):
         if path.stem.removesuffix("-small") not in (name, name.split("_")[0]) and path.stem != f"{name}-small":
@@ -99,7 +99,7 @@ def test_committed_results_are_those_of_the_cells_and_can_be_shown(name, tmp_pat
                 assert math.isclose(mean, statistics.mean(values), abs_tol=1e-3)
 
 
-def test_the_printed_commands_read_the_data_that_were_named(capsys):
+def test_printed_commands_name_the_given_data(capsys):
     experiment = Experiment("tiny", "", {"": CELLS}, lambda results, path: [])
     experiment.main(["--commands", "--data", f"{CELLS['xbn'].data}=folder:/a b"])
     printed = capsys.readouterr().out.splitlines()
@@ -108,7 +108,7 @@ def test_the_printed_commands_read_the_data_that_were_named(capsys):
         assert words[words.index("--data") + 1] == "folder:/a b"
 
 
-def test_a_missing_result_is_named(tmp_path, monkeypatch, capsys):
+def test_missing_result_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("experiments.runs.RESULTS", tmp_path)
     with pytest.raises(SystemExit):
         Experiment("tiny", "", {"": CELLS}, lambda results, path: []).main(["--from-results"])
@@ -149,7 +149,7 @@ def test_ratios_are_those_of_a_round():
     assert ratio(a, [b, c]) == 1.0
 
 
-def test_the_benchmarks_measure_in_processes_of_their_own(tmp_path, capsys):
+def test_benchmarks_measure_in_separate_processes(tmp_path, capsys):
     benchmark(["memory-4096", "--rounds", "1", "--threads", "1", "--out", str(tmp_path)])
     found = json.loads((tmp_path / "benchmarks-cpu.json").read_text())["memory-4096"]["names"]
     assert set(found) == {"XBM", "XBN"}
@@ -157,7 +157,7 @@ def test_the_benchmarks_measure_in_processes_of_their_own(tmp_path, capsys):
     assert "memory-4096: XBN at most 1.03 x XBM" in capsys.readouterr().out
 
 
-def test_a_work_is_measured_with_what_its_device_has(monkeypatch):
+def test_work_is_measured_with_what_its_device_has(monkeypatch):
     made = []
 
     class NoWorker:
@@ -182,7 +182,7 @@ def test_works_share_a_line_about_what_they_were_measured_with():
     assert measured_on(found) == ["Measured with 2 threads, processor A", "Measured with 2 threads, processor B: y"]
 
 
-def test_memory_is_told_only_where_the_work_is_the_process_s_own():
+def test_memory_is_reported_only_for_a_works_own_process():
     command = [sys.executable, "-m", "experiments.benchmarks.worker", "import", "selfsup-xbn --help", "cpu", "1", "1"]
     done = subprocess.run(command, input="go\n", check=True, text=True, stdout=subprocess.PIPE)
     ready, answer = done.stdout.splitlines()
@@ -219,7 +219,7 @@ SMALL = {
 
 
 @pytest.mark.parametrize("module", SMALL)
-def test_the_parts_of_a_work_are_all_found_and_add_up(module, tmp_path, capsys):
+def test_profile_has_every_part_of_a_work(module, tmp_path, capsys):
     options, name, beside = SMALL[module]
     module.main([*options, "--threads", "1", "--out", str(tmp_path)])
     found = json.loads((tmp_path / name).read_text())["milliseconds"]

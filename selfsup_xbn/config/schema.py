@@ -107,6 +107,9 @@ class Config:
         affects_results=False,
     )
     compile: bool = option(False, "torch.compile the networks", affects_results=False)
+    cuda_graph: bool = option(
+        True, "cuda, pretrain: capture the training step as one CUDA graph", affects_results=False
+    )
     workers: int = option(2, "processes that decode images from disk", least=0, most=1024, affects_results=False)
     save_every: str = option("1", "epochs between checkpoints, or minutes: 10m", affects_results=False)
     keep: int = option(

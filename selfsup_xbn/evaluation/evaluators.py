@@ -14,13 +14,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from selfsup_xbn.data import ImageData, Split, eval_batches, raw_pixels
-from selfsup_xbn.evaluation.features import extract_features
+from selfsup_xbn.evaluation.features import evaluating, extract_features
 from selfsup_xbn.evaluation.knn import knn_classify
 from selfsup_xbn.evaluation.retrieval import retrieval_metrics
 from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.utils.distributed import gather, part, world
 
-CHUNK = 256
+CHUNK, CUDA_CHUNK = 256, 2000  # images of a batch
 
 
 @runtime_checkable
@@ -78,7 +78,8 @@ class KnnProbe:
 
     def raw_pixels(self) -> dict[str, float]:
         """Top-1 of the pixels themselves: what an encoder must beat."""
-        return {"knn_top1": self._top1(*(pixel_features(split, self.workers) for split in self._splits()))}
+        pixels = [pixel_features(split, self.workers).to(self.device) for split in self._splits()]
+        return {"knn_top1": self._top1(*pixels)}
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
         """Top-1 of the projection (``knn_top1``) and of the backbone's features (``knn_top1_backbone``)."""
@@ -145,13 +146,21 @@ class RetrievalProbe:
 def backbone_features(
     encoder: Encoder, split: Split, data: ImageData, device: torch.device, workers: int
 ) -> Float[Tensor, "N F"]:
-    """The backbone's features of a split, in order."""
-    return _in_parts(
-        split,
-        lambda own: extract_features(
-            encoder.features, eval_batches(own, data, device=device, batch_size=CHUNK, workers=workers)
-        ),
-    )
+    """The backbone's features of a split, in order. On CUDA the network runs in bfloat16 and channels_last."""
+    cuda = device.type == "cuda"
+    batch_size = CUDA_CHUNK if cuda else CHUNK
+
+    def features(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
+        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
+            return encoder.features(images.contiguous(memory_format=torch.channels_last) if cuda else images)
+
+    with evaluating(encoder):
+        return _in_parts(
+            split,
+            lambda own: extract_features(
+                features, eval_batches(own, data, device=device, batch_size=batch_size, workers=workers)
+            ),
+        )
 
 
 def pixel_features(split: Split, workers: int) -> Float[Tensor, "N F"]:

@@ -39,17 +39,37 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.splits = splits
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Each channel of each part with mean 0 and variance 1, scaled and shifted; same memory format as ``input``."""
+        """Normalise each channel of each part; the output has the memory format of ``input``."""
         count = min(self.splits, len(input) // 2) if self.training else 1  # no look at the size where a graph is made
         if count <= 1:
             return super().forward(input)
-        means, variances = self.running_mean.repeat(count, 1), self.running_var.repeat(count, 1)
-        parts = [
-            F.batch_norm(part, mean, variance, self.weight, self.bias, True, self.momentum, self.eps)
-            for part, mean, variance in zip(input.split(_part_sizes(len(input), count)), means, variances, strict=True)
-        ]
-        self._keep(means.mean(0), variances.mean(0))
-        return torch.cat(parts)
+        means, variances = self.running_mean.repeat(count), self.running_var.repeat(count)
+        if len(input) % count == 0:
+            output = self._equal_parts(input, count, means, variances)
+        else:
+            sizes = _part_sizes(len(input), count)
+            statistics = zip(input.split(sizes), means.chunk(count), variances.chunk(count), strict=True)
+            output = torch.cat([self._normalize(*part, self.weight, self.bias) for part in statistics])
+        self._keep(means.view(count, -1).mean(0), variances.view(count, -1).mean(0))
+        return output
+
+    def _equal_parts(self, input: Tensor, count: int, means: Tensor, variances: Tensor) -> Tensor:
+        """Normalise ``count`` parts of one size by a single BatchNorm whose channels are the channels of all parts."""
+        weight, bias = (None if p is None else p.repeat(count) for p in (self.weight, self.bias))
+        if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
+            images = input.permute(0, 2, 3, 1).unflatten(0, (count, -1))  # [count, B / count, H, W, C], a view
+            images = images.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
+            output = self._normalize(images, means, variances, weight, bias)
+            output = output.permute(0, 2, 3, 1).unflatten(3, (count, -1))
+            return output.permute(3, 0, 1, 2, 4).flatten(0, 1).permute(0, 3, 1, 2)
+        images = input.unflatten(0, (count, -1)).transpose(0, 1).flatten(1, 2)
+        output = self._normalize(images, means, variances, weight, bias)
+        return output.unflatten(1, (count, -1)).transpose(0, 1).flatten(0, 1)
+
+    def _normalize(
+        self, input: Tensor, mean: Tensor, variance: Tensor, weight: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        return F.batch_norm(input, mean, variance, weight, bias, True, self.momentum, self.eps)
 
     @torch.no_grad()
     def _keep(self, mean: Float[Tensor, "C"], variance: Float[Tensor, "C"]) -> None:

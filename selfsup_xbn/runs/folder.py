@@ -198,7 +198,9 @@ def _rounded(value: Any) -> Any:
 
 def environment() -> dict[str, str]:
     """Versions, machine, number of processes and commit that a result may depend on."""
-    from selfsup_xbn.utils.distributed import world  # here, for reading a run's folder needs no torch
+    import torch  # here, for reading a run's folder needs no torch
+
+    from selfsup_xbn.utils.distributed import world
 
     found = {
         "processes": str(world()),
@@ -207,6 +209,8 @@ def environment() -> dict[str, str]:
         "processor": processor(),
         "system": platform.system(),
     }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
     for name in PACKAGES:
         try:
             found[name] = version(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -143,11 +143,17 @@ def method_of(config: Config, encoder: Encoder, images: int) -> Method:
 
 
 def optimizer_of(config: Config, module: nn.Module) -> torch.optim.Optimizer:
-    """SGD or AdamW over the parameters that are trained."""
+    """SGD or AdamW over the parameters that are trained.
+
+    On CUDA one kernel updates all parameters, and the learning rate is a tensor, which a CUDA graph can follow.
+    """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    cuda = parameters[0].is_cuda
+    lr = torch.tensor(config.lr, device=parameters[0].device) if cuda else config.lr
+    options: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": cuda or None}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, config.lr, weight_decay=config.weight_decay)
-    return torch.optim.SGD(parameters, config.lr, momentum=config.sgd_momentum, weight_decay=config.weight_decay)
+        return torch.optim.AdamW(parameters, **options)
+    return torch.optim.SGD(parameters, momentum=config.sgd_momentum, **options)
 
 
 def batches_of(config: Config, data: ImageData, device: torch.device, shard: tuple[int, int] = (0, 1)) -> Batches:

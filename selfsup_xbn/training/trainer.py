@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfsup_xbn.config.schema import Config, differences, from_resolved, resolved, save_interval
+from selfsup_xbn.config.schema import Config, PretrainConfig, differences, from_resolved, resolved, save_interval
 from selfsup_xbn.data import Batch, eval_batches, limit
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, Interrupted, UserError
@@ -28,6 +28,7 @@ from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, check_folder
 from selfsup_xbn.training import build
 from selfsup_xbn.training import preflight as limits
+from selfsup_xbn.training.cuda_graph import GraphedStep
 from selfsup_xbn.training.metrics import Meter
 from selfsup_xbn.training.optimisation import learning_rate
 from selfsup_xbn.training.progress import Progress
@@ -154,10 +155,13 @@ class Run:
         self.epoch = self.step = 0
         self.best = -math.inf
         self.meter = Meter(self.device)
+        self.graphed = self._graph()
         self.optimizer = self._make_optimizer()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.method.to(memory_format=self.layout)
+        if self.device.type == "cuda":
+            torch.backends.cudnn.benchmark = True
         statistics = ("running_mean", "running_var")
         self.statistics = [value for name, value in self.method.named_buffers() if name.endswith(statistics)]
         if config.compile:
@@ -181,22 +185,51 @@ class Run:
         if rank() > 0:  # dropout of its own; process 0 draws from the stream that the checkpoint holds
             torch.manual_seed(seed_for(self.config.seed, rank(), self.epoch, self.step))
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(self.lr)
+            else:
+                group["lr"] = self.lr
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
         measured = self.config.drift_every and self.step % self.config.drift_every == 0
         if measured:
             self.drift.update()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            loss = self._loss(views, batch.labels)
-        self.optimizer.zero_grad()
-        loss.backward()
-        if world() > 1:
-            self._share()
-        self.optimizer.step()
+        loss = (self._step if measured or self.graphed is None else self._graphed)(views, batch.labels)
         self.step += 1
         self.meter.add("loss", loss)
         if measured:
             self._measure()
+
+    def _step(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Forward pass, backward pass and optimiser step of one batch; returns the loss."""
+        self.optimizer.zero_grad()
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
+        ):
+            loss = self._loss(views, labels)
+        loss.backward()
+        if world() > 1:
+            self._share()
+        self.optimizer.step()
+        return loss.detach()
+
+    def _graphed(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """``_step`` from a CUDA graph; eagerly from then on, with a warning, if the step cannot be captured."""
+        assert self.graphed is not None
+        try:
+            return self.graphed(views, labels)
+        except RuntimeError as error:
+            self.graphed = None
+            warnings.warn(f"the step runs without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
+            return self._step(views, labels)
+
+    def _graph(self) -> GraphedStep | None:
+        """The step as a CUDA graph, where the device, the method and the settings allow one."""
+        config = self.config
+        if not config.cuda_graph or self.device.type != "cuda" or world() > 1 or not isinstance(config, PretrainConfig):
+            return None
+        if config.momentum_schedule != "constant":  # the weight of the average is a number that a graph would freeze
+            return None
+        return GraphedStep(self._step)
 
     def _loss(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         if self.head_stage:
@@ -312,6 +345,7 @@ class Run:
         self.method.load_state_dict(state["method"])
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
+        self.graphed = self._graph()
         self.meter.load_state_dict(state["meter"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:

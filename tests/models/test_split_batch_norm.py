@@ -92,7 +92,7 @@ def test_eval_mode_is_batch_norm_with_running_statistics():
     assert all(torch.equal(a, b) for a, b in zip(split.buffers(), filled(nn.BatchNorm2d(6)).buffers(), strict=True))
 
 
-def test_a_sample_depends_on_its_own_part_alone():
+def test_sample_depends_on_its_own_part_alone():
     norm = SplitBatchNorm2d(6, 4).double()
     x = images(16)
     (gradient,) = torch.autograd.grad((norm(x)[5] ** 3).sum(), x)

@@ -50,7 +50,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, adaptation):
     assert differences(tmp_path / "uninterrupted", tmp_path / "resumed") == []
 
 
-def test_resumed_run_on_files_with_workers_equals_uninterrupted_run(tmp_path, image_folder):
+def test_resumed_run_with_workers_equals_uninterrupted_run(tmp_path, image_folder):
     options = ["pretrain", "--data", f"folder:{image_folder}", "--batch-size", "8", "--queue-size", "16"]
     options += ["--epochs", "2", "--image-size", "32", "--backbone", "convnet-digits", "--knn-k", "5"]
     assert main([*options, "--workers", "0", "--out", str(tmp_path / "uninterrupted")]) == 0
