@@ -150,7 +150,7 @@ def test_error_is_one_line_and_nothing_is_written(tmp_path, capsys, options, par
 
 @pytest.mark.parametrize("kind", ["csv", "torchvision", "safetensors"])
 def test_full_disk_leaves_the_old_file_and_one_line(tmp_path, capsys, kind):
-    made_run(tmp_path, backbone="resnet18", bn_splits=8)
+    made_run(tmp_path, backbone="shufflenet_v2_x0_5")
     export_run(tmp_path, kind)
     before = contents(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

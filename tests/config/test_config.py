@@ -6,7 +6,14 @@ from dataclasses import fields, replace
 import pytest
 
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig, SuperviseConfig, differences, from_resolved, resolved, save_interval
+from selfsup_xbn.config.schema import (
+    PretrainConfig,
+    SuperviseConfig,
+    differences,
+    from_resolved,
+    resolved,
+    save_interval,
+)
 from selfsup_xbn.errors import UserError, near
 
 

@@ -49,9 +49,7 @@ def check(data: ImageData, split: Split, expected: list) -> None:
     ("workers", "scale", "samples", "labels"),
     [(0, SMALL, (109, 6, 18), (16, 2, 4)), (2, 0.01, (2178, 124, 370), (315, 31, 71))],
 )
-def test_queries_are_users_styled_items_gallery_is_shops(
-    tmp_path, workers, scale, samples, labels
-):
+def test_queries_are_users_styled_items_gallery_is_shops(tmp_path, workers, scale, samples, labels):
     data = load_data(official("deepfashion2", tmp_path, scale), workers=workers)
     train, validation = items(tmp_path / "train"), items(tmp_path / "validation")
     check(data, data.train, [item for item in train if item[1][2] > 0])

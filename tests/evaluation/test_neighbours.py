@@ -48,7 +48,7 @@ def test_blocks_cover_the_product_in_order_within_the_budget(count, budget, monk
 
 
 @pytest.mark.parametrize("width", [1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 2])
-def test_chunks_of_the_gallery_cover_the_whole_product(width, monkeypatch):
+def test_chunks_of_the_gallery_cover_the_whole_product(width):
     queries, gallery = torch.randn(50, 33, dtype=torch.float64), torch.randn(width, 33, dtype=torch.float64)
     (_, block), *_ = similarity_blocks(queries.float(), gallery.float())
     torch.testing.assert_close(block, (queries @ gallery.T).float(), atol=1e-4, rtol=1e-4)

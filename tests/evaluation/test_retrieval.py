@@ -10,6 +10,7 @@ from torch.nn.functional import normalize
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation import neighbours, recall_at_k, retrieval_metrics
+from selfsup_xbn.evaluation.neighbours import CHUNK
 
 KS = (1, 2, 5, 10, 1000)
 
@@ -105,14 +106,12 @@ def test_metrics_equal_brute_force_with_ties_across_chunks(make, same_set, chunk
     assert recall_at_k(*given, ks=KS) == pytest.approx({k: expected[f"recall@{k}"] for k in KS}, abs=1e-9)
 
 
-@pytest.mark.parametrize("chunk", [16, 48])
-def test_duplicates_of_any_values_tie_across_chunks(chunk, monkeypatch):
-    """Each point is there once for each of 4 classes, so each best match ties with the 3 others of its point."""
-    monkeypatch.setattr(neighbours, "CHUNK", chunk)
-    points, classes = torch.randn(30, 33), torch.arange(4)
-    gallery, labels = points.repeat_interleave(4, dim=0), classes.repeat(30)
-    found = recall_at_k(points.repeat(4, 1), classes.repeat_interleave(30), gallery, labels, ks=(1, 3, 4))
-    assert found == {1: 0, 3: 0, 4: 100}
+def test_duplicates_of_any_values_tie_across_chunks():
+    """Each point is in the gallery once for each of 4 classes, so each match ties with the 3 others of its point."""
+    points, classes = torch.randn(CHUNK // 2, 33), torch.arange(4)
+    gallery, labels = points.repeat_interleave(4, dim=0), classes.repeat(len(points))
+    recalls = recall_at_k(points.repeat(4, 1), classes.repeat_interleave(len(points)), gallery, labels, ks=(1, 3, 4))
+    assert recalls == {1: 0, 3: 0, 4: 100}
 
 
 def test_order_of_the_rows_does_not_change_the_answer():
@@ -175,7 +174,7 @@ FEATURES, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
         ((FEATURES, LABELS, None, None, (1, 0)), r"every K to be at least 1, got \[1, 0\]"),
     ],
 )
-@pytest.mark.usefixtures("as_users_run_it")
+@pytest.mark.usefixtures("unchecked")
 def test_bad_input_is_refused_in_one_line_with_the_value(metric, given, message):
     with pytest.raises(UserError, match=message) as caught:
         metric(*given)

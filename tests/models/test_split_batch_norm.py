@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jaxtyping
 import pytest
 import torch
 import torchvision
@@ -109,8 +108,7 @@ def test_bfloat16_input_is_normalised_with_float32_statistics():
     torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=2**-7)
 
 
-def test_compiles_as_one_graph_with_the_same_result(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks, on in pytest alone, do not compile
+def test_compiles_as_one_graph_with_the_same_result(unchecked):
     eager, plain = filled(SplitBatchNorm2d(6, 4)), filled(SplitBatchNorm2d(6, 4))
     compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
     x = images(13).detach().float()

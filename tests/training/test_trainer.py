@@ -124,7 +124,20 @@ def test_run_folder_records_settings_and_environment(tmp_path):
 
 
 def test_axbn_logs_its_gain(tmp_path):
-    main(["pretrain", *SMALL, "--adaptation", "axbn", "--gain-interval", "1", "--batch-size", "64", "--out", str(tmp_path)])
+    main(
+        [
+            "pretrain",
+            *SMALL,
+            "--adaptation",
+            "axbn",
+            "--gain-interval",
+            "1",
+            "--batch-size",
+            "64",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert read_metrics(tmp_path)[-1]["gain"] == pytest.approx(0.99984, abs=1e-5)
 
 
