@@ -85,5 +85,7 @@ def _table(name: str, columns: Sequence[int], found: dict[str, list[Result | Non
     return lines
 
 
+SCALES = {"small": sweeps("omniglot"), "paper": sweeps("sop")}
+
 if __name__ == "__main__":
-    Experiment("fig1", __doc__ or "", {"small": sweeps("omniglot"), "paper": sweeps("sop")}, show).main()
+    Experiment("fig1", __doc__ or "", SCALES, show).main()

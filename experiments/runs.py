@@ -150,7 +150,7 @@ def _run(config: Config, threads: int) -> dict[str, Any]:
     """The course of all that the run logged, the seconds that it took, and where."""
     import torch
 
-    from selfsup_xbn.training.trainer import train
+    from selfsup_xbn.commands.train import train_run
 
     torch.set_num_threads(threads)
     folder = Path(config.out)
@@ -158,7 +158,7 @@ def _run(config: Config, threads: int) -> dict[str, Any]:
         started = time.perf_counter()
         folder.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log):
-            train(config, resume=True)
+            train_run(config, resume=True)
         (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.1f}\n")
     return _outcome(folder)
 

@@ -8,17 +8,19 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import Field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, get_type_hints
 
-from selfsup_xbn.config.recipes import DEFAULT_RECIPES, RECIPES
-from selfsup_xbn.config.schema import EXPORTS, MODES, Config, resolved
+from selfsup_xbn.config.recipes import RECIPES, default_recipe
+from selfsup_xbn.config.registry import EVALUATORS, METHODS
+from selfsup_xbn.config.schema import EXPORTS, Config, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near
 
 EXIT_CODES = (
-    "exit codes: 0 done; 2 the input is at fault, or a file cannot be written; 3 the loss diverged; "
+    "exit codes: 0 done; 2 the input is wrong, or a file cannot be written; 3 the loss diverged; "
     "4 another process of the run was lost; "
     "75 stopped by a signal, go on with --resume; 130 stopped by the keyboard before training"
 )
@@ -27,20 +29,29 @@ EXIT_CODES = (
 class _Parser(argparse.ArgumentParser):
     """argparse, but a fault is one line, and a mistyped option is answered with the nearest right one."""
 
-    def __init__(self, **kwargs: Any) -> None:
+    def __init__(self, fill: Callable[[_Parser], None] | None = None, **kwargs: Any) -> None:
+        """Make a parser; ``fill`` adds its options when it is used, as they may be in a file that imports torch."""
         super().__init__(**{"allow_abbrev": False} | kwargs)
+        self._fill = fill
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Parse, after the options were added."""
+        if self._fill is not None:
+            self._fill(self)
+            self._fill = None
+        return super().parse_known_args(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see {self.prog} --help)")
 
     def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        found, unknown = self.parse_known_args(argv)
+        options, unknown = self.parse_known_args(argv)
         if unknown:
             word = unknown[0].split("=")[0]
-            parser = found.parser
+            parser = options.parser
             known = [option for action in parser._actions for option in action.option_strings]
             parser.error(f"unknown option {word!r}{near(word, known)}" if word[0] == "-" else f"unexpected {word!r}")
-        return found
+        return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,9 +60,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
-        found = _parser().parse(sys.argv[1:] if argv is None else argv)
+        options = _parser().parse(sys.argv[1:] if argv is None else argv)
         with _first_process_prints():
-            return int(found.command(found) or 0)
+            return int(options.command(options) or 0)
     except UserError as error:
         return _fail("error", error, 2)
     except Diverged as error:
@@ -70,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(kind: str, error: object, code: int) -> int:
-    if not getattr(error, "told", _rank() > 0):
+    if not getattr(error, "already_reported", _rank() > 0):
         print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
     return code
 
@@ -93,20 +104,21 @@ def _first_process_prints() -> Iterator[None]:
 def _parser() -> _Parser:
     text = "Contrastive and metric learning with a memory that is kept current by XBN and AXBN."
     parser = _Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
-    parser.set_defaults(parser=parser, command=lambda found: parser.print_help())
+    parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    for mode, kind in MODES.items():
-        text = (kind.__doc__ or "").split("(")[0].strip().rstrip(".")
-        _add_training(commands.add_parser(mode, help=text, description=kind.__doc__, epilog=EXIT_CODES), kind)
+    for mode, entry in METHODS.entries.items():
+        commands.add_parser(mode, help=entry.help, epilog=EXIT_CODES, fill=partial(_add_training, mode=mode))
     _add_evaluate(commands.add_parser("evaluate", help="evaluate an encoder", description="Evaluate an encoder."))
     _add_report(commands.add_parser("report", help="make one page of runs", description="One HTML page about runs."))
     _add_export(commands.add_parser("export", help="a run for other programs", description="A run for other programs."))
     return parser
 
 
-def _add_training(parser: _Parser, kind: type[Config]) -> None:
+def _add_training(parser: _Parser, mode: str) -> None:
+    kind: type[Config] = METHODS[mode]
+    parser.description = kind.__doc__
     recipes = [name for name, recipe in RECIPES.items() if type(recipe) is kind]
-    parser.add_argument("--recipe", metavar="NAME", help=f"start from named settings: {', '.join(recipes)}")
+    parser.add_argument("--recipe", metavar="NAME", help=f"start from named settings: {', '.join(recipes) or 'none'}")
     parser.add_argument(
         "--resume", action="store_true", help="go on from the run folder's last checkpoint, if there is one"
     )
@@ -115,11 +127,14 @@ def _add_training(parser: _Parser, kind: type[Config]) -> None:
     types = get_type_hints(kind)
     for item in fields(kind):
         _add_option(parser, item, types[item.name])
-    parser.set_defaults(parser=parser, command=lambda found: _train(found, kind))
+    parser.set_defaults(parser=parser, command=lambda options: _train(options, kind))
 
 
 def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
-    flag, text = "--" + item.name.replace("_", "-"), item.metadata["help"]
+    flag, text = (
+        "--" + item.name.replace("_", "-"),
+        item.metadata["help"].format(names=", ".join(item.metadata["names"])),
+    )
     how: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     if kind is not bool:
         how = {"type": kind, "metavar": "|".join(item.metadata["choices"]) or kind.__name__.upper()}
@@ -127,17 +142,17 @@ def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
     parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **how)
 
 
-def config_of(found: argparse.Namespace, kind: type[Config]) -> Config:
+def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
     """The recipe (or, when resuming, the run's own settings) with the options given on top."""
-    given = {item.name: getattr(found, item.name) for item in fields(kind) if hasattr(found, item.name)}
-    recipe = RECIPES.get(found.recipe or DEFAULT_RECIPES[kind.mode])
+    given = {item.name: getattr(options, item.name) for item in fields(kind) if hasattr(options, item.name)}
+    recipe = RECIPES.get(options.recipe) if options.recipe else default_recipe(kind.mode)
     if recipe is None or type(recipe) is not kind:
         names = [name for name, other in RECIPES.items() if type(other) is kind]
         raise UserError(
-            f"--recipe: expected one of {', '.join(names)}, got {found.recipe!r}{near(found.recipe, names)}"
+            f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
         )
     config = replace(recipe, **given)
-    if found.resume and not found.recipe:
+    if options.resume and not options.recipe:
         from selfsup_xbn.runs.folder import holds_run, read_config
 
         folder = Path(config.run_folder)
@@ -146,64 +161,55 @@ def config_of(found: argparse.Namespace, kind: type[Config]) -> Config:
     return config
 
 
-def _train(found: argparse.Namespace, kind: type[Config]) -> None:
-    config = config_of(found, kind)
-    if found.resume and found.overwrite:
+def _train(options: argparse.Namespace, kind: type[Config]) -> None:
+    config = config_of(options, kind)
+    if options.resume and options.overwrite:
         raise UserError("--resume goes on with a run and --overwrite replaces it: give one of them")
-    if found.dry_run:
+    if options.dry_run:
         from selfsup_xbn.commands.dry_run import cost_lines
 
         print(json.dumps(resolved(config), indent=2))
         print(*cost_lines(config), sep="\n")
         return
-    from selfsup_xbn.report.curves import result_lines
-    from selfsup_xbn.training.trainer import train
+    from selfsup_xbn.commands.train import train_run
 
-    folder = train(config, resume=found.resume, overwrite=found.overwrite)
-    if _rank() == 0:
-        print(*result_lines(folder), sep="\n")
-
-
-EVALUATIONS = {
-    "knn": "weighted k-NN of a run's encoder, or of one from elsewhere, beside raw pixels and an untrained encoder",
-    "retrieval": "Recall@K, R-precision and MAP@R of a run's encoder, or of one from elsewhere, beside the same",
-}
+    lines = train_run(config, resume=options.resume, overwrite=options.overwrite)
+    print(*lines, sep="\n", end="\n" * bool(lines))
 
 
 def _add_evaluate(parser: _Parser) -> None:
-    parser.set_defaults(parser=parser, command=lambda found: parser.print_help())
+    parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
     commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=_Parser)
     options = {item.name: item for item in fields(Config)}
     types = get_type_hints(Config)
-    for kind, text in EVALUATIONS.items():
-        own = ["knn_k", "knn_temperature"] if kind == "knn" else ["recall_ks"]
-        evaluation = commands.add_parser(kind, help=text, description=text)
+    for kind, entry in EVALUATORS.entries.items():
+        evaluation = commands.add_parser(kind, help=entry.help, description=entry.help)
         evaluation.add_argument("--run", metavar="DIR", help="folder of a run, whose own settings hold unless given")
         evaluation.add_argument("--best", action="store_true", help="the run's best model by Recall@1, not its last")
         evaluation.add_argument(
             "--weights", metavar="FILE", help="an encoder from elsewhere: torchvision, timm, MoCo, lightly"
         )
         evaluation.add_argument("--backbone", metavar="NAME", help="with --weights: the network")
-        for name in ["data", "data_root", "image_size", "limit_train", *own, "device", "workers"]:
+        for name in ["data", "data_root", "image_size", "limit_train", *entry.options, "device", "workers"]:
             _add_option(evaluation, options[name], types[name])
         evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
 
 
-def _evaluate(found: argparse.Namespace) -> None:
-    given = {item.name: getattr(found, item.name) for item in fields(Config) if hasattr(found, item.name)}
+def _evaluate(options: argparse.Namespace) -> None:
+    given = {item.name: getattr(options, item.name) for item in fields(Config) if hasattr(options, item.name)}
     given = {name: value for name, value in given.items() if name not in ("weights", "backbone")}
-    if bool(found.run) == bool(found.weights):
+    if bool(options.run) == bool(options.weights):
         raise UserError("expected one of --run DIR and --weights FILE")
-    if found.weights and not (found.backbone and "data" in given):
+    if options.weights and not (options.backbone and "data" in given):
         raise UserError("--weights needs --backbone NAME and --data SPEC")
-    if found.run and found.backbone:
+    if options.run and options.backbone:
         raise UserError("--backbone goes with --weights; a run knows its own")
     from selfsup_xbn.commands.evaluate import evaluate_run, evaluate_weights
 
-    if found.run:
-        lines = evaluate_run(found.kind, Path(found.run), given, best=found.best)
+    if options.run:
+        lines = evaluate_run(options.kind, Path(options.run), given, best=options.best)
     else:
-        lines = evaluate_weights(found.kind, found.weights, found.backbone, given)
+        lines = evaluate_weights(options.kind, options.weights, options.backbone, given)
     print(*lines, sep="\n")
 
 
@@ -213,10 +219,10 @@ def _add_report(parser: _Parser) -> None:
     parser.set_defaults(parser=parser, command=_report)
 
 
-def _report(found: argparse.Namespace) -> None:
+def _report(options: argparse.Namespace) -> None:
     from selfsup_xbn.report.page import write_report
 
-    path, notes = write_report([Path(run) for run in found.runs], Path(found.out))
+    path, notes = write_report([Path(run) for run in options.runs], Path(options.out))
     print(*notes, path, sep="\n")
 
 
@@ -233,8 +239,8 @@ def _add_export(parser: _Parser) -> None:
     parser.set_defaults(parser=parser, command=_export)
 
 
-def _export(found: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> None:
     from selfsup_xbn.commands.export import export_run
 
-    out = Path(found.out) if found.out else None
-    print(*export_run(Path(found.run), found.format, out, best=found.best, overwrite=found.overwrite), sep="\n")
+    out = Path(options.out) if options.out else None
+    print(*export_run(Path(options.run), options.format, out, best=options.best, overwrite=options.overwrite), sep="\n")

@@ -149,7 +149,7 @@ def test_dry_run_prints_settings_and_cost_and_writes_nothing(tmp_path, capsys, m
     monkeypatch.chdir(tmp_path)
     assert main(["pretrain", "--recipe", "cifar10-fig2", "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert '"queue_size": 4096' in printed
+    assert '"queue_size": "4096"' in printed
     assert "78,000 in all" in printed  # 200 epochs of 390 steps
     config = RECIPES["cifar10-fig2"]
     encoder = build_encoder(config.backbone, config.dim, head=config.head, bn_splits=config.bn_splits)

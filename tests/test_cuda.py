@@ -170,7 +170,7 @@ def test_graph_equals_eager(adaptation: str) -> None:
     [
         {"adaptation": "xbn"},
         {"adaptation": "axbn", "symmetric": True},
-        {"adaptation": "xbn", "order": "classic", "momentum_schedule": "cosine"},
+        {"adaptation": "xbn", "enqueue": "after_loss", "momentum_schedule": "cosine"},
         {"adaptation": "xbn", "optimizer": "adamw", "queue_dtype": "bfloat16"},
     ],
     ids=str,

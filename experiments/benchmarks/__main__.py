@@ -52,7 +52,7 @@ from experiments.benchmarks.works import GOALS, TITLES, Goal, works
 from experiments.pictures import save_chart
 from experiments.runs import RESULTS
 from selfsup_xbn.errors import near
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
 
 Found = dict[str, dict[str, Any]]
 SITTINGS, SHORT_SECONDS = 5, 180

@@ -29,7 +29,7 @@ from selfsup_xbn.evaluation import knn, neighbours
 
 FAISS = "faiss-cpu"
 PARTS = (
-    Part(knn, "unit_rows", "queries and bank at unit length"),
+    Part(knn, "normalize_features", "queries and bank at unit length"),
     Part(neighbours, "_products", "products"),
     Part(knn, "top_k", "the k largest of each query"),
 )

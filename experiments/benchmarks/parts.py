@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
 
 REST, ALL = "all else", "all"
 WARM = 5

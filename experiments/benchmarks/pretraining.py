@@ -25,7 +25,7 @@ from experiments.runs import RESULTS
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import ImageData, Split
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
 from selfsup_xbn.training import trainer as train
 
 IMAGES, WARM_UP = 50_000, 20
@@ -48,7 +48,7 @@ def random_images(config: Config) -> ImageData:
 
 def measure(config: Config, steps: int) -> dict[str, Any]:
     """Return images per second (median of five stretches of ``steps`` steps, and all) and peak device memory in MB."""
-    with mock.patch("selfsup_xbn.training.build.data_of", random_images):
+    with mock.patch("selfsup_xbn.training.run.data_of", random_images):
         run = train.Run(config)
     cuda = run.device.type == "cuda"
     if cuda:

@@ -19,7 +19,7 @@ import torch
 
 from experiments.runs import RESULTS
 from selfsup_xbn import FeatureQueue
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
 
 SIZES, DIM, BATCH, STEPS = (10_000, 100_000, 1_000_000), 128, 128, 300
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import torch
 
+from selfsup_xbn.config.parsing import parse_validation
 from selfsup_xbn.config.schema import Config
+from selfsup_xbn.data import data_of
 from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.training import build
+from selfsup_xbn.methods.base import method_class
+from selfsup_xbn.models.encoder import random_encoder
+from selfsup_xbn.training.preflight import check_sizes
 
 DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}  # training images, known without fetching them
 
@@ -18,13 +22,13 @@ def cost_lines(config: Config) -> list[str]:
         UserError: as training would.
     """
     size, channels, images = config.image_size or 32, 3, DOWNLOADED.get(config.data)
-    if images is None:
-        data = build.data_of(config)
+    if images is None or parse_validation(config.validation):
+        data = data_of(config)
         size, channels, images = data.image_size, data.channels, len(data.train)
     images = min(images, config.limit_train or images)
-    build.check_sizes(config, images)
+    check_sizes(config, images)
     with torch.device("meta"):
-        method = build.method_of(config, build.random_encoder(config, channels, size), images)
+        method = method_class(config).from_config(config, random_encoder(config, channels, size), images)
     steps = images // config.batch_size
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())
     return [

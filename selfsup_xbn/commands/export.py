@@ -16,12 +16,13 @@ import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfsup_xbn.commands.evaluate import TrainedRun, open_run
 from selfsup_xbn.config.schema import EXPORTS
+from selfsup_xbn.data import data_of
 from selfsup_xbn.errors import UserError, require_package
-from selfsup_xbn.models.encoder import CIFAR, SMALL_BACKBONES, TIMM, Encoder
+from selfsup_xbn.models.backbones import CIFAR, SMALL_BACKBONES, TIMM
+from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.runs.folder import read_config, read_metrics
-from selfsup_xbn.training import build
+from selfsup_xbn.runs.load import TrainedRun, load_run
 from selfsup_xbn.utils import atomic
 
 
@@ -55,7 +56,7 @@ def export_run(
 def _write(folder: Path, kind: str, file: BinaryIO, best: bool) -> list[str]:
     if kind == "csv":
         return write_csv(folder, file)
-    run = open_run(folder, best)
+    run = load_run(folder, best)
     run.trained.eval()
     write = {"torchvision": write_torchvision, "safetensors": write_safetensors, "onnx": write_onnx}[kind]
     return [*write(run, file), _input_line(run)]
@@ -171,7 +172,7 @@ def _input_line(run: TrainedRun) -> str:
     """What the encoder expects to see, as far as the data set is at hand to say."""
     shape = f"input: float32 [B, {run.channels}, {run.image_size}, {run.image_size}]"
     try:
-        data = build.data_of(replace(run.config, limit_train=0))
+        data = data_of(replace(run.config, limit_train=0))
     except (UserError, OSError):
         return f"{shape}, normalised as in {run.config.data}, which is not here to ask"
     return f"{shape}, (pixel / 255 - {_shown(data.mean)}) / {_shown(data.std)} for each channel"

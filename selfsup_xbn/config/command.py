@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import fields
 from typing import Any
 
-from selfsup_xbn.config.recipes import DEFAULT_RECIPES, RECIPES
+from selfsup_xbn.config.recipes import default_recipe
 from selfsup_xbn.config.schema import Config
 
 
 def command_of(config: Config) -> list[str]:
     """Words of the command whose settings are ``config``: the options that differ from the mode's default recipe."""
-    recipe = RECIPES[DEFAULT_RECIPES[config.mode]]
+    recipe = default_recipe(config.mode)
     words = ["selfsup-xbn", config.mode]
     for item in fields(config):
         value = getattr(config, item.name)

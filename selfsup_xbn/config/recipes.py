@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from selfsup_xbn.config.registry import METHODS
 from selfsup_xbn.config.schema import Config, PretrainConfig, SuperviseConfig
 
 _DIGITS = PretrainConfig(
     backbone="convnet-digits", batch_size=64, epochs=40, lr=0.06, weight_decay=1e-4, knn_k=20, drift_every=11
 )
-_CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size=4096, epochs=200)
+_CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size="4096", epochs=200)
 
 # Tables 1 to 3 of arXiv 2303.17127. Without a path the files are looked for in a folder of that name in --data-root.
 _PAPER = SuperviseConfig(
@@ -46,3 +47,8 @@ RECIPES: dict[str, Config] = {
     "deepfashion2": replace(_PAPER, data="deepfashion2", queue_size="100%", gain_interval=10),
 }
 DEFAULT_RECIPES = {"pretrain": "digits", "supervise": "digits-disjoint"}
+
+
+def default_recipe(mode: str) -> Config:
+    """Return the settings that a mode starts from where no recipe is named."""
+    return RECIPES[DEFAULT_RECIPES[mode]] if mode in DEFAULT_RECIPES else METHODS[mode]()

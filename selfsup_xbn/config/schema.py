@@ -6,21 +6,15 @@ that the command line can answer at once.
 
 from __future__ import annotations
 
-import ast
-import contextlib
-import math
-import sys
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, fields
-from typing import Any, get_type_hints
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, get_type_hints
 
-from selfsup_xbn.errors import UserError, near
+from selfsup_xbn.config.options import check_option, option
+from selfsup_xbn.config.parsing import parse_arguments, parse_numbers, parse_rows, parse_save_interval, parse_validation
+from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS, METHODS
+from selfsup_xbn.errors import UserError
 
-DATA_HELP = (
-    "data set: digits, digits-disjoint, cifar10, cifar100, sop, inshop, deepfashion2, cars196, cub200, omniglot or "
-    "folder, with :PATH where its files are (folder:PATH holds train/ and test/)"
-)
-
+DATA_HELP = "data set: {names}; with :PATH where its files are (folder:PATH holds train/ and test/)"
 
 EXPORTS = {
     "csv": "metrics.csv",
@@ -31,32 +25,12 @@ EXPORTS = {
 """The file of each format that a run is exported to, unless another is named."""
 
 
-def option(
-    default: Any,
-    help: str,
-    *,
-    choices: Iterable[str] = (),
-    least: int | float | None = None,
-    most: int | float = float("inf"),
-    affects_results: bool = True,
-) -> Any:
-    """A field with what the command line says of it and the values that it takes."""
-    metadata = {
-        "help": help,
-        "choices": tuple(choices),
-        "least": least,
-        "most": most,
-        "affects_results": affects_results,
-    }
-    return field(default=default, metadata=metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What both modes have in common. Units: epochs, images, pixels; sizes in rows."""
+    """What all modes have in common. Units: epochs, images, pixels; sizes in rows."""
 
     # What is learned from
-    data: str = option("digits", DATA_HELP)
+    data: str = option("digits", DATA_HELP, names=DATA_SETS)
     data_root: str = option("data", "where downloaded data sets are kept", affects_results=False)
     limit_train: int = option(0, "use only this many training images, drawn with the seed; 0: all", least=0)
     image_size: int = option(0, "side of the square that the network sees; 0: the data set's own", least=0)
@@ -70,7 +44,8 @@ class Config:
     weights: str = option("", "state dict that the backbone starts from, or 'imagenet'; '': random")
 
     # The memory
-    adaptation: str = option("xbn", "what moves the queue each step", choices=("xbm", "xbn", "axbn"))
+    queue_size: str = option("1024", "rows M of the queue, or P% of the training images")
+    adaptation: str = option("xbn", "what moves the queue each step", choices=ADAPTATIONS)
     queue_dtype: str = option("float32", "storage of the queue's rows", choices=("float32", "bfloat16", "float16"))
     kalman_q: float = option(1.0, "axbn: variance of the process", least=0)
     kalman_r: float = option(0.01, "axbn: variance of an observation of one sample", least=0)
@@ -121,7 +96,27 @@ class Config:
     tensorboard: bool = option(False, "log to TensorBoard too, in the run folder", affects_results=False)
     out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
 
-    mode = "none"
+    # What a mode fixes for all of its runs
+    mode: ClassVar[str] = ""
+    """The name of the mode, a command of the command line."""
+    method: ClassVar[Any] = ""
+    """The class that is trained, or ``"module:attribute"`` where it is."""
+    evaluator: ClassVar[str] = "knn"
+    """The evaluator during training, a name in ``EVALUATORS``."""
+    views: ClassVar[int] = 1
+    """Random views of each image in a batch."""
+    labelled: ClassVar[bool] = False
+    """Whether the queue keeps labels."""
+    keeps_best: ClassVar[bool] = False
+    """Whether the best model of a run is kept in ``best.pt``, beside the last."""
+
+    # Options that only some modes have, as the other modes mean them
+    bn_splits = 1
+    images_per_class = 0
+    augmentation = ""
+    head_epochs = 0
+    head_lr = 0.0
+    validation = "0"
 
     def __post_init__(self) -> None:
         """Checks each field's type, choices and bound.
@@ -131,9 +126,10 @@ class Config:
         """
         types = get_type_hints(type(self))
         for item in fields(self):
-            _check(item.name, getattr(self, item.name), types[item.name], item.metadata)
-        numbers(self.recall_ks, "--recall-ks")
-        save_interval(self.save_every)
+            check_option(item.name, getattr(self, item.name), types[item.name], item.metadata)
+        parse_numbers(self.recall_ks, "--recall-ks")
+        parse_save_interval(self.save_every)
+        queue_rows(self, 100)
 
     @property
     def run_folder(self) -> str:
@@ -146,27 +142,38 @@ class Config:
 class PretrainConfig(Config):
     """Self-supervised pretraining with a momentum encoder and a queue (MoCo)."""
 
-    queue_size: int = option(1024, "rows M of the queue", least=1)
     bn_splits: int = option(1, "parts of a batch that BatchNorm normalises apart", least=1)
     momentum: float = option(0.99, "m of the key encoder", least=0, most=1)
     momentum_schedule: str = option(
         "constant", "m over the run: constant, or cosine up to 1", choices=("constant", "cosine")
     )
-    order: str = option(
-        "union", "union: adapt, enqueue, loss; classic: adapt, loss, enqueue", choices=("union", "classic")
+    enqueue: str = option(
+        "before_loss",
+        "when keys enter the queue: before the loss (the paper) or after it (classic MoCo)",
+        choices=("before_loss", "after_loss"),
     )
-    moments: str = option("unit", "match the moments of unit keys, or of raw ones", choices=("unit", "raw"))
+    normalize_first: bool = option(True, "match the moments of keys of unit length, not of raw ones")
     symmetric: bool = option(False, "each view is query and key in turn")
 
     mode = "pretrain"
+    method = "selfsup_xbn.methods.moco:MoCo"
+    views = 2
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if queue_rows(self, 100) == 0:
+            raise UserError(f"--queue-size: expected at least one row in mode {self.mode}, got {self.queue_size!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperviseConfig(Config):
     """Supervised metric learning with a cross-batch memory (Sec. 5.1 of arXiv 2303.17127)."""
 
-    data: str = option(
-        "digits-disjoint", "data set: digits-disjoint, sop:ROOT, inshop:ROOT, deepfashion2:ROOT, folder:PATH, ..."
+    data: str = option("digits-disjoint", DATA_HELP, names=DATA_SETS)
+    validation: str = option(
+        "0",
+        "hold out P% of the training classes and choose best.pt on them; 0: choose it on the test set, as the paper",
+        later=True,
     )
     augmentation: str = option("supervised", "family of random views: supervised, cifar, photo, digits, none")
     images_per_class: int = option(4, "images of a class in a batch", least=1)
@@ -187,6 +194,10 @@ class SuperviseConfig(Config):
     head_lr: float = option(0.001, "their learning rate (SGD)", least=0)
 
     mode = "supervise"
+    method = "selfsup_xbn.methods.metric_learning:MetricLearning"
+    evaluator = "retrieval"
+    labelled = True
+    keeps_best = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -194,115 +205,48 @@ class SuperviseConfig(Config):
             raise UserError(
                 f"--batch-size {self.batch_size}: expected a multiple of --images-per-class {self.images_per_class}"
             )
-        queue_rows(self, 100)
-        arguments(self.loss_args, "--loss-args")
-        arguments(self.miner_args, "--miner-args")
+        parse_validation(self.validation)
+        parse_arguments(self.loss_args, "--loss-args")
+        parse_arguments(self.miner_args, "--miner-args")
 
 
 def queue_rows(config: Config, images: int) -> int:
-    """Rows of the queue for a training set of so many images: ``queue_size``, or its percentage of them.
+    """Return the rows of the queue for a training set of so many images: ``queue_size``, or its percentage of them.
 
     Raises:
         UserError: it is neither a whole number nor a percentage of at most 100.
     """
-    text = str(getattr(config, "queue_size", 0)).strip()
-    try:
-        if not text.endswith("%"):
-            rows = int(text)
-        elif 0 <= float(text[:-1]) <= 100:
-            rows = math.ceil(images * float(text[:-1]) / 100)
-        else:
-            rows = -1
-    except ValueError:
-        rows = -1
-    if rows < 0:
-        raise UserError(f"--queue-size: expected a number of rows or a percentage up to 100%, got {text!r}")
-    return rows
-
-
-def save_interval(text: str) -> tuple[int, float]:
-    """What ``save_every`` says: epochs between checkpoints, or seconds; the other one is 0.
-
-    Raises:
-        UserError: it is neither a whole number of epochs nor a number of minutes with an m behind.
-    """
-    with contextlib.suppress(ValueError):
-        if text.endswith("m") and 0 < (minutes := float(text[:-1])) < math.inf:
-            return 0, 60 * minutes
-        if not text.endswith("m") and (epochs := int(text)) > 0:
-            return epochs, 0.0
-    raise UserError(f"--save-every: expected epochs from 1 on, or minutes such as 10m, got {text!r}")
-
-
-def numbers(text: str, flag: str) -> tuple[int, ...]:
-    """Whole numbers from 1 on, with commas between.
-
-    Raises:
-        UserError: anything else.
-    """
-    parts = text.split(",")
-    if not all(part.strip().isdecimal() and len(part) < 19 and int(part) > 0 for part in parts):
-        raise UserError(f"{flag}: expected whole numbers from 1 on with commas between, got {text!r}")
-    return tuple(int(part) for part in parts)
-
-
-def arguments(text: str, flag: str) -> dict[str, Any]:
-    """``name=value,name=value`` as keyword arguments; values are Python literals or, failing that, words.
-
-    Raises:
-        UserError: a part without a name or a value.
-    """
-    found: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = (piece.strip() for piece in part.partition("="))
-        if not (name.isidentifier() and equals and value):
-            raise UserError(f"{flag}: expected name=value,name=value, got {text!r}")
-        try:
-            found[name] = ast.literal_eval(value)
-        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-            found[name] = value
-    return found
-
-
-def _check(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
-    flag = "--" + name.replace("_", "-")
-    if type(value) not in ((float, int) if kind is float else (kind,)):
-        raise UserError(f"{flag}: expected {kind.__name__}, got {' '.join(repr(value).split())}")
-    if metadata["choices"] and value not in metadata["choices"]:
-        raise UserError(
-            f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}"
-        )
-    least = metadata["least"]
-    most = min(metadata["most"], sys.maxsize if kind is int else sys.float_info.max)
-    if least is not None and not least <= value <= most:
-        limit = "" if metadata["most"] == math.inf else f" and at most {metadata['most']:g}"
-        raise UserError(f"{flag}: expected a number of at least {least:g}{limit}, got {value}")
+    return parse_rows(config.queue_size, images)
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """All fields by name, with the mode: what ``config.json`` holds."""
+    """Return all fields by name, with the mode: the content of ``config.json``."""
     return {"mode": config.mode, **asdict(config)}
 
 
 def from_resolved(values: Any) -> Config:
-    """The config of a ``config.json``; keys that are no options (versions, commit) are passed over.
+    """Return the config of a ``config.json``; keys that are no options (versions, commit) are ignored.
 
-    What an older version did not know is at its default, as long as it does not change results.
+    An option that an older version did not have is at its default if it does not change results, or if the default is
+    what that version did.
 
     Raises:
         UserError: no such mode, a missing option, or a value that the option does not take.
     """
-    if not isinstance(values, dict) or values.get("mode") not in tuple(MODES):
-        raise UserError("expected a config with a mode, " + " or ".join(MODES))
-    kind = MODES[values["mode"]]
-    missing = [item.name for item in fields(kind) if item.name not in values and item.metadata["affects_results"]]
-    if missing:
-        raise UserError(f"expected the option {missing[0]!r} in the config, found none")
+    mode = values.get("mode") if isinstance(values, dict) else None
+    if not isinstance(mode, str) or mode not in METHODS:
+        raise UserError(f"expected a config with a mode, one of {', '.join(METHODS)}, got {mode!r}")
+    kind: type[Config] = METHODS[mode]
+    if type(rows := values.get("queue_size")) is int:  # as older versions of mode pretrain wrote it
+        values = values | {"queue_size": str(rows)}
+    for item in fields(kind):
+        if item.name not in values and item.metadata["affects_results"] and not item.metadata["later"]:
+            raise UserError(f"expected the option {item.name!r} in the config, found none")
     return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """``name: value of a, value of b`` for each field that changes results and differs."""
+    """Return ``name: value of a, value of b`` for each field that changes results and differs."""
     if a.mode != b.mode:
         return [f"mode: {a.mode}, {b.mode}"]
     pairs = [
@@ -311,6 +255,3 @@ def differences(a: Config, b: Config) -> list[str]:
         if item.metadata["affects_results"]
     ]
     return [f"{name}: {left!r}, {right!r}" for name, left, right in pairs if left != right]
-
-
-MODES: dict[str, type[Config]] = {"pretrain": PretrainConfig, "supervise": SuperviseConfig}

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import importlib
 import os
+from dataclasses import replace
 
-from selfsup_xbn.data.base import ImageData, Split, limit
+from selfsup_xbn.config.parsing import parse_validation
+from selfsup_xbn.config.registry import DATA_SETS
+from selfsup_xbn.config.schema import Config
+from selfsup_xbn.data.base import ImageData, Split, hold_out_classes, limit
 from selfsup_xbn.data.loader import Batch, Batches, eval_batches, raw_pixels
 from selfsup_xbn.data.sampler import ClassBalancedBatches, RandomBatches, seed_for
-from selfsup_xbn.errors import UserError, near
 
 __all__ = [
+    "DATA_SETS",
     "Batch",
     "Batches",
     "ClassBalancedBatches",
     "ImageData",
     "RandomBatches",
     "Split",
+    "data_of",
     "eval_batches",
     "limit",
     "load_data",
@@ -24,24 +28,9 @@ __all__ = [
     "seed_for",
 ]
 
-DATA_SETS = {
-    "digits": "digits",
-    "cifar10": "cifar",
-    "cifar100": "cifar",
-    "folder": "folder",
-    "digits-disjoint": "digits_disjoint",
-    "sop": "sop",
-    "inshop": "inshop",
-    "deepfashion2": "deepfashion2",
-    "cars196": "cars196",
-    "cub200": "cub200",
-    "omniglot": "omniglot",
-}
-"""The module of each data set. Its ``load(name, path, *, root, cache_bytes, workers)`` makes the data."""
-
 
 def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, workers: int | None = None) -> ImageData:
-    """The data set that ``spec`` names: ``"digits"``, ``"cifar10"``, ``"folder:PATH"``...
+    """Return the data set that ``spec`` names: ``"digits"``, ``"cifar10"``, ``"folder:PATH"``...
 
     Args:
         spec: a name, or ``name:PATH`` for files that are elsewhere than under ``root``.
@@ -53,9 +42,17 @@ def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, wo
         UserError: no such data set, or its files are missing or broken.
     """
     name, _, path = spec.partition(":")
-    if name not in DATA_SETS:
-        raise UserError(f"no data set {name!r} (choose from {', '.join(DATA_SETS)}){near(name, DATA_SETS)}")
-    module = importlib.import_module(f"selfsup_xbn.data.datasets.{DATA_SETS[name]}")
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
-    data: ImageData = module.load(name, path, root=root, cache_bytes=cache_bytes, workers=workers)
+    data: ImageData = DATA_SETS.find(name)(name, path, root=root, cache_bytes=cache_bytes, workers=workers)
     return data
+
+
+def data_of(config: Config) -> ImageData:
+    """Return the config's data set, cut to ``limit_train`` images, at ``image_size``, some classes held out."""
+    data = load_data(config.data, root=config.data_root, workers=config.workers or 1)
+    if config.limit_train:
+        data = replace(data, train=limit(data.train, config.limit_train, config.seed))
+    if share := parse_validation(config.validation):
+        train, validation = hold_out_classes(data.train, share, config.seed)
+        data = replace(data, train=train, validation=validation)
+    return replace(data, image_size=config.image_size or data.image_size)

@@ -5,6 +5,7 @@ Axis legend: N samples, C channels, H height, W width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -66,6 +67,7 @@ class ImageData:
         name: the specification that made it, e.g. ``"cifar10"`` or ``"folder:/photos"``.
         train: images to learn from.
         test: images to evaluate on; the queries where there is a ``gallery``.
+        validation: images of classes that were held out of ``train``, to choose a model on; searched in themselves.
         gallery: images that the queries are searched in; ``None``: the test set is searched in itself, self left out.
         classes: name of each label.
         disjoint: the test classes are not among the training classes (retrieval benchmarks).
@@ -79,6 +81,7 @@ class ImageData:
     train: Split
     test: Split
     gallery: Split | None = None
+    validation: Split | None = None
     classes: Sequence[str] = ()
     disjoint: bool = False
     image_size: int = 32
@@ -105,3 +108,26 @@ def limit(split: Split, count: int, seed: int) -> Split:
         return split
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
     return split.subset(order[:count].sort().values)
+
+
+def hold_out_classes(split: Split, share: float, seed: int) -> tuple[Split, Split]:
+    """Return the samples of most classes and those of ``share`` of the classes, drawn with the seed.
+
+    Args:
+        split: samples of C classes.
+        share: of the classes to hold out, above 0 and below 1; their number is rounded up.
+        seed: of the draw.
+
+    Raises:
+        UserError: fewer than two classes are held out, or fewer than two are left.
+    """
+    classes = split.labels.unique()
+    count = math.ceil(len(classes) * share)
+    if not 2 <= count <= len(classes) - 2:
+        raise UserError(
+            f"--validation holds out {count} of {len(classes)} training classes: give a share that holds out at least "
+            "2 and leaves at least 2"
+        )
+    drawn = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))[:count]
+    held_out = torch.isin(split.labels, classes[drawn])
+    return split.subset((~held_out).nonzero().flatten()), split.subset(held_out.nonzero().flatten())

@@ -3,7 +3,7 @@
 Everything random in a batch is a pure function of (seed, epoch, step, position in the batch, view). So a run that
 resumes at any step, with any number of workers, sees the very same views.
 
-Axis legend: B batch, b this process's part of it, C channels, N samples, S the view's side, F features.
+Axis legend: B batch, b this process's shard of it, C channels, N samples, S the view's side, F features.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data.augmentations import Views, memory_views
 from selfsup_xbn.data.base import ImageData, Split
 from selfsup_xbn.data.files import EvalFile, RandomFile, SmallFile, fit
 from selfsup_xbn.data.image_ops import normalize
-from selfsup_xbn.data.sampler import Sampler, seed_for
+from selfsup_xbn.data.sampler import ClassBalancedBatches, RandomBatches, Sampler, seed_for
 from selfsup_xbn.data.workers import ParallelReader
-from selfsup_xbn.utils.distributed import part
+from selfsup_xbn.utils.distributed import shard_slice
 
 RAW_SIDE = 32
 PIECE = 128
@@ -31,7 +32,7 @@ PIECE = 128
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One step's input, on the device: labels and numbers in the split of its B samples, and views of those b of them
-    that are this process's part."""
+    that are this process's shard."""
 
     views: tuple[Float[Tensor, "b C S S"], ...]
     labels: Int64[Tensor, "B"]
@@ -48,7 +49,7 @@ class Batches:
         views: random views of each sample.
         sampler: which samples make up each batch.
         workers: processes that read files; in memory unused.
-        shard: (rank, world): views of the rank's ``part`` of each batch only, the same as in the whole batch.
+        shard: (rank, world): views of the rank's shard of each batch only, the same as in the whole batch.
 
     Raises:
         UserError: no such family.
@@ -69,16 +70,36 @@ class Batches:
     ) -> None:
         self.sampler, self.device, self.seed = sampler, torch.device(device), seed
         self.labels = split.labels.to(self.device)
-        self.part = part(sampler.batch_size, shard)
+        self.shard = shard_slice(sampler.batch_size, shard)
         self._source: _MemoryViews | _FileViews
         if split.images is not None:
             family = memory_views(augmentation, data)
             self._source = _MemoryViews(
-                split.images.to(self.device), family, views, seed, sampler.batch_size, self.part
+                split.images.to(self.device), family, views, seed, sampler.batch_size, self.shard
             )
         else:
             function = RandomFile(split, augmentation, data, seed, views)
-            self._source = _FileViews(function, workers, self.device, self.part.start)
+            self._source = _FileViews(function, workers, self.device, self.shard.start)
+
+    @classmethod
+    def from_config(
+        cls, config: Config, data: ImageData, device: torch.device, shard: tuple[int, int] = (0, 1)
+    ) -> Batches:
+        """Return the batches that a run of ``config`` trains on: the mode's views of the training images."""
+        sampler: Sampler = RandomBatches(len(data.train), config.batch_size)
+        if config.images_per_class:
+            sampler = ClassBalancedBatches(data.train.labels, config.batch_size, config.images_per_class)
+        return cls(
+            data.train,
+            config.augmentation or data.augmentation,
+            data=data,
+            views=config.views,
+            sampler=sampler,
+            device=device,
+            seed=config.seed,
+            workers=config.workers,
+            shard=shard,
+        )
 
     def __len__(self) -> int:
         return len(self.sampler)
@@ -87,7 +108,7 @@ class Batches:
         """The batches of an epoch, counted from 0, from step ``start`` on."""
         plan = self.sampler.epoch(self.seed, epoch)
         index = plan.to(self.device)
-        for step, views in enumerate(self._source.epoch(plan[:, self.part], epoch, start), start):
+        for step, views in enumerate(self._source.epoch(plan[:, self.shard], epoch, start), start):
             yield Batch(views, self.labels[index[step]], index[step])
 
 
@@ -100,7 +121,7 @@ class _MemoryViews:
     views: int
     seed: int
     batch_size: int
-    part: slice
+    shard: slice
 
     def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         index, generator = plan.to(self.images.device), torch.Generator(self.images.device)
@@ -113,9 +134,9 @@ class _MemoryViews:
             yield torch.cat([self.family(*part) for part in pieces]).chunk(self.views)
 
     def _uniform(self, generator: torch.Generator) -> Float[Tensor, "rows P"]:
-        """Random numbers for this part of the batch: drawn for the whole of it, so that they are the same numbers."""
+        """Random numbers for this shard of the batch: drawn for the whole of it, so that they are the same numbers."""
         shape = self.views, self.batch_size, self.family.numbers
-        return torch.rand(shape, generator=generator, device=generator.device)[:, self.part].flatten(0, 1)
+        return torch.rand(shape, generator=generator, device=generator.device)[:, self.shard].flatten(0, 1)
 
 
 class _FileViews:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from selfsup_xbn.evaluation.features import evaluating
 from selfsup_xbn.memory.adaptation import Moments
-from selfsup_xbn.utils.distributed import gather, part
+from selfsup_xbn.utils.distributed import gather, shard_slice
 
 
 class Drift(NamedTuple):
@@ -36,14 +36,14 @@ class FeatureDrift:
     Args:
         encoder: images to embeddings [B, D], normalised here; a module, a module's method, or any other callable.
         images: the batch to watch, as the encoder takes it; it costs a forward pass per update. Several processes
-            embed a part of it each, and all must call ``update``.
+            embed a shard of it each, and all must call ``update``.
     """
 
     def __init__(
         self, encoder: Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B D"]], images: Float[Tensor, "B C H W"]
     ) -> None:
         self.encoder = encoder
-        self.images, self.count = images[part(len(images))], len(images)
+        self.images, self.count = images[shard_slice(len(images))], len(images)
         self.previous: Tensor | None = None
 
     @torch.no_grad()

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Int64
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation.neighbours import similarity_blocks, top_k, unit_rows
+from selfsup_xbn.evaluation.neighbours import normalize_features, similarity_blocks, top_k
 
 
 @torch.no_grad()
@@ -46,7 +46,11 @@ def knn_classify(
     """
     _check(queries, bank, labels, num_classes, k, temperature, exclude_self)
     k = _clamp(k, len(bank) - exclude_self)
-    queries, bank, labels = unit_rows(queries, "queries"), unit_rows(bank, "bank"), labels.long().to(bank.device)
+    queries, bank, labels = (
+        normalize_features(queries, "queries"),
+        normalize_features(bank, "bank"),
+        labels.long().to(bank.device),
+    )
     predicted = labels.new_empty(len(queries))
     for rows, similarities in similarity_blocks(queries, bank):
         if exclude_self:

@@ -27,7 +27,7 @@ class Largest(NamedTuple):
     columns: Int64[Tensor, "B k"]
 
 
-def unit_rows(features: Float[Tensor, "N D"], name: str) -> Float32[Tensor, "N D"]:
+def normalize_features(features: Float[Tensor, "N D"], name: str) -> Float32[Tensor, "N D"]:
     """``features`` as float32 rows of length 1; rows of zeros stay zeros.
 
     Raises:

@@ -21,7 +21,7 @@ from jaxtyping import Float, Float32, Int, Int64
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation.neighbours import similarity_blocks, top_k, unit_rows
+from selfsup_xbn.evaluation.neighbours import normalize_features, similarity_blocks, top_k
 
 
 class _Ranking(NamedTuple):
@@ -107,7 +107,7 @@ def _rankings(
 def _sorted_by_class(features: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
     """Unit rows in the order of their labels: the matches of a block of queries then lie in a few columns."""
     labels, order = labels.to(features.device, torch.int64).sort()
-    return unit_rows(features, name)[order], labels
+    return normalize_features(features, name)[order], labels
 
 
 def _split(similarities: Tensor, first: Tensor, stop: Tensor, relevant: Tensor) -> _Ranking:

@@ -1,31 +1,29 @@
 """Supervised metric learning with a cross-batch memory: XBM (arXiv 1912.06798), XBN and AXBN (arXiv 2303.17127).
 
-Axis legend: B batch, b this process's part of it, C channels, S side of an image, D dimensions, M queue rows.
+Axis legend: B batch, b this process's shard of it, C channels, S side of an image, D dimensions, M queue rows.
 """
 
 from __future__ import annotations
 
-import inspect
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from pytorch_metric_learning import losses as pml_losses
-from pytorch_metric_learning import miners as pml_miners
-from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
-from torch import Tensor, nn
+from torch import Tensor
 
-from selfsup_xbn.config.schema import SuperviseConfig, arguments
-from selfsup_xbn.errors import UserError, near
+from selfsup_xbn.config.parsing import parse_arguments
+from selfsup_xbn.config.schema import Config, SuperviseConfig
+from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.methods.base import Method, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.utils.distributed import gather
 
 
 @runtime_checkable
-class PairLoss(Protocol):
+class MemoryLoss(Protocol):
     """A loss of a batch against the queue, its own rows left out, or, without a queue, in the batch."""
 
     def __call__(
@@ -33,11 +31,11 @@ class PairLoss(Protocol):
         embeddings: Float[Tensor, "B D"],
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
-        own_slots: Int64[Tensor, "B"] | None = None,
+        self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]: ...
 
 
-class MetricLearning(nn.Module):
+class MetricLearning(Method):
     """One encoder, unit embeddings, and a memory of them.
 
     A step is: embed, adapt the memory to the batch, enqueue the batch, loss of the batch against the memory with each
@@ -55,7 +53,7 @@ class MetricLearning(nn.Module):
         self,
         encoder: Encoder,
         queue: FeatureQueue | None,
-        loss: PairLoss,
+        loss: MemoryLoss,
         *,
         batch_loss_weight: float = 0.0,
         memory_start: int = 0,
@@ -65,6 +63,18 @@ class MetricLearning(nn.Module):
         self.queue = queue
         self.loss = loss
         self.batch_loss_weight, self.memory_start = batch_loss_weight, memory_start
+
+    @classmethod
+    def from_config(cls, config: Config, encoder: Encoder, images: int) -> MetricLearning:
+        """Return the method with the config's settings, for a training set of so many images."""
+        assert isinstance(config, SuperviseConfig)
+        return cls(
+            encoder,
+            queue_from_config(config, images),
+            make_loss(config),
+            batch_loss_weight=config.batch_loss_weight,
+            memory_start=config.memory_start,
+        )
 
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
@@ -103,59 +113,27 @@ class SupCon:
         embeddings: Float[Tensor, "B D"],
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
-        own_slots: Int64[Tensor, "B"] | None = None,
+        self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]:
-        return sup_con(embeddings, labels, queue, temperature=self.temperature, miner=self.miner, own_slots=own_slots)
+        return sup_con(
+            embeddings, labels, queue, temperature=self.temperature, miner=self.miner, own_slots=self_indices
+        )
 
 
-class PeerLoss:
-    """Any pair or triplet loss and miner of pytorch-metric-learning, through its ``ref_emb``."""
-
-    def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
-        self.loss, self.miner = loss, miner
-
-    def __call__(
-        self,
-        embeddings: Float[Tensor, "B D"],
-        labels: Int64[Tensor, "B"],
-        queue: FeatureQueue | None = None,
-        own_slots: Int64[Tensor, "B"] | None = None,
-    ) -> Float[Tensor, ""]:
-        if queue is None:
-            return self.loss(embeddings, labels, self.miner(embeddings, labels) if self.miner else None)
-        assert queue.labels is not None
-        rows = queue.features().to(embeddings.dtype)
-        row_labels = queue.labels[: len(rows)]
-        if self.miner:
-            pairs = self.miner(embeddings, labels, rows, row_labels)
-        else:
-            pairs = pml_pairs.get_all_pairs_indices(labels, row_labels)
-        if own_slots is not None:
-            pairs = _without_self(pairs, own_slots)
-        return self.loss(embeddings, labels, pairs, rows, row_labels)
-
-
-def _without_self(pairs: tuple[Tensor, ...], own_slots: Int64[Tensor, "B"]) -> tuple[Tensor, ...]:
-    """Pairs (a, p, a, n) or triplets (a, p, n) whose positive is not the anchor's own row."""
-    anchor, positive, *negative = pairs
-    others = positive != own_slots[anchor]
-    return (anchor[others], positive[others], *(negative if len(pairs) == 4 else [negative[0][others]]))
-
-
-def make_loss(config: SuperviseConfig) -> PairLoss:
-    """The loss that the config names: the project's own where it has one, else pytorch-metric-learning's.
+def make_loss(config: SuperviseConfig) -> MemoryLoss:
+    """Return the loss that the config names: the project's own where it has one, else pytorch-metric-learning's.
 
     Raises:
         UserError: no such loss or miner, or arguments that it does not take.
     """
     own_miners = {"none", "PairMarginMiner"}
-    miner_args = arguments(config.miner_args, "--miner-args")
+    miner_args = parse_arguments(config.miner_args, "--miner-args")
     if config.loss == "SupConLoss" and config.miner in own_miners:
-        loss_args = arguments(config.loss_args, "--loss-args")
-        temperature = _number(loss_args.pop("temperature", config.temperature), "--loss-args: temperature")
+        loss_args = parse_arguments(config.loss_args, "--loss-args")
+        temperature = _positive(loss_args.pop("temperature", config.temperature), "--loss-args: temperature")
         margins = {
-            "positive": _number(miner_args.pop("pos_margin", 0.2), "--miner-args: pos_margin"),
-            "negative": _number(miner_args.pop("neg_margin", 0.8), "--miner-args: neg_margin"),
+            "positive": _positive(miner_args.pop("pos_margin", 0.2), "--miner-args: pos_margin"),
+            "negative": _positive(miner_args.pop("neg_margin", 0.8), "--miner-args: neg_margin"),
         }
         if left := [*loss_args, *(miner_args if config.miner != "none" else ())]:
             raise UserError(
@@ -164,29 +142,13 @@ def make_loss(config: SuperviseConfig) -> PairLoss:
         return SupCon(
             temperature, None if config.miner == "none" else PairMargin(**margins, distance=config.miner_distance)
         )
-    supported = pml_losses.CrossBatchMemory.supported_losses()
-    if config.loss not in supported:
-        known = ", ".join(supported)
-        raise UserError(
-            f"--loss: no loss against a memory named {config.loss!r}{near(config.loss, supported)}; choose from {known}"
-        )
-    loss = _from_pml(pml_losses, config.loss, arguments(config.loss_args, "--loss-args"), "--loss")
-    if config.miner == "none":
-        return PeerLoss(loss, None)
-    return PeerLoss(loss, _from_pml(pml_miners, config.miner, miner_args, "--miner"))
+    from selfsup_xbn.methods.pml_loss import make_pml_loss  # loads pytorch-metric-learning
+
+    miner = "" if config.miner == "none" else config.miner
+    return make_pml_loss(config.loss, parse_arguments(config.loss_args, "--loss-args"), miner, miner_args)
 
 
-def _number(value: Any, what: str) -> float:
+def _positive(value: Any, option: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
-        raise UserError(f"{what}: expected a number above 0, got {value!r}")
+        raise UserError(f"{option}: expected a number above 0, got {value!r}")
     return float(value)
-
-
-def _from_pml(module: Any, name: str, given: dict[str, Any], flag: str) -> nn.Module:
-    names = [other for other, kind in vars(module).items() if inspect.isclass(kind) and not other.startswith("Base")]
-    if name not in names:
-        raise UserError(f"{flag}: pytorch-metric-learning has no {name!r}{near(name, names)}")
-    try:
-        return getattr(module, name)(**given)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{flag}-args: {name} does not take {given}: {error}") from None

@@ -5,20 +5,18 @@ Axis legend: B batch, C channels, S side of the square images in pixels, F featu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from itertools import pairwise
+from typing import Literal
 
 import torch
-import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from selfsup_xbn.errors import UserError, near
+from selfsup_xbn.config.schema import Config
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.models.backbones import build_backbone, require_known
+from selfsup_xbn.models.heads import HEADS
 from selfsup_xbn.models.split_batch_norm import SplitBatchNorm2d, split_batch_norms
-
-TIMM = "timm:"
-CIFAR = "-cifar"
+from selfsup_xbn.utils.distributed import world
 
 
 class Encoder(nn.Module):
@@ -75,11 +73,11 @@ def build_encoder(
         UserError: unknown name, an image size that the backbone cannot take, weights that cannot be fetched, or
             ``bn_splits`` for a backbone without plain BatchNorm.
     """
-    _require_known(head, HEADS, "head")
+    require_known(head, HEADS, "head")
     if weights is not None:
-        _require_known(weights, ["imagenet"], "weights")
+        require_known(weights, ["imagenet"], "weights")
     try:
-        network = _build_backbone(backbone, channels, image_size, weights)
+        network = build_backbone(backbone, channels, image_size, weights)
         feature_dim = _feature_dim(network, channels, image_size)
     except UserError:
         raise
@@ -91,96 +89,22 @@ def build_encoder(
     return Encoder(network, HEADS[head](feature_dim, dim), feature_dim, dim)
 
 
-def _build_backbone(name: str, channels: int, image_size: int, weights: str | None) -> nn.Module:
-    if weights is not None and (name in SMALL_BACKBONES or name.endswith(CIFAR)):
-        raise UserError(f"there are no {weights} weights for {name!r}; give a file: --weights FILE")
-    if name in SMALL_BACKBONES:
-        return SMALL_BACKBONES[name](channels).to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
-    build = _timm if name.startswith(TIMM) else _torchvision
-    return build(name, channels, image_size, weights)
+def random_encoder(
+    config: Config, channels: int, image_size: int, weights: Literal["imagenet"] | None = None
+) -> Encoder:
+    """Return the config's network for images of ``channels`` and ``image_size``, with random or ImageNet weights.
 
-
-# ---------------------------------------------------------------- torchvision and timm
-
-
-def _torchvision_names() -> list[str]:
-    """Names of torchvision's classification models whose classifier ends in one linear layer."""
-    headless = ("googlenet", "inception", "squeezenet")
-    return [n for n in torchvision.models.list_models(torchvision.models) if not n.startswith(headless)]
-
-
-def _torchvision(name: str, channels: int, image_size: int, weights: str | None) -> nn.Module:
-    known = _torchvision_names()
-    resnets = [n + CIFAR for n in known if n.startswith(("resnet", "resnext", "wide_resnet"))]
-    _require_known(name, [*SMALL_BACKBONES, *known, *resnets], "backbone")
-    if weights is not None and channels != 3:
-        raise UserError(f"the {weights} weights of {name!r} are for 3 channels, got {channels}; try {TIMM + name!r}")
-    size = {"image_size": image_size} if name.startswith("vit_") else {}
-    model = _with_weights(
-        lambda tag: torchvision.models.get_model(name.removesuffix(CIFAR), weights=tag, **size),
-        weights and "DEFAULT",
-        name,
+    Each of several processes has its share of ``bn_splits``: BatchNorm then sees the parts that one process would see.
+    """
+    return build_encoder(
+        config.backbone,
+        config.dim,
+        channels=channels,
+        image_size=image_size,
+        head=config.head,
+        bn_splits=max(1, config.bn_splits // world()),
+        weights=weights,
     )
-    if name.endswith(CIFAR):
-        _use_small_stem(model)
-    if channels != 3:
-        _replace_first_conv(model, channels)
-    _remove_classifier(model)
-    return model
-
-
-def _timm(name: str, channels: int, image_size: int, weights: str | None) -> nn.Module:
-    import timm
-
-    short = name.removeprefix(TIMM)
-    if not timm.is_model(short):
-        _require_known(name, [TIMM + n for n in timm.list_models()], "backbone")
-    model = _with_weights(
-        lambda tag: timm.create_model(short, pretrained=tag is not None, num_classes=0, in_chans=channels),
-        weights,
-        name,
-    )
-    resize = getattr(model, "set_input_size", None)
-    if resize is not None:
-        resize(img_size=image_size)
-    return model
-
-
-def _with_weights(build: Callable[[str | None], nn.Module], weights: str | None, name: str) -> nn.Module:
-    """``build(weights)``; whatever goes wrong with weights to fetch is one line for the user."""
-    if weights is None:
-        return build(None)
-    try:
-        return build(weights)
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
-        raise UserError(f"no ImageNet weights for {name!r} ({reason}); give a file: --weights FILE") from error
-
-
-def _use_small_stem(resnet: nn.Module) -> None:
-    """3x3 stride-1 stem and no max-pool, initialised as the MoCo CIFAR-10 notebook does (PyTorch's default)."""
-    resnet.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
-    resnet.maxpool = nn.Identity()
-
-
-def _replace_first_conv(model: nn.Module, channels: int) -> None:
-    """The first convolution again, at random, with ``channels`` inputs."""
-    name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
-    fresh = nn.Conv2d(
-        channels,
-        conv.out_channels,
-        conv.kernel_size,  # type: ignore[arg-type]
-        conv.stride,  # type: ignore[arg-type]
-        conv.padding,  # type: ignore[arg-type]
-        bias=conv.bias is not None,
-    )
-    model.set_submodule(name, fresh)
-
-
-def _remove_classifier(model: nn.Module) -> None:
-    """The last linear layer becomes the identity; all other names stay."""
-    name = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
-    model.set_submodule(name, nn.Identity())
 
 
 def _split_norms(network: nn.Module, splits: int, name: str) -> None:
@@ -195,65 +119,3 @@ def _feature_dim(network: nn.Module, channels: int, image_size: int) -> int:
     features = network.eval()(torch.zeros(1, channels, image_size, image_size))
     network.train()
     return features.shape[1]
-
-
-def _require_known(name: str, known: Iterable[str], what: str) -> None:
-    choices = list(known)
-    if name in choices:
-        return
-    raise UserError(f"no {what} named {name!r}{near(name, choices, likeness=0.0)}")
-
-
-# ---------------------------------------------------------------- small backbones
-
-
-def _convnet(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """3x3 convolutions with BatchNorm and ReLU, each but the last max-pooled; then the mean over pixels.
-
-    The max-pool stands before BatchNorm and ReLU: these then see a quarter of the pixels (1.35 times as fast a step).
-    """
-    blocks = [
-        nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(o), nn.ReLU())
-        for i, o in pairwise((channels, *widths))
-    ]
-    blocks[-1][1] = nn.Identity()
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-def _conv4(channels: int) -> nn.Sequential:
-    """Few-shot learning's four blocks of 64 channels (Vinyals et al., arXiv 1606.04080), from 16 x 16 on."""
-    blocks = [
-        nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
-        for width in (channels, 64, 64, 64)
-    ]
-    return nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-
-
-SMALL_BACKBONES: dict[str, Callable[[int], nn.Module]] = {
-    "conv4-64": _conv4,
-    "convnet4": lambda channels: _convnet(channels, (32, 64, 128, 256)),
-    "convnet-digits": lambda channels: _convnet(channels, (32, 64, 128)),
-}
-
-
-# ---------------------------------------------------------------- heads
-
-
-class UnitLength(nn.Module):
-    """Rows of Euclidean length 1."""
-
-    def forward(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        return F.normalize(z)
-
-
-HEADS: dict[str, Callable[[int, int], nn.Module]] = {
-    # MoCo v1 (arXiv 1911.05722) and v2 (arXiv 2003.04297)
-    "linear": lambda features, dim: nn.Linear(features, dim),
-    "mlp": lambda features, dim: nn.Sequential(
-        nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, dim)
-    ),
-    # Table 3 of the paper; the L2 normalisation of "l2" is the method's own
-    "l2": lambda features, dim: nn.Linear(features, dim),
-    "l2+ln": lambda features, dim: nn.Sequential(nn.Linear(features, dim), UnitLength(), nn.LayerNorm(dim)),
-    "l2+bn": lambda features, dim: nn.Sequential(nn.Linear(features, dim), UnitLength(), nn.BatchNorm1d(dim)),
-}

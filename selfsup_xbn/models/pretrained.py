@@ -18,9 +18,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.runs.checkpoint import read_values
+from selfsup_xbn.models.encoder import Encoder, random_encoder
+from selfsup_xbn.utils.safe_loading import read_values
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
         unexpected=tuple(alias for alias in under if alias not in names),
         outside=len(tensors) - len(under),
     )
+
+
+def initial_encoder(config: Config, channels: int, image_size: int) -> Encoder:
+    """Return the network that training starts from: with random weights, ImageNet's, or a file's.
+
+    Of a file it prints which tensors fitted.
+    """
+    if config.weights in ("", "imagenet"):
+        return random_encoder(config, channels, image_size, "imagenet" if config.weights else None)
+    encoder = random_encoder(config, channels, image_size)
+    print(*load_weights(encoder, config.weights).lines(), sep="\n")
+    return encoder
 
 
 # ---------------------------------------------------------------- reading

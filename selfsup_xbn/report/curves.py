@@ -6,31 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+from selfsup_xbn.evaluation.summary import comparison_table, latest, panels
 from selfsup_xbn.runs.folder import read_config, read_metrics
-
-PANELS = (
-    ("loss", {"loss": "loss"}),
-    (
-        "k-NN top-1 (%)",
-        {
-            "knn_top1": "projection",
-            "knn_top1_backbone": "backbone",
-            "knn_top1_untrained": "projection, untrained",
-            "knn_top1_backbone_untrained": "backbone, untrained",
-            "knn_top1_raw_pixels": "raw pixels",
-        },
-    ),
-    (
-        "Recall@1 (%)",
-        {"recall@1": "trained", "recall@1_untrained": "untrained", "recall@1_raw_pixels": "raw pixels"},
-    ),
-    ("feature drift (Eq. 5)", {"drift": "mean", "drift_max": "maximum"}),
-    (
-        "moments: queue against batch (std)",
-        {"gap_mean_before": "mean, before", "gap_mean_after": "mean, after"},
-    ),
-    ("Kalman gain", {"gain": "gain"}),
-)
 
 
 def draw_curves(folder: Path) -> Path:
@@ -39,11 +16,12 @@ def draw_curves(folder: Path) -> Path:
     from matplotlib.figure import Figure
 
     config, records = read_config(folder), read_metrics(folder)
-    panels = [(title, keys) for title, keys in PANELS if any(key in record for key in keys for record in records)]
-    figure = Figure(figsize=(4.5 * len(panels), 3.6), layout="constrained")
+    logged = {key for record in records for key in record}
+    shown = [(title, keys) for title, keys in panels().items() if logged & keys.keys()]
+    figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle(f"{config.mode} on {config.data}, {config.adaptation}, seed {config.seed}")
-    for axes, (title, keys) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+    for axes, (title, keys) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for color, (key, label) in enumerate(keys.items()):
             _curve(axes, points_of(records, key), label, f"C{color}")
         axes.set(title=title, xlabel="epoch")
@@ -78,45 +56,7 @@ def _curve(axes: Any, points: Points, label: str, color: str) -> None:
         axes.plot(*zip(*points, strict=True), label=label, color=color, marker="." if len(points) < 40 else None)
 
 
-COLUMNS = {
-    "knn_top1": "k-NN, projection",
-    "knn_top1_backbone": "k-NN, backbone",
-    "recall@1": "Recall@1",
-    "recall@10": "Recall@10",
-    "recall@100": "Recall@100",
-    "recall@1000": "Recall@1000",
-    "r_precision": "R-precision",
-    "map@r": "MAP@R",
-}
-"""Values that a probe may give, as a reader knows them; all in percent."""
-
-
-def comparison_table(found: dict[str, Any]) -> list[str]:
-    """Rows raw pixels, untrained encoder, trained encoder; a column for each value that was measured, in percent."""
-    names = [name for name in COLUMNS if name in found]
-    lines = [f"{'percent':<20}" + "".join(f"{COLUMNS[name]:>18}" for name in names)]
-    for row, values in comparison_rows(found, names).items():
-        lines.append(f"{row:<20}" + "".join(f"{'-':>18}" if v is None else f"{v:>18.2f}" for v in values))
-    return lines
-
-
-def comparison_rows(found: dict[str, Any], names: list[str]) -> dict[str, list[float | None]]:
-    """The values ``names`` of raw pixels, untrained encoder and trained encoder; ``None`` where there is none."""
-    rows = {"raw pixels": "_raw_pixels", "untrained encoder": "_untrained", "trained encoder": ""}
-    # Pixels have no projection apart from a backbone: their one k-NN stands in both columns.
-    return {
-        row: [found.get(name + suffix, found.get(name.removesuffix("_backbone") + suffix)) for name in names]
-        for row, suffix in rows.items()
-    }
-
-
-def latest(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last number of each key, or ``None`` where it was not finite."""
-    known = int | float | None
-    return {key: value for record in records for key, value in record.items() if isinstance(value, known)}
-
-
 def result_lines(folder: Path) -> list[str]:
-    """What a finished run found, and where it is."""
+    """Return the results of a finished run, and the names of its files."""
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     return ["", *comparison_table(latest(read_metrics(folder))), "", f"run folder: {folder}  ({files})"]

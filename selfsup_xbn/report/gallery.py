@@ -16,13 +16,15 @@ from torch import Tensor
 
 from selfsup_xbn.data import ImageData, Split
 from selfsup_xbn.data.files import EvalFile
-from selfsup_xbn.evaluation.evaluators import RetrievalProbe
+from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
 from selfsup_xbn.models.encoder import Encoder
 
 BLOCK = 1024
 
 
-def draw_gallery(folder: Path, probe: RetrievalProbe, encoder: Encoder, rows: int = 10, nearest: int = 5) -> Path:
+def draw_gallery(
+    folder: Path, evaluator: RetrievalEvaluator, encoder: Encoder, rows: int = 10, nearest: int = 5
+) -> Path:
     """Draws ``retrieval.png``: a row for each of ten queries, with its nearest images framed green or red.
 
     Half of the rows are the hardest mistakes, where a wrong image leads the best right one by most; the others are
@@ -31,8 +33,8 @@ def draw_gallery(folder: Path, probe: RetrievalProbe, encoder: Encoder, rows: in
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    data = probe.data
-    shown = nearest_images(probe.embeddings(encoder), data, rows, nearest)
+    data = evaluator.data
+    shown = nearest_images(evaluator.embeddings(encoder), data, rows, nearest)
     columns = 1 + len(shown[0].nearest)
     figure = Figure(figsize=(1.2 * columns, 1.25 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)

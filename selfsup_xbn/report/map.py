@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from selfsup_xbn.evaluation.neighbours import unit_rows
+from selfsup_xbn.evaluation.neighbours import normalize_features
 
 METHOD = "t-SNE"
 
@@ -35,7 +35,7 @@ def plane_of(embeddings: Float[Tensor, "N D"]) -> Float32[Tensor, "N 2"]:
     """
     from sklearn.manifold import TSNE
 
-    rows = unit_rows(embeddings, "embeddings").cpu().numpy()
+    rows = normalize_features(embeddings, "embeddings").cpu().numpy()
     if len(rows) < 4:  # too few to have neighbours
         return torch.linspace(0, 1, len(rows))[:, None].expand(-1, 2).contiguous()
     start = "pca" if rows.shape[1] > 1 else "random"

@@ -14,17 +14,17 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from selfsup_xbn.commands.evaluate import open_run
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.schema import Config, PretrainConfig, queue_rows, resolved
-from selfsup_xbn.data import ImageData
+from selfsup_xbn.data import ImageData, data_of
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.evaluation.summary import columns, comparison_rows, latest, panels
 from selfsup_xbn.report import map as embedding_map
-from selfsup_xbn.report.curves import COLUMNS, PANELS, Points, comparison_rows, is_baseline, latest, points_of
+from selfsup_xbn.report.curves import Points, is_baseline, points_of
 from selfsup_xbn.report.line_plot import Curve, Plot, line_plot
 from selfsup_xbn.report.thumbnails import Pictures, draw_pictures
 from selfsup_xbn.runs.folder import read_config, read_environment, read_metrics
-from selfsup_xbn.training import build
+from selfsup_xbn.runs.load import load_run
 from selfsup_xbn.utils.atomic import replacing
 
 NAME = "index.html"
@@ -112,7 +112,7 @@ def _entry(folder: Path, name: str, color: str) -> RunEntry:
 
 def _with_pictures(run: RunEntry) -> RunEntry:
     try:
-        trained = open_run(run.folder)
+        trained = load_run(run.folder)
         return replace(run, pictures=draw_pictures(trained, _data(run.config, trained.image_size)))
     except (UserError, OSError) as error:
         return replace(run, note=f"no pictures ({' '.join(str(error).split())})")
@@ -125,7 +125,7 @@ def _data(config: Config, image_size: int) -> ImageData:
     )
 
 
-_load = lru_cache(maxsize=2)(build.data_of)
+_load = lru_cache(maxsize=2)(data_of)
 
 
 # ---------------------------------------------------------------- what the page shows
@@ -141,8 +141,8 @@ def _page(runs: list[RunEntry]) -> str:
         runs=runs,
         settings=settings,
         differences=[row for row in settings if row.name != "out" and any(row.differs)],
-        plots=[plot for title, keys in PANELS if (plot := _plot(title, keys, runs))],
-        columns=[COLUMNS[name] for name in _measured(runs)],
+        plots=[plot for title, keys in panels().items() if (plot := _plot(title, keys, runs))],
+        columns=[columns()[name] for name in _measured(runs)],
         results=[(run, _results(run, _measured(runs))) for run in runs],
         versions=_table([run.environment for run in runs]),
         map_method=embedding_map.METHOD,
@@ -185,7 +185,7 @@ def _curves(found: Sequence[tuple[RunEntry, Points]], label: str, dash: str, acr
 
 def _measured(runs: list[RunEntry]) -> list[str]:
     """The values of the results table that any run has."""
-    return [name for name in COLUMNS if any(points_of(run.records, name) for run in runs)]
+    return [name for name in columns() if any(points_of(run.records, name) for run in runs)]
 
 
 def _results(run: RunEntry, names: list[str]) -> dict[str, list[str]]:

@@ -11,13 +11,13 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from selfsup_xbn.commands.evaluate import TrainedRun
 from selfsup_xbn.data import ImageData, Split
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation.evaluators import RetrievalProbe
+from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
 from selfsup_xbn.report.gallery import image_pixels, nearest_images
 from selfsup_xbn.report.map import first_of_each, plane_of, spread_classes
-from selfsup_xbn.training import build
+from selfsup_xbn.runs.load import TrainedRun
+from selfsup_xbn.utils.device import device_of
 
 SEARCHED, A_CLASS = 2000, 20
 """Images that a gallery is searched in, about; images of a class that are taken at least, if there are so many."""
@@ -60,9 +60,9 @@ def draw_pictures(run: TrainedRun, data: ImageData) -> Pictures:
     """
     if data.channels != run.channels:
         raise UserError(f"{data.name} has {data.channels} channels, and the run's network takes {run.channels}")
-    few, device = _some(data), build.device_of("auto")
-    probe = RetrievalProbe(few, device=device, workers=run.config.workers)
-    embeddings = [part.cpu() for part in probe.embeddings(run.trained.to(device))]
+    few, device = _some(data), device_of("auto")
+    evaluator = RetrievalEvaluator(few, device=device, workers=run.config.workers)
+    embeddings = [part.cpu() for part in evaluator.embeddings(run.trained.to(device))]
     dots, classes = _map(embeddings[0], few)
     searched = few.gallery or few.test
     return Pictures(_gallery(embeddings, few), len(searched), len(data.gallery or data.test), dots, classes)

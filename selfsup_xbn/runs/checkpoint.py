@@ -14,10 +14,9 @@ import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.utils import atomic
+from selfsup_xbn.utils.safe_loading import read_values
 
 NAME, BEST = "checkpoint.pt", "best.pt"
 OLDER = re.compile(r"checkpoint-([1-9]\d{0,5})\.pt")
@@ -100,17 +99,6 @@ def is_whole(path: Path) -> bool:
         raise UserError(f"no checkpoint {path}; give the folder of a run") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
-
-
-def read_values(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU, as long as it is tensors and plain values; no code in the file is run.
-
-    Raises:
-        Exception: nearly any, if the file holds something else.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol")  # a refusal follows, and is one line
-        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def _read(path: Path) -> dict[str, Any]:

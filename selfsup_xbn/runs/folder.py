@@ -6,29 +6,17 @@ import contextlib
 import json
 import math
 import os
-import platform
-import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from selfsup_xbn.config.schema import EXPORTS, Config, differences, from_resolved, resolved
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.runs import checkpoint
+from selfsup_xbn.runs.environment import environment
 from selfsup_xbn.runs.tensorboard import EVENTS, ScalarLog
 from selfsup_xbn.utils import atomic
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
-PACKAGES = (
-    "selfsup-xbn",
-    "torch",
-    "torchvision",
-    "lightly",
-    "pytorch-metric-learning",
-    "timm",
-    "scikit-learn",
-    "faiss-cpu",
-)
 LARGEST = 1e300  # no measurement is larger; whole numbers in JSON can be, and then are no floats
 OWN_FILES = (
     CONFIG,
@@ -194,49 +182,3 @@ def _rounded(value: Any) -> Any:
     if not isinstance(value, float):
         return value
     return float(f"{value:.6g}") if math.isfinite(value) else None
-
-
-def environment() -> dict[str, str]:
-    """Versions, machine, number of processes and commit that a result may depend on."""
-    import torch  # here, for reading a run's folder needs no torch
-
-    from selfsup_xbn.utils.distributed import world
-
-    found = {
-        "processes": str(world()),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": processor(),
-        "system": platform.system(),
-    }
-    if torch.cuda.is_available():
-        found["gpu"] = torch.cuda.get_device_name()
-    for name in PACKAGES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = "not installed"
-    found["commit"] = git_commit()
-    return found
-
-
-def processor() -> str:
-    """The processor's name, as Linux or else Python tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or "unknown"
-
-
-def git_commit() -> str:
-    """Commit of the checkout that the package runs from, ``+`` after it if files differ; ``"none"`` outside of one."""
-    here = Path(__file__).resolve().parents[1]
-    try:
-        if not (here.parent / ".git").exists():
-            return "none"
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return "none"

@@ -11,6 +11,31 @@ import torch
 
 from selfsup_xbn.config.schema import Config, queue_rows
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.utils.distributed import world
+
+
+def check_sizes(config: Config, images: int) -> None:
+    """Check that batch and queue fit the training set, and that the processes can share a batch.
+
+    Raises:
+        UserError: naming the option, its value and the limit.
+    """
+    if config.batch_size < 2 * world():
+        raise UserError(
+            f"--batch-size {config.batch_size} leaves some of {world()} processes fewer than 2 images; "
+            f"give at least {2 * world()}"
+        )
+    if config.bn_splits > 1 and config.bn_splits % world():
+        raise UserError(
+            f"--bn-splits {config.bn_splits} cannot be shared by {world()} processes; give a multiple of them, or 1"
+        )
+    if config.batch_size > images:
+        raise UserError(
+            f"--batch-size {config.batch_size} is more than the {images} training images; give at most {images}"
+        )
+    queue_size = queue_rows(config, images)
+    if queue_size > images:
+        raise UserError(f"--queue-size {queue_size} is more than the {images} training images; give at most {images}")
 
 
 def check_memory(config: Config, images: int, device: torch.device) -> None:
@@ -30,7 +55,7 @@ def check_memory(config: Config, images: int, device: torch.device) -> None:
 def queue_bytes(config: Config, images: int) -> int:
     """Bytes of the rows, their labels, and the moments of a queue for so many training images."""
     rows, itemsize = queue_rows(config, images), getattr(torch, config.queue_dtype).itemsize
-    labels = 8 * rows if config.mode == "supervise" else 0
+    labels = 8 * rows if config.labelled else 0
     return rows * config.dim * itemsize + labels + 10 * 8 * config.dim if rows else 0
 
 
@@ -55,7 +80,7 @@ def queue_note(config: Config, images: int) -> str:
     if rows <= images - config.batch_size:
         return ""
     share = self_meetings(rows, images, config.batch_size)
-    itself = "as a positive" if config.mode == "supervise" else "as a negative"
+    itself = "as a positive" if config.labelled else "as a negative"
     return (
         f"note: a queue of {rows:,} rows is more than the {images:,} training images less a batch: from the second "
         f"epoch on about {share:.0%} of the anchors meet their own image's last row {itself}; half the --queue-size "

@@ -8,14 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-SHOWN = (
-    ("loss", "loss {:.3f}"),
-    ("recall@1", "Recall@1 {:.1f} %"),
-    ("knn_top1", "k-NN {:.1f} %"),
-    ("knn_top1_backbone", "(backbone {:.1f} %)"),
-    ("drift", "drift {:.4f}"),
-    ("images_per_second", "{:,.0f} images/s"),
-)
+from selfsup_xbn.evaluation.summary import progress_text
 
 
 class Progress:
@@ -42,7 +35,7 @@ class Progress:
 
     def epoch(self, epoch: int, epochs: int, record: dict[str, Any]) -> None:
         """One line for a finished epoch."""
-        parts = [text.format(record[key]) for key, text in SHOWN if record.get(key) is not None]
+        parts = progress_text(record)
         seconds_a_step = (time.monotonic() - self.started) / max(1, self.done - self.first)
         parts.append(_duration(seconds_a_step * (self.total - self.done)))
         tqdm.write(f"epoch {epoch:>{len(str(epochs))}}/{epochs}   " + "   ".join(parts) + " left", file=sys.stdout)

@@ -1,6 +1,6 @@
 """Several processes that train as one: torch.distributed, under torchrun, as far as a run needs it.
 
-Each process embeds its part of a batch. The embeddings are gathered in the order of the ranks, with the gradient of a
+Each process embeds its shard of a batch. The embeddings are gathered in the order of the ranks, with the gradient of a
 process's own rows, and every process computes the queue's step and the loss of the whole batch. So queue, loss and
 log are the same on all, whatever the loss is and however it counts its pairs. The price is that each process scores
 B anchors and not B / n, which is little beside an encoder. What is exchanged are embeddings, gradients and, for MoCo's
@@ -51,28 +51,30 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
-def part(total: int, shard: tuple[int, int] | None = None) -> slice:
-    """This process's part of ``total`` rows, or that of process ``r`` of ``n``: parts are contiguous, in the order of
-    the ranks, and differ by one row at most."""
+def shard_slice(total: int, shard: tuple[int, int] | None = None) -> slice:
+    """Return this process's shard of ``total`` rows, or that of process ``r`` of ``n``.
+
+    Shards are contiguous, in the order of the ranks, and differ by one row at most.
+    """
     r, n = shard or (rank(), world())
     return slice(r * total // n, (r + 1) * total // n)
 
 
 def gather(rows: Shaped[Tensor, "b *rest"], total: int) -> Shaped[Tensor, "B *rest"]:
-    """The ``total`` rows of which each process has its ``part``, on every process; gradient flows to its own rows."""
+    """The ``total`` rows of which each process has its shard, on every process; gradient flows to its own rows."""
     if world() == 1:
         return rows
-    parts = [part(total, (r, world())) for r in range(world())]
-    counts = [piece.stop - piece.start for piece in parts]
-    most = max(counts)  # gloo takes equal numbers of rows
-    padded = rows.new_zeros(most, *rows.shape[1:])
+    shards = [shard_slice(total, (r, world())) for r in range(world())]
+    counts = [shard.stop - shard.start for shard in shards]
+    longest = max(counts)  # gloo takes equal numbers of rows
+    padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
-    gathered = rows.new_empty(world() * most, *rows.shape[1:])
+    gathered = rows.new_empty(world() * longest, *rows.shape[1:])
     # torch 2.14 has a new name for it, and warns of the old one
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     with _peers():
         getattr(dist, name)(gathered, padded)
-    pieces = [piece[:count] for piece, count in zip(gathered.split(most), counts, strict=True)]
+    pieces = [piece[:count] for piece, count in zip(gathered.split(longest), counts, strict=True)]
     pieces[rank()] = rows
     return torch.cat(pieces)
 
@@ -142,7 +144,7 @@ def process_group(timeout: int) -> Iterator[bool]:
     """Brings together the processes that torchrun started; yields whether this is the first of them.
 
     Gloo carries what lies on the CPU, nccl what lies on CUDA devices. An error that leaves the block gets an attribute
-    ``told``: whether another process has told of its own already.
+    ``already_reported``: whether another process reports an error of its own.
 
     Args:
         timeout: seconds that a process waits for the others before it gives up.
@@ -159,7 +161,7 @@ def process_group(timeout: int) -> Iterator[bool]:
         yield rank == 0
     except Exception as error:
         with contextlib.suppress(RuntimeError):  # the store may have gone with its process
-            error.told = store.add("told", 1) > 1  # type: ignore[attr-defined]
+            error.already_reported = store.add("reported", 1) > 1  # type: ignore[attr-defined]
         raise  # and no farewell: processes that are lost would be waited for
     wait_for_all()
     dist.destroy_process_group()

@@ -11,10 +11,10 @@ import torchvision
 from selfsup_xbn.cli import main
 from selfsup_xbn.commands.export import export_run
 from selfsup_xbn.config.schema import EXPORTS, PretrainConfig, SuperviseConfig, resolved
+from selfsup_xbn.models.encoder import build_encoder, random_encoder
 from selfsup_xbn.models.pretrained import load_weights
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, read_metrics
-from selfsup_xbn.training import build
 from tests.command_line import contents, refused
 
 
@@ -22,7 +22,7 @@ def made_run(folder, channels=3, image_size=32, best=False, **options):
     """A run as training leaves it, with weights and statistics like no others; its encoder in eval mode."""
     kind = SuperviseConfig if best else PretrainConfig
     config = kind(out=str(folder), **options)
-    encoder = build.random_encoder(config, channels, image_size)
+    encoder = random_encoder(config, channels, image_size)
     with torch.no_grad():
         for _, tensor in [*encoder.named_parameters(), *encoder.named_buffers()]:
             if tensor.is_floating_point():
@@ -87,7 +87,7 @@ def test_safetensors_hold_the_whole_encoder_and_its_settings(tmp_path):
             name: value.shape for name, value in encoder.state_dict().items()
         }
     settings = {name: metadata[name] for name in ("backbone", "head")}
-    fresh = build.build_encoder(**settings, dim=int(metadata["dim"]), channels=int(metadata["channels"]))
+    fresh = build_encoder(**settings, dim=int(metadata["dim"]), channels=int(metadata["channels"]))
     assert load_weights(fresh, tmp_path / "new" / "e.safetensors").missing == ()
     images = torch.randn(2, 3, 32, 32)
     close(fresh.eval()(images), encoder(images))

@@ -7,16 +7,17 @@ import pytest
 from selfsup_xbn.cli import _parser, config_of
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import MODES
+from selfsup_xbn.config.registry import METHODS
 
 ODD = 'it\'s $HOME/a b; "c" -- \\d é'
-SPECIAL = {"save_every": "9m", "recall_ks": "1,7", "queue_size": "7", "loss_args": "margin=-0.5", "miner_args": "a=1"}
+SPECIAL = {"save_every": "9m", "recall_ks": "1,7", "queue_size": "7", "validation": "10%"}
+SPECIAL |= {"loss_args": "margin=-0.5", "miner_args": "a=1"}
 
 
 def parsed(command):
     program, *words = command
     assert program == "selfsup-xbn"
-    return config_of(_parser().parse(words), MODES[words[0]])
+    return config_of(_parser().parse(words), METHODS[words[0]])
 
 
 def changed(config, item):
@@ -36,7 +37,7 @@ def test_every_recipe_is_repeated_without_naming_it(name):
     assert parsed(command_of(RECIPES[name])) == RECIPES[name]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", METHODS)
 def test_every_option_is_repeated(mode):
     base = next(recipe for recipe in RECIPES.values() if recipe.mode == mode)
     for item in fields(base):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation import neighbours
-from selfsup_xbn.evaluation.neighbours import CHUNK, similarity_blocks, top_k, unit_rows
+from selfsup_xbn.evaluation.neighbours import CHUNK, normalize_features, similarity_blocks, top_k
 
 
 @settings(max_examples=200, deadline=None)
@@ -69,7 +69,7 @@ def test_no_block_has_a_single_row(count):
 
 def test_unit_rows_have_length_one_and_zero_rows_stay_zero():
     features = torch.tensor([[3.0, 4.0], [0.0, 0.0], [1e-15, 0.0]], dtype=torch.float64)
-    torch.testing.assert_close(unit_rows(features, "x"), torch.tensor([[0.6, 0.8], [0.0, 0.0], [1.0, 0.0]]))
+    torch.testing.assert_close(normalize_features(features, "x"), torch.tensor([[0.6, 0.8], [0.0, 0.0], [1.0, 0.0]]))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
@@ -77,4 +77,4 @@ def test_row_that_is_not_finite_is_named(bad):
     features = torch.randn(5, 3)
     features[3, 1] = bad
     with pytest.raises(UserError, match=r"^bank: row 3 is not finite; [^\n]*$"):
-        unit_rows(features, "bank")
+        normalize_features(features, "bank")

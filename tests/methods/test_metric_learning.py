@@ -14,7 +14,8 @@ from selfsup_xbn import FeatureQueue
 from selfsup_xbn.config.schema import SuperviseConfig
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, sup_con
-from selfsup_xbn.methods.metric_learning import MetricLearning, PeerLoss, SupCon, make_loss
+from selfsup_xbn.methods.metric_learning import MetricLearning, SupCon, make_loss
+from selfsup_xbn.methods.pml_loss import PmlLoss
 from selfsup_xbn.models.encoder import Encoder
 
 
@@ -33,8 +34,8 @@ def batch(rows=12, classes=3):
 
 LOSSES = {
     "own": (SupCon(0.1, PairMargin()), SupConLoss(0.1), PairMarginMiner(0.2, 0.8)),
-    "peer": (PeerLoss(TripletMarginLoss(0.3), MultiSimilarityMiner()), TripletMarginLoss(0.3), MultiSimilarityMiner()),
-    "peer without miner": (PeerLoss(TripletMarginLoss(0.3), None), TripletMarginLoss(0.3), None),
+    "peer": (PmlLoss(TripletMarginLoss(0.3), MultiSimilarityMiner()), TripletMarginLoss(0.3), MultiSimilarityMiner()),
+    "peer without miner": (PmlLoss(TripletMarginLoss(0.3), None), TripletMarginLoss(0.3), None),
 }
 
 
@@ -62,7 +63,7 @@ def test_with_xbm_training_is_pmls_training(name, weight):
 
 
 def test_peer_loss_masks_own_rows_of_a_batch_above_the_queue():
-    method = make(loss=PeerLoss(TripletMarginLoss(0.3), None), size=8)
+    method = make(loss=PmlLoss(TripletMarginLoss(0.3), None), size=8)
     views, labels = batch()
     found = method(views, labels)
     z = F.normalize(method.encoder(views[0]), dim=1)

@@ -31,11 +31,11 @@ def views(batch=6):
 LABELS = torch.zeros(6, dtype=torch.int64)
 
 
-@pytest.mark.parametrize("order", ["union", "classic"])
-@pytest.mark.parametrize("moments", ["unit", "raw"])
+@pytest.mark.parametrize("enqueue", ["before_loss", "after_loss"])
+@pytest.mark.parametrize("normalize_first", [True, False])
 @pytest.mark.parametrize("adaptation", ["xbm", "xbn"])
-def test_step_is_the_papers_step_written_out(order, moments, adaptation):
-    method = make(adaptation, order=order, moments=moments, temperature=0.2, momentum=0.9)
+def test_step_is_the_papers_step_written_out(enqueue, normalize_first, adaptation):
+    method = make(adaptation, enqueue=enqueue, normalize_first=normalize_first, temperature=0.2, momentum=0.9)
     query, key = copy.deepcopy(method.encoder_q), copy.deepcopy(method.encoder_k)
     rows = torch.zeros(0, 8, dtype=torch.float64)
     for _ in range(4):
@@ -44,13 +44,13 @@ def test_step_is_the_papers_step_written_out(order, moments, adaptation):
 
         update_momentum(query, key, 0.9)
         q, k = query(view_q), key(view_k).detach()
-        k = F.normalize(k, dim=1) if moments == "unit" else k
+        k = F.normalize(k, dim=1) if normalize_first else k
         if adaptation == "xbn" and len(rows):
             rows = (rows - rows.mean(0)) / rows.std(0) * k.std(0) + k.mean(0)
         negatives = F.normalize(rows, dim=1)
         q, unit = F.normalize(q, dim=1), F.normalize(k, dim=1)
         logits = torch.cat([(q * unit).sum(1, keepdim=True), q @ negatives.T], dim=1) / 0.2
-        if order == "union":
+        if enqueue == "before_loss":
             others = (q @ unit.T / 0.2).masked_fill(torch.eye(6, dtype=torch.bool), -torch.inf)
             logits = torch.cat([logits, others], dim=1)
         expected = F.cross_entropy(logits, torch.zeros(6, dtype=torch.int64))

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.models import encoder as models
-from selfsup_xbn.models.encoder import HEADS, build_encoder
+from selfsup_xbn.models.encoder import build_encoder
+from selfsup_xbn.models.heads import HEADS
 from selfsup_xbn.models.split_batch_norm import SplitBatchNorm2d
 
 

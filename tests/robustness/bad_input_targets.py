@@ -191,7 +191,7 @@ def small_run() -> Run:
     """Return a run; building it takes longer than loading its state, so it is built once."""
     return Run(
         PretrainConfig(
-            backbone="convnet-digits", limit_train=32, batch_size=16, queue_size=16, dim=4, epochs=3, knn_k=5
+            backbone="convnet-digits", limit_train=32, batch_size=16, queue_size="16", dim=4, epochs=3, knn_k=5
         )
     )
 

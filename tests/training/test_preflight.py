@@ -12,18 +12,19 @@ from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import PretrainConfig, SuperviseConfig
 from selfsup_xbn.data import Split
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.methods.base import method_class
+from selfsup_xbn.models.encoder import random_encoder
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.training import build
 from selfsup_xbn.training import preflight as limits
 from tests.command_line import SMALL, refused
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", [PretrainConfig(queue_size=500), SuperviseConfig(queue_size="50%")])
+@pytest.mark.parametrize("config", [PretrainConfig(queue_size="500"), SuperviseConfig(queue_size="50%")])
 def test_queue_bytes_are_those_allocated(config, dtype):
     config = replace(config, queue_dtype=dtype, dim=96)
     with torch.device("meta"):
-        queue = build.method_of(config, build.random_encoder(config, 1, 8), 1000).queue
+        queue = method_class(config).from_config(config, random_encoder(config, 1, 8), 1000).queue
     allocated = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers(recurse=False))
     assert limits.queue_bytes(config, 1000) == pytest.approx(allocated, abs=100)
 

@@ -156,8 +156,8 @@ def test_diverged_run_names_the_epoch_and_keeps_its_checkpoint(tmp_path, capsys)
 
 
 def test_random_state_is_part_of_the_checkpoint(tmp_path):
-    folder = train(PretrainConfig(limit_train=128, batch_size=64, queue_size=64, epochs=1, out=str(tmp_path)))
-    assert torch.equal(checkpoint.load(folder)["random"], torch.get_rng_state())
+    train(PretrainConfig(limit_train=128, batch_size=64, queue_size="64", epochs=1, out=str(tmp_path)))
+    assert torch.equal(checkpoint.load(tmp_path)["random"], torch.get_rng_state())
 
 
 def test_learning_rates_follow_their_formulas():

@@ -13,10 +13,10 @@ from torch import nn
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.models.encoder import SMALL_BACKBONES
+from selfsup_xbn.models.backbones import SMALL_BACKBONES
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
-from selfsup_xbn.utils.distributed import part
+from selfsup_xbn.utils.distributed import shard_slice
 from tests.command_line import image_folder
 from tests.processes import PATIENCE, launch
 
@@ -195,6 +195,6 @@ def test_lost_process_ends_the_other_with_one_line(tmp_path, fate):
 
 def test_parts_are_consecutive_and_differ_by_one_at_most():
     for total, n in ((22, 4), (360, 7), (3, 3), (128, 1)):
-        parts = [range(total)[part(total, (r, n))] for r in range(n)]
+        parts = [range(total)[shard_slice(total, (r, n))] for r in range(n)]
         assert [row for rows in parts for row in rows] == list(range(total))
         assert max(map(len, parts)) - min(map(len, parts)) <= 1

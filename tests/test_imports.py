@@ -1,0 +1,43 @@
+"""What is imported when: libraries are loaded where they are used, and every public name is there."""
+
+import subprocess
+import sys
+
+import pytest
+
+import selfsup_xbn
+
+TINY = ["--limit-train", "64", "--batch-size", "16", "--queue-size", "32", "--epochs", "1", "--knn-k", "5"]
+
+
+def loaded(code):
+    """The top-level modules that a Python process has loaded after ``code``."""
+    code += "\nimport sys\nprint('loaded:', *{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.splitlines()[-1].removeprefix("loaded: ").split())
+
+
+def test_a_moco_run_loads_no_library_that_it_does_not_use(tmp_path):
+    command = ["pretrain", *TINY, "--out", str(tmp_path)]
+    modules = loaded(f"from selfsup_xbn.cli import main\nassert main({command!r}) == 0")
+    assert {"torch", "selfsup_xbn"} <= modules
+    assert modules.isdisjoint({"pytorch_metric_learning", "lightly", "timm"})
+
+
+@pytest.mark.parametrize("command", [[], ["pretrain"], ["supervise"], ["evaluate"], ["evaluate", "knn"]], ids=" ".join)
+def test_help_loads_no_torch(command):
+    code = f"from selfsup_xbn.cli import main\ntry:\n    main({[*command, '--help']!r})\nexcept SystemExit:\n    pass"
+    assert "torch" not in loaded(code)
+
+
+def test_the_queue_and_the_losses_load_no_other_library():
+    modules = loaded("from selfsup_xbn import FeatureQueue, MetricLearning, MoCo, info_nce, recall_at_k, sup_con")
+    assert modules.isdisjoint({"pytorch_metric_learning", "lightly", "timm", "matplotlib", "sklearn"})
+
+
+def test_every_public_name_is_there():
+    for name in selfsup_xbn.__all__:
+        assert getattr(selfsup_xbn, name) is not None
+    assert set(selfsup_xbn.__all__) <= set(dir(selfsup_xbn))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = selfsup_xbn.nonsense
