@@ -15,6 +15,9 @@ from tests.command_line import SMALL
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("suite")
 torch.set_num_threads(1)
+torch.ones(
+    1, requires_grad=True
+).backward()  # after torch.export, a first backward pass starts threads that forbid forks
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.runs import CONFIG, RESULTS, Experiment, folder_name, read, table
+from experiments.runs import CONFIG, RESULTS, Experiment, folder_name, read, settings, table
 from selfsup_xbn.config.recipes import RECIPES
 
 TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size="64", dim=16, drift_every=0)
@@ -108,11 +108,14 @@ def test_every_experiment_has_committed_results():
 def test_committed_results_are_consistent_and_shown(name, tmp_path, pictures):
     module, epoch = COMMITTED[name]
     cells = json.loads((RESULTS / f"{name}.json").read_text())
+    module = importlib.import_module(f"experiments.{module}")
+    configs = module.SCALES[name.rpartition("-")[2]] if hasattr(module, "SCALES") else module.CELLS
     for cell in cells:
+        assert cell["config"] == settings(configs[cell["label"]])
         for key, mean in cell["mean"].items():
             values = [seed[key] for seed in cell["seeds"].values() if seed.get(key) is not None]
             assert mean == pytest.approx(statistics.mean(values), abs=1e-3)
-    printed = "\n".join(importlib.import_module(f"experiments.{module}").show(cells, tmp_path / f"{name}.json"))
+    printed = "\n".join(module.show(cells, tmp_path / f"{name}.json"))
     key = "knn_top1" if "knn_top1" in cells[0]["mean"] else "recall@1"
     for cell in cells:
         values = [history[key][str(epoch)] for history in cell["history"].values()]

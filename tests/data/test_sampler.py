@@ -60,7 +60,8 @@ def test_balanced_batches_hold_k_of_each_class_evenly(sizes, per_class, share, s
         for group in groups:
             assert len(labels[group].unique()) == 1
             members = int((labels == labels[group[0]]).sum())
-            assert len(group.unique()) == per_class or members < per_class
+            if members >= per_class:  # smaller classes repeat
+                assert len(group.unique()) == per_class
             visits[int(labels[group[0]])] += 1
     assert max(visits.values()) - min(visits.values()) <= 1
 

@@ -168,7 +168,11 @@ def write_config(folder: Path) -> None:
 
 
 def count_options(folder: Path) -> int:
-    return len(json.loads((folder / "config.json").read_bytes()).keys() & resolved(RECIPES["sop"]).keys())
+    """Return the number of all options if the file has those that every version wrote and that change results."""
+    config = RECIPES["sop"]
+    names = json.loads((folder / "config.json").read_bytes()).keys()
+    needed = {item.name for item in fields(config) if item.metadata["affects_results"] and not item.metadata["later"]}
+    return len(resolved(config)) if needed <= names else 0
 
 
 def write_metrics(folder: Path) -> None:
