@@ -183,7 +183,9 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
-        measured = self.config.drift_every and self.step % self.config.drift_every == 0
+        measured = self.config.drift_every > 0 and self.step % self.config.drift_every == 0
+        if self.method.queue is not None:
+            self.method.queue.recording = measured
         if measured:
             self.drift.update()
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
@@ -216,10 +218,10 @@ class Run:
         assert drift is not None
         self.meter.add("drift", drift.mean)
         self.meter.add_maximum("drift_max", drift.maximum)
-        trace = None if self.method.queue is None else self.method.queue.trace
-        if trace is not None and self.epoch + self.step > 1:  # the very first step meets an empty queue
-            for when, moments in (("before", trace.before), ("after", trace.after)):
-                gap = moment_gap(moments, trace.batch)
+        record = None if self.method.queue is None else self.method.queue.record
+        if record is not None and self.epoch + self.step > 1:  # the very first step meets an empty queue
+            for when, moments in (("before", record.before), ("after", record.after)):
+                gap = moment_gap(moments, record.batch)
                 self.meter.add(f"gap_mean_{when}", gap.mean)
                 self.meter.add(f"gap_std_{when}", gap.std)
 
