@@ -15,7 +15,9 @@ def can_sync(tensor: Tensor) -> bool:
 
 def can_refresh(tensor: Tensor) -> bool:
     """Return whether the host sees each step: not in compiled code, nor while a CUDA graph is captured."""
-    return not torch.compiler.is_compiling() and not (tensor.is_cuda and torch.cuda.is_current_stream_capturing())
+    if torch.compiler.is_compiling():
+        return False
+    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

@@ -140,6 +140,10 @@ class FeatureQueue(FixedPrecision):
         self._check(batch, labels)
         if (labels is None) != (self.labels is None):
             raise ValueError("expected labels if, and only if, the queue was made with labels=True")
+        if can_refresh(self.rows):
+            if self._offered >= self.size:
+                self.refresh()
+            self._offered += min(len(batch), self.size)
         stored = self._map.inverse(batch.detach()).to(self.rows.dtype)
         lost, kept = stored[: -self.size], stored[-self.size :]
         entering = power_sums(kept, self.sums.dtype)
@@ -158,16 +162,16 @@ class FeatureQueue(FixedPrecision):
         self.written.add_(finite * len(kept))
         self.skipped.add_(~finite)
         self.offered.add_(len(kept))
-        if can_refresh(self.rows):
-            self._offered += len(kept)
-            if self._offered >= self.size:
-                self.refresh()
         slots = torch.where(finite, slots, -1)
         return F.pad(slots, (len(lost), 0), value=-1) if len(lost) else slots
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Standardise the stored rows and sum them again, O(M D). The embeddings stay as they are, to rounding."""
+        """Standardise the stored rows and sum them again, O(M D). The embeddings stay as they are, to rounding.
+
+        Due once per pass. Without it the spread of z shrinks: moments hold to 1e-6 for about 8 M steps with float64
+        statistics, and M steps with float32; then dimensions seem constant and are no longer scaled.
+        """
         self._offered = 0
         self.offered.zero_()
         if self.adaptation.moves_queue:

@@ -41,7 +41,7 @@ def test_a_queue_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, c
     message = refused(capsys, ["pretrain", *options])
     for part in (
         "1,000 rows of 1,000,000",
-        "4,080,000,000 bytes",
+        "4,032,000,000 bytes",
         "cpu has 1,000,000,000 free",
         "--queue-dtype bfloat16",
     ):
