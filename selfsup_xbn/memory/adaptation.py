@@ -1,10 +1,10 @@
 """The moments that a queue is moved to: XBM (not moved), XBN (those of the batch), AXBN (a Kalman filter's estimate).
 
 Equations are those of "Adaptive Cross Batch Normalization for Metric Learning" (arXiv 2303.17127). An adaptation sees
-moments and returns moments; it knows neither the queue nor a loss. A further adaptation is a subclass of ``Adaptation``
 moments and returns moments; it knows neither the queue nor a loss. A further adaptation is a subclass of
 ``Adaptation`` and a line in ``config.registry``. State is in buffers that are changed in place, and every decision is
 taken on the device.
+
 Axis legend: B batch, D dimensions.
 """
 
