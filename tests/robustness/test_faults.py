@@ -203,7 +203,7 @@ def test_a_picture_that_cannot_be_written_does_not_lose_the_run(tmp_path, capsys
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(train, "draw_curves", full)
+    monkeypatch.setattr("selfsup_xbn.commands.train.draw_curves", full)
     assert main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
     assert checkpoint.load(tmp_path)["epoch"] == 1
     printed = capsys.readouterr()
