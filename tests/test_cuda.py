@@ -16,7 +16,8 @@ from selfsup_xbn.data.augmentations import ColorViews
 from selfsup_xbn.evaluation import knn_classify, recall_at_k
 from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
 from selfsup_xbn.models.split_batch_norm import SplitBatchNorm2d
-from selfsup_xbn.training.trainer import Run, train
+from selfsup_xbn.training.run import Run
+from selfsup_xbn.training.trainer import train
 
 pytestmark = [
     pytest.mark.gpu,

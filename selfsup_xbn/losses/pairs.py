@@ -57,7 +57,8 @@ class PairRule(NamedTuple):
 
 def block_rows(anchors: int, queue: FeatureQueue) -> int:
     """Rows of a block: on a CPU a thread's share of the similarities is 1 MB, half of a core's cache, and on any device
-    the rows are 16 MB at most."""
+    the rows are 16 MB at most.
+    """
     if torch.compiler.is_compiling():  # each block is unrolled: better few than small
         return -(-queue.size // 8)
     cells = 2**18 * torch.get_num_threads() if queue.rows.device.type == "cpu" else 2**19

@@ -41,7 +41,8 @@ class Frame(NamedTuple):
 
 class Block(NamedTuple):
     """Some slots of the queue as a loss reads them: adapted, not normalised, with the rows' lengths; ``features`` and
-    ``lengths`` are valid until the next block is asked for. ``filled`` is None where every slot holds a row."""
+    ``lengths`` are valid until the next block is asked for. ``filled`` is None where every slot holds a row.
+    """
 
     slots: slice | Int64[Tensor, "b"]
     features: Float[Tensor, "b D"]

@@ -5,8 +5,15 @@ from dataclasses import fields, replace
 
 import pytest
 
+from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig, differences, from_resolved, resolved
+from selfsup_xbn.config.schema import (
+    PretrainConfig,
+    SuperviseConfig,
+    differences,
+    from_resolved,
+    resolved,
+)
 from selfsup_xbn.errors import UserError, near
 
 
@@ -37,17 +44,21 @@ def test_whole_numbers_are_taken_for_floats(unchecked):
 
 
 @pytest.mark.parametrize("values", [{}, {"mode": "nonsense"}, [], None, {"mode": "pretrain"}, {"mode": ["pretrain"]}])
-def test_a_damaged_config_is_refused(values):
+def test_damaged_config_is_refused(values):
     with pytest.raises(UserError, match="expected"):
         from_resolved(values)
 
 
-def test_options_that_an_older_version_did_not_know_are_at_their_default_unless_they_change_results():
-    config = RECIPES["sop"]
+@pytest.mark.parametrize("config", [PretrainConfig(seed=3), RECIPES["sop"]], ids=["pretrain", "supervise"])
+def test_missing_option_takes_its_default_unless_it_changes_results(config):
     saved = resolved(config)
-    assert from_resolved({name: value for name, value in saved.items() if name != "tensorboard"}) == config
-    with pytest.raises(UserError, match="'loss_args'"):
-        from_resolved({name: value for name, value in saved.items() if name != "loss_args"})
+    for item in fields(config):
+        rest = {name: value for name, value in saved.items() if name != item.name}
+        if item.metadata["affects_results"] and not item.metadata["later"]:
+            with pytest.raises(UserError, match=f"'{item.name}'"):
+                from_resolved(rest)
+        else:
+            assert from_resolved(rest) == replace(config, **{item.name: item.default})
 
 
 def test_differences_name_what_changes_results_only():
@@ -56,7 +67,7 @@ def test_differences_name_what_changes_results_only():
     assert differences(a, replace(a, seed=3)) == ["seed: 0, 3"]
 
 
-def test_the_figure_2_recipe_is_the_papers():
+def test_figure_2_recipe_is_the_papers():
     config = RECIPES["cifar10-fig2"]
     expected = {
         "batch_size": 128,
@@ -81,17 +92,24 @@ def test_the_figure_2_recipe_is_the_papers():
 
 
 def test_every_option_has_a_help_text():
-    assert all(len(item.metadata["help"]) > 5 for item in fields(PretrainConfig))
+    for config in (PretrainConfig, SuperviseConfig):
+        assert all(len(item.metadata["help"]) > 5 for item in fields(config))
 
 
-def test_the_nearest_word_is_offered():
+def test_nearest_word_is_offered():
     assert near("--bach-size", ["--batch-size", "--seed"]) == "; did you mean --batch-size?"
     assert near("--zzz", ["--batch-size", "--seed"]) == ""
 
 
-def test_a_config_of_a_version_without_an_option_that_does_not_affect_results_is_read():
-    config = PretrainConfig(seed=3)
-    values = resolved(config)
-    assert from_resolved({name: value for name, value in values.items() if name != "timeout"}) == config
-    with pytest.raises(UserError, match="'lr'"):
-        from_resolved({name: value for name, value in values.items() if name != "lr"})
+def test_save_every_is_epochs_or_minutes():
+    assert parse_save_interval("3") == (3, 0.0)
+    assert parse_save_interval("10m") == (0, 600.0)
+    assert parse_save_interval("0.5m") == (0, 30.0)
+
+
+@pytest.mark.parametrize(
+    "text", ["0", "-1", "1.5", "m", "0m", "-2m", "nanm", "infm", "1e999m", "10 minutes", "", "1h", "9" * 5000]
+)
+def test_save_every_refuses_anything_else(text):
+    with pytest.raises(UserError, match=r"^--save-every: expected epochs from 1 on, or minutes such as 10m, got '"):
+        parse_save_interval(text)

@@ -8,16 +8,16 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official import drawing, edit, fault, line_of, official
 from scipy.io import savemat
 
 from experiments.benchmarks.official_layouts import WRITERS, write_images
 from selfsup_xbn.data import load_data
 from selfsup_xbn.data.datasets import cars196
 from selfsup_xbn.errors import UserError
+from tests.official import drawing, edit, fault, line_of, official
 
 
-def test_a_folder_that_is_not_there_is_named_with_the_cure(tmp_path):
+def test_folder_that_is_not_there_is_named_with_the_cure(tmp_path):
     for name in WRITERS:
         assert fault(f"{name}:{tmp_path}/no").startswith(f"{tmp_path}/no is no folder; unpack {name} there")
         with pytest.raises(UserError, match=f"{tmp_path}/{name} is no folder"):
@@ -48,7 +48,7 @@ def test_a_folder_that_is_not_there_is_named_with_the_cure(tmp_path):
         ("9 2 3 a\0b/c.JPG", r"image 'a\x00b/c.JPG' is missing"),
     ],
 )
-def test_a_malformed_line_of_sop_is_named_with_what_was_expected(tmp_path, line, message):
+def test_malformed_sop_line_is_named_with_the_expected_form(tmp_path, line, message):
     spec = official("sop", tmp_path, 0.0005)
     where = edit(tmp_path / "Ebay_test.txt", 5, line)
     found = fault(spec)
@@ -58,7 +58,7 @@ def test_a_malformed_line_of_sop_is_named_with_what_was_expected(tmp_path, line,
 
 
 @pytest.mark.parametrize(("first", "second"), [("train", "train"), ("train", "test"), ("test", "test")])
-def test_an_image_named_twice_is_refused_with_both_lines(tmp_path, first, second):
+def test_image_named_twice_is_refused_with_both_lines(tmp_path, first, second):
     spec = official("sop", tmp_path, 0.0005)
     one, other = (tmp_path / f"Ebay_{part}.txt" for part in (first, second))
     where = edit(other, 7, line_of(one, 4))
@@ -66,7 +66,7 @@ def test_an_image_named_twice_is_refused_with_both_lines(tmp_path, first, second
     assert fault(spec).endswith(f" is already in {one}:4; remove one of the two")
 
 
-def test_a_list_of_sop_without_header_rows_or_content_is_refused(tmp_path):
+def test_list_of_sop_without_header_rows_or_content_is_refused(tmp_path):
     spec, file = official("sop", tmp_path, 0.0005), tmp_path / "Ebay_train.txt"
     header, rest = file.read_text().split("\n", 1)
     file.write_text(rest)
@@ -79,14 +79,14 @@ def test_a_list_of_sop_without_header_rows_or_content_is_refused(tmp_path):
     assert fault(spec).startswith("Ebay_train.txt is missing: looked in ")
 
 
-def test_line_ends_of_windows_and_blank_lines_at_the_end_change_nothing(tmp_path):
+def test_windows_line_ends_and_trailing_blanks_change_nothing(tmp_path):
     spec, file = official("sop", tmp_path, 0.0005), tmp_path / "Ebay_train.txt"
     before = load_data(spec).train
     file.write_bytes(file.read_bytes().replace(b"\n", b"\r\n") + b"\r\n\r\n")
     assert load_data(spec).train.paths == before.paths
 
 
-def test_a_test_class_of_sop_that_is_a_training_class_is_refused(tmp_path):
+def test_test_class_of_sop_that_is_a_training_class_is_refused(tmp_path):
     spec, file = official("sop", tmp_path, 0.0005), tmp_path / "Ebay_test.txt"
     number, _, *rest = line_of(file, 6).split()
     where = edit(file, 6, " ".join([number, "1", *rest]))
@@ -109,7 +109,7 @@ def test_a_test_class_of_sop_that_is_a_training_class_is_refused(tmp_path):
         (4, "img/x.jpg id_1 train", "image 'img/x.jpg' is missing below"),
     ],
 )
-def test_a_malformed_line_of_inshop_is_named_with_what_was_expected(tmp_path, number, line, message):
+def test_malformed_inshop_line_is_named_with_the_expected_form(tmp_path, number, line, message):
     spec = official("inshop", tmp_path, 0.001)
     where = edit(tmp_path / "Eval" / "list_eval_partition.txt", number, line)
     found = fault(spec)
@@ -117,7 +117,7 @@ def test_a_malformed_line_of_inshop_is_named_with_what_was_expected(tmp_path, nu
     assert message in found
 
 
-def test_inshop_without_gallery_or_with_a_training_item_as_query_is_refused(tmp_path):
+def test_inshop_without_gallery_or_with_shared_items_is_refused(tmp_path):
     spec, file = official("inshop", tmp_path, 0.001), tmp_path / "Eval" / "list_eval_partition.txt"
     text = file.read_text()
     file.write_text(text.replace("gallery\n", "query\n"))
@@ -140,7 +140,7 @@ def test_inshop_without_gallery_or_with_a_training_item_as_query_is_refused(tmp_
         ("images.txt", "2 none.jpg", "images.txt:2; remove one of the two"),
     ],
 )
-def test_a_malformed_line_of_cub200_is_named_with_what_was_expected(tmp_path, name, line, message):
+def test_malformed_cub200_line_is_named_with_the_expected_form(tmp_path, name, line, message):
     spec = official("cub200", tmp_path, 0.002)
     where = edit(tmp_path / name, 3, line)
     found = fault(spec)
@@ -181,7 +181,7 @@ def test_annotations_of_cars196_that_make_no_sense_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"MATLAB 5.0 MAT-file" + bytes(300), b"annotations"])
-def test_a_file_of_cars196_that_is_no_matlab_file_is_refused(tmp_path, content):
+def test_file_of_cars196_that_is_no_matlab_file_is_refused(tmp_path, content):
     (tmp_path / "cars_annos.mat").write_bytes(content)
     assert fault(f"cars196:{tmp_path}").startswith(f"{tmp_path}/cars_annos.mat: no MATLAB file with annotations")
 
@@ -232,7 +232,7 @@ def intact(request, tmp_path_factory) -> tuple[str, Path, bytes]:
 
 @settings(max_examples=50)
 @given(seed=st.randoms(use_true_random=False), edits=st.integers(1, 4), noise=st.binary(max_size=4))
-def test_a_mutated_list_is_read_or_refused_by_line(intact, seed, edits, noise):
+def test_mutated_list_is_read_or_refused_by_line(intact, seed, edits, noise):
     spec, file, content = intact
     lines = content.split(b"\n")
     for _ in range(edits):
@@ -263,7 +263,7 @@ def mutate(lines: list[bytes], seed: random.Random, noise: bytes) -> None:
         lines[number] = lines[number][:place] + noise + lines[number][place + 1 :]
 
 
-def test_a_matlab_file_on_which_the_reader_crashes_does_not_end_the_program(tmp_path, monkeypatch):
+def test_crash_of_the_matlab_reader_is_an_error_of_one_line(tmp_path, monkeypatch):
     spec = official("cars196", tmp_path, 0.002)
     monkeypatch.setattr(cars196, "loadmat", lambda *_, **__: os._exit(7))
     assert fault(spec).startswith(f"{tmp_path}/cars_annos.mat: no MATLAB file with annotations ('A process ")

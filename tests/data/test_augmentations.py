@@ -94,7 +94,7 @@ def by_torchvision(image: torch.Tensor, numbers: torch.Tensor, views: ColorViews
 
 
 @pytest.mark.parametrize(("side", "size"), [(32, 32), (40, 24)])
-def test_color_views_equal_torchvisions_operations_image_by_image(side, size):
+def test_color_views_equal_torchvision_image_by_image(side, size):
     views = ColorViews(size, MEAN, STD)
     images = torch.randint(0, 256, (64, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     numbers = uniform(64, views.numbers)
@@ -102,7 +102,7 @@ def test_color_views_equal_torchvisions_operations_image_by_image(side, size):
     torch.testing.assert_close(views(images, numbers), expected, atol=1e-4, rtol=0)
 
 
-def test_blurred_views_are_the_plain_ones_blurred_in_the_given_share():
+def test_blur_applies_to_its_share_of_views():
     images = torch.randint(0, 256, (200, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     numbers = uniform(200, ColorViews.numbers)
     plain, blurred = (ColorViews(16, MEAN, STD, blur=blur)(images, numbers) for blur in (0.0, 0.5))
@@ -137,7 +137,7 @@ def test_affine_views_equal_scipys_interpolation():
         np.testing.assert_allclose(view[0].numpy().ravel(), expected, atol=1e-5)
 
 
-def test_affine_parameters_lie_in_their_ranges_and_their_middle_is_the_identity():
+def test_affine_parameters_fill_their_ranges_around_identity():
     views = AffineViews(8, (0.3,), (0.4,), degrees=10.0, zoom=(0.5, 1.5), shift=0.1)
     torch.testing.assert_close(views.matrix(torch.full((1, 5), 0.5))[0], torch.eye(3)[:2])
     matrix = views.matrix(uniform(2000, 5)).double()

@@ -10,12 +10,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from official import fault, official, photo
 from PIL import Image
 
 from selfsup_xbn.data import ImageData, Split, eval_batches, load_data
 from selfsup_xbn.data.datasets import deepfashion2
 from selfsup_xbn.errors import UserError
+from tests.official import fault, official, photo
 
 SMALL = 0.0005
 CACHE = "annos.selfsup_xbn.npz"
@@ -49,9 +49,7 @@ def check(data: ImageData, split: Split, expected: list) -> None:
     ("workers", "scale", "samples", "labels"),
     [(0, SMALL, (109, 6, 18), (16, 2, 4)), (2, 0.01, (2178, 124, 370), (315, 31, 71))],
 )
-def test_queries_are_users_items_with_a_style_and_the_gallery_is_all_shops_items(
-    tmp_path, workers, scale, samples, labels
-):
+def test_queries_are_users_styled_items_gallery_is_shops(tmp_path, workers, scale, samples, labels):
     data = load_data(official("deepfashion2", tmp_path, scale), workers=workers)
     train, validation = items(tmp_path / "train"), items(tmp_path / "validation")
     check(data, data.train, [item for item in train if item[1][2] > 0])
@@ -108,7 +106,7 @@ def same(one: ImageData, other: ImageData) -> bool:
     )
 
 
-def test_the_files_are_read_once(tmp_path, monkeypatch):
+def test_files_are_read_once(tmp_path, monkeypatch):
     spec = official("deepfashion2", tmp_path, SMALL)
     files = sum(len(list((tmp_path / part / "annos").iterdir())) for part in ("train", "validation"))
     first, read = read_files(spec, monkeypatch)
@@ -122,7 +120,7 @@ def test_the_files_are_read_once(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("change", ["content", "time", "new", "gone"])
-def test_a_change_of_the_files_is_noticed(tmp_path, monkeypatch, change):
+def test_change_of_the_files_is_noticed(tmp_path, monkeypatch, change):
     spec = official("deepfashion2", tmp_path, SMALL)
     before, _ = read_files(spec, monkeypatch)
     file = tmp_path / "validation/annos/000001.json"
@@ -142,7 +140,7 @@ def test_a_change_of_the_files_is_noticed(tmp_path, monkeypatch, change):
 
 
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 rubbish", b"\x93NUMPY", b"\x80\x04K\x01."])
-def test_a_damaged_cache_is_replaced_and_said(tmp_path, monkeypatch, content):
+def test_damaged_cache_is_replaced_with_a_note(tmp_path, monkeypatch, content):
     spec = official("deepfashion2", tmp_path, SMALL)
     before, _ = read_files(spec, monkeypatch)
     cache = tmp_path / "train" / CACHE
@@ -156,7 +154,7 @@ def test_a_damaged_cache_is_replaced_and_said(tmp_path, monkeypatch, content):
     assert read_files(spec, monkeypatch)[1] == 0
 
 
-def test_a_cache_of_another_shape_or_with_pickled_objects_is_not_used(tmp_path, monkeypatch):
+def test_cache_of_another_shape_or_with_pickles_is_not_used(tmp_path, monkeypatch):
     spec = official("deepfashion2", tmp_path, SMALL)
     load_data(spec, workers=0)
     cache = tmp_path / "train" / CACHE
@@ -178,7 +176,7 @@ class Trap:
         return Path.touch, (self.file,)
 
 
-def test_the_cache_goes_to_the_users_folder_where_the_data_cannot_be_written(tmp_path, monkeypatch):
+def test_cache_goes_to_the_user_folder_if_data_is_read_only(tmp_path, monkeypatch):
     spec = official("deepfashion2", tmp_path, SMALL)
     for part in ("train", "validation"):
         (tmp_path / part / CACHE).mkdir()  # even root cannot replace a folder by a file
@@ -189,7 +187,7 @@ def test_the_cache_goes_to_the_users_folder_where_the_data_cannot_be_written(tmp
     assert same(first, again)
 
 
-def test_without_any_place_for_a_cache_the_files_are_read_each_time(tmp_path, monkeypatch):
+def test_files_are_read_each_time_without_a_place_for_a_cache(tmp_path, monkeypatch):
     spec = official("deepfashion2", tmp_path, SMALL)
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     for part in ("train", "validation"):
@@ -226,7 +224,7 @@ def test_without_any_place_for_a_cache_the_files_are_read_each_time(tmp_path, mo
         ('{"source": "user", "pair_id": 1, "item2": {"category_id": 1, "style": 1}}', ": item2: bounding_box is None"),
     ],
 )
-def test_a_malformed_file_is_named_with_what_was_expected(tmp_path, content, message):
+def test_malformed_file_is_named_with_what_was_expected(tmp_path, content, message):
     spec = official("deepfashion2", tmp_path, SMALL)
     file = tmp_path / "validation/annos/000003.json"
     file.write_bytes(content if isinstance(content, bytes) else content.encode())
@@ -237,7 +235,7 @@ def test_a_malformed_file_is_named_with_what_was_expected(tmp_path, content, mes
 @pytest.mark.parametrize(
     "box", ["[1, 2, 3]", "[1, 2, 3, 4, 5]", '[1, 2, 3, "4"]', "[1, 2, NaN, 4]", "[1, 2, 1e400, 4]", "7"]
 )
-def test_a_malformed_box_is_named_with_its_item(tmp_path, box):
+def test_malformed_box_is_named_with_its_item(tmp_path, box):
     spec = official("deepfashion2", tmp_path, SMALL)
     file = tmp_path / "train/annos/000002.json"
     item = f'{{"category_id": 1, "style": 1, "bounding_box": {box}}}'
@@ -246,7 +244,7 @@ def test_a_malformed_box_is_named_with_its_item(tmp_path, box):
     assert fault(spec).endswith("; expected [x1, y1, x2, y2] in pixels")
 
 
-def test_a_fault_that_a_worker_finds_is_told_in_the_same_words(tmp_path):
+def test_error_of_a_worker_has_the_same_text(tmp_path):
     spec = official("deepfashion2", tmp_path, 0.003)
     file = tmp_path / "train/annos/001000.json"
     file.write_text("{}")
@@ -255,7 +253,7 @@ def test_a_fault_that_a_worker_finds_is_told_in_the_same_words(tmp_path):
     assert not list(tmp_path.rglob("*.npz"))
 
 
-def test_a_missing_image_or_folder_is_named_when_the_set_is_opened(tmp_path):
+def test_missing_image_or_folder_is_named_on_opening(tmp_path):
     spec = official("deepfashion2", tmp_path, SMALL)
     load_data(spec, workers=0)
     (tmp_path / "train/image/000017.jpg").unlink()
@@ -281,7 +279,7 @@ CONTENTS = st.fixed_dictionaries(
 
 @settings(max_examples=150)
 @given(content=CONTENTS | VALUES, noise=st.binary(max_size=3), place=st.integers(0, 60), keep=st.booleans())
-def test_any_file_is_read_into_small_integers_or_refused_by_name(tmp_path_factory, content, noise, place, keep):
+def test_any_file_is_read_into_int32_or_refused_by_name(tmp_path_factory, content, noise, place, keep):
     file = tmp_path_factory.getbasetemp() / "any.json"
     text = json.dumps(content).encode()
     file.write_bytes(text if keep else text[:place] + noise + text[place + 1 :])

@@ -20,7 +20,7 @@ def pixels(path: Path | str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_of_one_size_are_kept_in_memory_in_the_order_of_their_names(tree, workers):
+def test_images_of_one_size_are_in_memory_sorted_by_name(tree, workers):
     root = tree(train={"cat": [SMALL] * 2, "ant": [SMALL] * 300}, test={"ant": [SMALL], "cat": [SMALL] * 2})
     data = load_data(f"folder:{root}", workers=workers)
     assert data.classes == ["ant", "cat"]
@@ -85,7 +85,7 @@ def test_classes_may_hold_folders_and_foreign_files(tree):
 
 
 @pytest.mark.parametrize("size", [SMALL, WIDE])
-def test_a_broken_file_is_named_when_the_tree_is_opened(tree, size):
+def test_broken_file_is_named_when_the_tree_is_opened(tree, size):
     root = tree(train={"ant": [SMALL] * 600}, test={"ant": [size]})
     (root / "train/ant/555.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
     with pytest.raises(UserError, match=r"^\S*train/ant/555.png: [^\n]*$"):

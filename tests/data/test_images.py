@@ -48,7 +48,7 @@ def test_transparent_pixels_show_a_white_ground(tmp_path):
     assert np.abs(result - expected).max() <= 1
 
 
-def test_a_transparent_palette_colour_shows_a_white_ground(tmp_path):
+def test_transparent_palette_colour_shows_a_white_ground(tmp_path):
     palette = Image.fromarray((RAMP > 100).astype(np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     result = np.asarray(read_image(saved(tmp_path, palette, transparency=0)))
@@ -68,7 +68,7 @@ def test_exif_orientation_is_honoured(tmp_path):
     assert np.array_equal(read_image(path), np.rot90(COLOUR, -1))
 
 
-def test_a_box_is_cut_out_and_clipped_to_the_image(tmp_path):
+def test_box_is_cut_out_and_clipped_to_the_image(tmp_path):
     path = saved(tmp_path, COLOUR)
     assert np.array_equal(read_image(path, (2, 1, 5, 4)), COLOUR[1:4, 2:5])
     assert np.array_equal(read_image(path, (-3, 4, 99, 99)), COLOUR[4:])

@@ -55,7 +55,7 @@ def assert_equal_batches(ours, theirs) -> None:
 
 
 @pytest.mark.parametrize("views", [1, 2, 3])
-def test_a_batch_holds_views_labels_and_numbers_of_the_same_samples(data, views):
+def test_batch_holds_views_labels_and_indices_of_its_samples(data, views):
     loader = batches(data, views=views)
     epoch = list(loader.epoch(0))
     assert len(epoch) == len(loader)
@@ -83,7 +83,7 @@ def test_epochs_and_seeds_give_other_views_of_the_same_sample(data):
 
 
 @pytest.mark.parametrize("augmentation", ["photo", "supervised"])
-def test_the_number_of_workers_changes_nothing(files, augmentation):
+def test_number_of_workers_changes_nothing(files, augmentation):
     one, two = (batches(files, augmentation=augmentation, workers=workers) for workers in (0, 2))
     assert_equal_batches(two.epoch(1), one.epoch(1))
     next(two.epoch(0))  # an epoch left early does not disturb the next
@@ -91,7 +91,7 @@ def test_the_number_of_workers_changes_nothing(files, augmentation):
 
 
 @pytest.mark.parametrize("world", [3, 4])
-def test_shards_have_the_whole_batchs_labels_and_their_parts_of_its_views(data, world):
+def test_shards_have_all_labels_and_their_share_of_views(data, world):
     whole = list(batches(data).epoch(1))
     shards = [list(batches(data, shard=(rank, world)).epoch(1)) for rank in range(world)]
     for step, batch in enumerate(whole):
@@ -109,7 +109,7 @@ def test_without_augmentation_a_view_is_what_an_evaluation_sees(data):
             torch.testing.assert_close(view, seen[batch.index], atol=1e-6, rtol=1e-5)
 
 
-def test_the_global_random_states_are_left_alone(data):
+def test_global_random_states_are_left_alone(data):
     def state():
         return torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
 
@@ -145,7 +145,7 @@ def test_views_of_a_sample_resemble_it_more_than_another(memory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_file_that_breaks_later_is_named_in_one_line(files, workers):
+def test_file_that_breaks_later_is_named_in_one_line(files, workers):
     with open(files.train.paths[9], "r+b") as file:
         file.truncate(200)
     with pytest.raises(UserError, match=r"^\S*train/ant/009.png: [^\n]*$"):
@@ -165,7 +165,7 @@ def test_evaluation_takes_all_images_in_order_normalised(memory):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_evaluation_of_files_resizes_the_shorter_side_and_cuts_the_middle(files, workers):
+def test_evaluation_resizes_the_short_side_and_crops_the_middle(files, workers):
     parts = list(eval_batches(files.test, files, batch_size=5, workers=workers))
     assert [len(part) for part in parts] == [5, 5, 4]
     for path, view in zip(files.test.paths, torch.cat(parts), strict=True):

@@ -6,7 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from official import drawing, fault, official, photo
 from PIL import Image
 from scipy.io import savemat
 from sklearn.datasets import load_digits
@@ -14,6 +13,7 @@ from sklearn.datasets import load_digits
 from experiments.benchmarks.official_layouts import WRITERS, write_images
 from selfsup_xbn.data import Batches, ImageData, RandomBatches, Split, eval_batches, load_data
 from selfsup_xbn.evaluation import recall_at_k
+from tests.official import drawing, fault, official, photo
 
 
 def by_class(split: Split) -> dict[int, set[str]]:
@@ -24,7 +24,7 @@ def by_class(split: Split) -> dict[int, set[str]]:
     return found
 
 
-def test_sop_groups_images_by_class_id_and_numbers_the_test_classes_after_the_training_classes(tmp_path):
+def test_sop_labels_follow_class_ids_train_before_test(tmp_path):
     data = load_data(official("sop", tmp_path, 0.01))
     first = 0
     for split, part, images in ((data.train, "train", 596), (data.test, "test", 605)):
@@ -43,7 +43,7 @@ def test_sop_groups_images_by_class_id_and_numbers_the_test_classes_after_the_tr
     assert (data.image_size, data.augmentation) == (224, "photo")
 
 
-def test_counts_are_noted_beside_the_official_ones_and_a_difference_is_a_warning(tmp_path, monkeypatch):
+def test_counts_are_compared_with_the_official_ones(tmp_path, monkeypatch):
     spec = official("sop", tmp_path, 0.01)
     monkeypatch.setattr("selfsup_xbn.data.datasets.sop.OFFICIAL", {"train": (596, 113), "test": (605, 112)})
     assert load_data(spec).notes == (
@@ -52,7 +52,7 @@ def test_counts_are_noted_beside_the_official_ones_and_a_difference_is_a_warning
     )
 
 
-def test_without_a_path_a_set_is_in_the_folder_of_its_name_under_the_root(tmp_path):
+def test_set_without_path_is_in_its_folder_under_the_root(tmp_path):
     (tmp_path / "sop").mkdir()
     official("sop", tmp_path / "sop", 0.0005)
     assert load_data("sop", root=str(tmp_path)).train.paths == load_data(f"sop:{tmp_path}/sop").train.paths
@@ -71,7 +71,7 @@ def test_sop_may_be_in_a_folder_of_its_own_name(tmp_path, lists, images):
     assert all(Path(path).is_file() for path in [*data.train.paths, *data.test.paths])
 
 
-def test_inshop_queries_and_gallery_show_the_same_items_in_other_images(tmp_path):
+def test_inshop_queries_and_gallery_share_items_not_images(tmp_path):
     data = load_data(official("inshop", tmp_path, 0.01))
     assert (len(data.train), len(data.test), len(data.gallery)) == (259, 142, 126)
     items = {}
@@ -117,7 +117,7 @@ def test_cars196_trains_on_the_first_98_classes(tmp_path):
     assert [Path(path).name for path in data.train.paths] == [f"{number:06}.jpg" for number in range(1, 162)]
 
 
-def test_cars196_is_split_by_class_where_the_devkit_splits_within_classes(tmp_path):
+def test_cars196_devkit_is_split_by_class(tmp_path):
     (tmp_path / "devkit").mkdir()
     for file, folder, rows in (
         ("devkit/cars_train_annos.mat", "cars_train", [(3, "a.jpg"), (196, "b.jpg")]),
@@ -132,7 +132,7 @@ def test_cars196_is_split_by_class_where_the_devkit_splits_within_classes(tmp_pa
     assert data.test.labels.tolist() == [3, 2]
 
 
-def test_cars196_as_image_folders_states_its_counts_and_must_be_disjoint(tree):
+def test_cars196_image_folders_are_counted_and_disjoint(tree):
     root = tree(train={"001": [(9, 9)] * 3}, test={"099": [(9, 9)] * 2})
     data = load_data(f"cars196:{root}")
     assert data.name == f"cars196:{root}"
@@ -146,7 +146,7 @@ def test_cars196_as_image_folders_states_its_counts_and_must_be_disjoint(tree):
 @pytest.mark.parametrize(
     "parts", [("train", "test"), ("omniglot-py/images_background", "omniglot-py/images_evaluation")]
 )
-def test_omniglot_has_each_drawing_four_times_turned_by_a_quarter_with_a_class_for_each_turn(tmp_path, parts):
+def test_omniglot_has_a_class_for_each_quarter_turn(tmp_path, parts):
     join = "_" if parts[0] == "train" else "/"
     for part, characters in zip(parts, (("Ac1", "Ac2", "Bc1"), ("Xc1", "Xc2")), strict=True):
         for seed, (alphabet, *character) in enumerate(characters):
@@ -190,7 +190,7 @@ def test_disjoint_digits_are_all_digits_divided_at_five():
         assert sorted(ours) == sorted(expected)
 
 
-def test_a_query_of_sop_does_not_find_itself_and_queries_of_inshop_find_the_gallery(tmp_path):
+def test_sop_queries_skip_themselves_inshop_search_the_gallery(tmp_path):
     sop, shop = tmp_path / "sop", tmp_path / "inshop"
     sop.mkdir()
     shop.mkdir()

@@ -30,7 +30,7 @@ def embed(encoder, images):
     return raw / raw.square().sum(1, keepdim=True).sqrt()
 
 
-def test_equals_equation_5_over_training_steps(encoder, images):
+def test_drift_equals_equation_5_over_training_steps(encoder, images):
     drift, optimiser = FeatureDrift(encoder, images), torch.optim.SGD(encoder.parameters(), lr=0.5)
     assert drift.update() is None
     previous = embed(encoder, images)
@@ -80,7 +80,7 @@ def test_gap_is_in_units_of_the_batch_and_in_logarithms():
     assert gap.std.item() == pytest.approx(math.log(2))
 
 
-def test_dimensions_that_are_constant_on_either_side_do_not_count():
+def test_constant_dimensions_do_not_count():
     gap = moment_gap(moments([3.0, 9.0, 9.0], [1.0, 0.0, 1.0]), moments([1.0, 0.0, 0.0], [1.0, 1.0, 0.0]))
     assert gap == pytest.approx((2, 0))
     assert torch.tensor(moment_gap(moments([1.0], [0.0]), moments([1.0], [1.0]))).isnan().all()

@@ -45,7 +45,7 @@ def test_running_statistics_stay(network, images):
     assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
 
 
-def test_the_method_of_a_module_runs_in_eval_mode(images):
+def test_method_of_a_module_runs_in_eval_mode(images):
     class Encoder(nn.Module):
         def __init__(self):
             super().__init__()
@@ -60,7 +60,7 @@ def test_the_method_of_a_module_runs_in_eval_mode(images):
     assert encoder.norm.training
 
 
-def test_a_plain_function_and_half_precision_give_float32(images):
+def test_plain_function_and_half_precision_give_float32(images):
     features = extract_features(lambda x: x.flatten(1).bfloat16(), images.split(4))
     assert features.dtype == torch.float32
     assert torch.equal(features, images.flatten(1).bfloat16().float())

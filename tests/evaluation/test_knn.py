@@ -11,6 +11,7 @@ from torch.nn.functional import normalize
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation import knn_classify, neighbours
+from selfsup_xbn.evaluation.neighbours import CHUNK
 
 
 def clustered(count, classes, dim, seed, spread=1.5):
@@ -40,20 +41,19 @@ def test_equals_lightly():
 
 
 @pytest.mark.parametrize("budget", [1, 3000, 40_000])
-def test_the_block_size_does_not_change_the_answer(budget, monkeypatch):
+def test_block_size_does_not_change_the_answer(budget, monkeypatch):
     (queries, _), (bank, labels) = clustered(150, 5, 8, 4), clustered(400, 5, 8, 5)
     expected = knn_classify(queries, bank, labels, 5, k=30)
     monkeypatch.setattr(neighbours, "BLOCK", budget)
     assert torch.equal(knn_classify(queries, bank, labels, 5, k=30), expected)
 
 
-@pytest.mark.parametrize("chunk", [16, 64, 399])
-def test_the_chunk_size_does_not_change_the_answer_with_k_above_it_too(chunk, monkeypatch):
-    (queries, _), (bank, labels) = clustered(150, 5, 8, 4), clustered(400, 5, 8, 5)
-    similarities, nearest = (normalize(queries.double()) @ normalize(bank.double()).T).topk(30, dim=1)
+@pytest.mark.parametrize("k", [30, CHUNK + 60])
+def test_votes_equal_a_full_sort_across_chunks(k):
+    (queries, _), (bank, labels) = clustered(150, 5, 8, 4), clustered(2 * CHUNK + 400, 5, 8, 5)
+    similarities, nearest = (normalize(queries.double()) @ normalize(bank.double()).T).topk(k, dim=1)
     ballots = torch.nn.functional.one_hot(labels[nearest], 5) * (similarities / 0.1).exp()[:, :, None]
-    monkeypatch.setattr(neighbours, "CHUNK", chunk)
-    assert torch.equal(knn_classify(queries, bank, labels, 5, k=30), ballots.sum(1).argmax(1))
+    assert torch.equal(knn_classify(queries, bank, labels, 5, k=k), ballots.sum(1).argmax(1))
 
 
 def test_exclude_self_equals_leaving_each_row_out_of_the_bank(monkeypatch):
@@ -68,7 +68,7 @@ def test_exclude_self_equals_leaving_each_row_out_of_the_bank(monkeypatch):
     assert not torch.equal(predicted, knn_classify(bank, bank, labels, 4, k=5))
 
 
-def test_a_tiny_temperature_is_one_nearest_neighbour_without_overflow():
+def test_tiny_temperature_is_one_nearest_neighbour():
     (queries, _), (bank, labels) = clustered(100, 5, 8, 7), clustered(300, 5, 8, 8)
     nearest = labels[(normalize(queries.double()) @ normalize(bank.double()).T).argmax(1)]
     assert torch.equal(knn_classify(queries, bank, labels, 5, k=50, temperature=1e-6), nearest)
@@ -111,15 +111,15 @@ def test_no_queries_give_no_predictions_only_by_error():
         ({"exclude_self": True}, "must be the bank, got 20 and 30 rows"),
     ],
 )
-@pytest.mark.usefixtures("as_users_run_it")
-def test_bad_input_is_one_line_that_names_the_value(change, message):
+@pytest.mark.usefixtures("unchecked")
+def test_bad_input_is_refused_in_one_line_with_the_value(change, message):
     given = {"queries": torch.ones(20, 4), "bank": torch.ones(30, 4), "labels": torch.zeros(30, dtype=torch.int64)}
     with pytest.raises(UserError, match=message) as caught:
         knn_classify(**({**given, "num_classes": 3, "k": 5} | change))
     assert "\n" not in str(caught.value)
 
 
-def test_a_single_row_has_no_neighbour_but_itself():
+def test_single_row_has_no_neighbour_but_itself():
     one, label = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(UserError, match="1 rows leave no neighbour"):
         knn_classify(one, one, label, 1, k=1, exclude_self=True)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation import neighbours
-from selfsup_xbn.evaluation.neighbours import normalize_features, similarity_blocks, top_k
+from selfsup_xbn.evaluation.neighbours import CHUNK, normalize_features, similarity_blocks, top_k
 
 
 @settings(max_examples=200, deadline=None)
@@ -38,7 +38,7 @@ def test_top_k_handles_rows_of_minus_infinity():
 
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
 @pytest.mark.parametrize("budget", [1, 60, 200, 10_000])
-def test_blocks_cover_the_whole_product_in_order_within_the_budget(count, budget, monkeypatch):
+def test_blocks_cover_the_product_in_order_within_the_budget(count, budget, monkeypatch):
     monkeypatch.setattr(neighbours, "BLOCK", budget)
     queries, gallery = torch.randn(count, 6), torch.randn(20, 6)
     parts = [(rows, block.clone()) for rows, block in similarity_blocks(queries, gallery)]
@@ -47,17 +47,15 @@ def test_blocks_cover_the_whole_product_in_order_within_the_budget(count, budget
     assert all(block.numel() <= max(budget, 2 * 20) for _, block in parts)
 
 
-@pytest.mark.parametrize("width", [1, 15, 16, 17, 63, 64, 65, 128, 130, 1000])
-def test_chunks_of_the_gallery_cover_the_whole_product(width, monkeypatch):
-    monkeypatch.setattr(neighbours, "CHUNK", 64)
+@pytest.mark.parametrize("width", [1, 15, 16, 17, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK, 2 * CHUNK + 2])
+def test_chunks_of_the_gallery_cover_the_whole_product(width):
     queries, gallery = torch.randn(50, 33, dtype=torch.float64), torch.randn(width, 33, dtype=torch.float64)
     (_, block), *_ = similarity_blocks(queries.float(), gallery.float())
     torch.testing.assert_close(block, (queries @ gallery.T).float(), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("width", [64, 65, 130, 191, 1000, 1001])
-def test_equal_gallery_rows_are_equally_similar_in_all_chunks(width, monkeypatch):
-    monkeypatch.setattr(neighbours, "CHUNK", 64)
+@pytest.mark.parametrize("width", [CHUNK, CHUNK + 1, 2 * CHUNK + 2, 3 * CHUNK - 1, 5001])
+def test_equal_gallery_rows_are_equally_similar_in_all_chunks(width):
     queries, row = torch.randn(100, 33), torch.randn(1, 33)
     for _, block in similarity_blocks(queries, row.expand(width, -1).clone()):
         assert torch.equal(block, block[:, :1].expand_as(block))
@@ -75,7 +73,7 @@ def test_unit_rows_have_length_one_and_zero_rows_stay_zero():
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_row_that_is_not_finite_is_named(bad):
+def test_row_that_is_not_finite_is_named(bad):
     features = torch.randn(5, 3)
     features[3, 1] = bad
     with pytest.raises(UserError, match=r"^bank: row 3 is not finite; [^\n]*$"):

@@ -62,7 +62,7 @@ def test_with_xbm_training_is_pmls_training(name, weight):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_with_a_peers_loss_no_row_of_a_batch_larger_than_the_queue_meets_itself():
+def test_peer_loss_masks_own_rows_of_a_batch_above_the_queue():
     method = make(loss=PmlLoss(TripletMarginLoss(0.3), None), size=8)
     views, labels = batch()
     found = method(views, labels)
@@ -97,7 +97,7 @@ def test_xbn_is_the_same_step_on_moved_rows():
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_without_a_queue_and_before_the_memory_starts_the_loss_is_that_of_the_batch():
+def test_loss_is_the_batchs_without_or_before_the_memory():
     views, labels = batch()
     alone, waiting = (make(loss=SupCon(0.1, None), **kwargs) for kwargs in ({"size": 0}, {"memory_start": 3}))
     expected = SupConLoss(0.1)(F.normalize(alone.encoder(views[0]), dim=1), labels)
@@ -107,7 +107,7 @@ def test_without_a_queue_and_before_the_memory_starts_the_loss_is_that_of_the_ba
     assert waiting(views, labels, 3, 10) != expected
 
 
-def test_the_head_stage_trains_the_head_alone():
+def test_head_stage_trains_the_head_alone():
     method = make()
     views, labels = batch()
     before = copy.deepcopy(method.encoder.backbone.state_dict())
@@ -148,7 +148,7 @@ def test_losses_and_miners_by_name():
         ({"loss_args": "beta=1"}, "'beta'"),
     ],
 )
-def test_a_wrong_name_or_argument_is_named(change, message):
+def test_wrong_name_or_argument_is_named(change, message):
     with pytest.raises(UserError, match=message):
         make_loss(replace(SuperviseConfig(), **change))
 

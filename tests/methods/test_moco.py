@@ -34,7 +34,7 @@ LABELS = torch.zeros(6, dtype=torch.int64)
 @pytest.mark.parametrize("enqueue", ["before_loss", "after_loss"])
 @pytest.mark.parametrize("normalize_first", [True, False])
 @pytest.mark.parametrize("adaptation", ["xbm", "xbn"])
-def test_a_step_is_the_papers_step_written_out(enqueue, normalize_first, adaptation):
+def test_step_is_the_papers_step_written_out(enqueue, normalize_first, adaptation):
     method = make(adaptation, enqueue=enqueue, normalize_first=normalize_first, temperature=0.2, momentum=0.9)
     query, key = copy.deepcopy(method.encoder_q), copy.deepcopy(method.encoder_k)
     rows = torch.zeros(0, 8, dtype=torch.float64)
@@ -69,7 +69,7 @@ def test_a_step_is_the_papers_step_written_out(enqueue, normalize_first, adaptat
             torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
 
 
-def test_the_key_encoder_gets_no_gradient_and_its_own_statistics():
+def test_key_encoder_gets_no_gradient_and_own_statistics():
     method = make(norm=True)
     method(views(), LABELS).backward()
     assert all(parameter.grad is None for parameter in method.encoder_k.parameters())
@@ -78,7 +78,7 @@ def test_the_key_encoder_gets_no_gradient_and_its_own_statistics():
     assert not torch.equal(*means)
 
 
-def test_keys_are_shuffled_for_batch_norm_and_come_back_in_order():
+def test_keys_are_shuffled_for_batch_norm_and_unshuffled():
     method = make(norm=True)
     seen = []
     method.encoder_k.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
@@ -90,7 +90,7 @@ def test_keys_are_shuffled_for_batch_norm_and_come_back_in_order():
     torch.testing.assert_close(keys, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_a_symmetric_step_enqueues_once_and_no_image_meets_its_own_keys():
+def test_symmetric_step_enqueues_once_and_masks_own_keys():
     method = make("xbm", symmetric=True, temperature=0.5)
     view_a, view_b = views()
     found = method((view_a, view_b), LABELS)
@@ -110,7 +110,7 @@ def test_a_symmetric_step_enqueues_once_and_no_image_meets_its_own_keys():
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_the_momentum_schedule_ends_at_one():
+def test_momentum_schedule_ends_at_one():
     assert make(momentum=0.9).momentum_at(0.7) == 0.9
     method = make(momentum=0.9, momentum_schedule="cosine")
     assert method.momentum_at(0.0) == pytest.approx(0.9)
@@ -118,7 +118,7 @@ def test_the_momentum_schedule_ends_at_one():
     assert method.momentum_at(1.0) == pytest.approx(1.0)
 
 
-def test_a_batch_larger_than_the_queue_works():
+def test_batch_larger_than_the_queue_works():
     method = make(size=4)
     assert method(views(), LABELS).isfinite()
     assert len(method.queue) == 4

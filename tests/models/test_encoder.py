@@ -46,7 +46,7 @@ def test_small_backbones_train_every_parameter_at_any_size(name, feature_dim, ch
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
-def test_resnet_features_are_those_before_torchvisions_classifier():
+def test_resnet_features_equal_torchvisions_before_the_classifier():
     model = torchvision.models.resnet18().eval()
     encoder = build_encoder("resnet18", 8).eval()
     encoder.backbone.load_state_dict(model.state_dict(), strict=False)
@@ -55,7 +55,7 @@ def test_resnet_features_are_those_before_torchvisions_classifier():
 
 
 @pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "swin_t", "shufflenet_v2_x0_5", "densenet121"])
-def test_torchvisions_classifier_on_our_features_is_torchvisions_model(name):
+def test_torchvision_classifier_fits_our_features(name):
     model = torchvision.models.get_model(name).eval()
     encoder = build_encoder(name, 8).eval()
     left_over = encoder.backbone.load_state_dict(model.state_dict(), strict=False).unexpected_keys
@@ -77,7 +77,7 @@ def test_timm_vision_transformer_is_built_for_the_image_size():
     assert encoder(images(size=64)).shape == (4, 8)
 
 
-def test_cifar_resnet_differs_from_torchvisions_in_stem_and_resolution_alone():
+def test_cifar_resnet_differs_in_stem_and_resolution_alone():
     ours, theirs = build_encoder("resnet18-cifar", 8).backbone, torchvision.models.resnet18()
     shapes = {name: tensor.shape for name, tensor in theirs.state_dict().items() if not name.startswith("fc.")}
     shapes["conv1.weight"] = torch.Size([64, 3, 3, 3])
@@ -94,7 +94,7 @@ def test_grey_images_are_one_channel(name):
     assert build_encoder(name, 8, channels=1)(images(channels=1)).shape == (4, 8)
 
 
-def test_building_leaves_running_statistics_at_their_start_and_trains():
+def test_new_encoder_has_initial_statistics_in_train_mode():
     encoder = build_encoder("resnet18-cifar", 8)
     norms = [module for module in encoder.modules() if isinstance(module, nn.BatchNorm2d)]
     assert all(norm.training and norm.running_mean.eq(0).all() and norm.num_batches_tracked == 0 for norm in norms)
@@ -109,7 +109,7 @@ def test_same_seed_same_encoder():
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_backbone_and_linear_head_make_a_state_dict_of_torchvisions_resnet():
+def test_backbone_and_head_load_into_torchvision_resnet():
     encoder = build_encoder("resnet18", 10).eval()
     model = torchvision.models.resnet18(num_classes=10).eval()
     head = {f"fc.{name}": tensor for name, tensor in encoder.head.state_dict().items()}
@@ -166,7 +166,7 @@ def test_heads_compute_their_formulas():
         torch.testing.assert_close(head(x), expected[name])
 
 
-def test_embeddings_are_the_head_of_the_features_and_not_normalised():
+def test_embeddings_are_the_heads_output_not_normalised():
     encoder = build_encoder("convnet4", 8).eval()
     embeddings = encoder(images())
     assert torch.equal(embeddings, encoder.head(encoder.features(images())))
@@ -198,7 +198,7 @@ def test_unknown_or_impossible_choices_are_named_in_one_line(arguments, message)
 
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 32), ("vit_b_16", 30), ("timm:mixer_s32_224", 32)])
-def test_images_of_a_wrong_size_for_the_backbone_are_refused_in_one_line(name, size):
+def test_unsuitable_image_size_is_refused_in_one_line(name, size):
     with pytest.raises(UserError, match=f"'{name}' cannot take {size}-pixel images") as fault:
         build_encoder(name, 8, image_size=size)
     assert "\n" not in str(fault.value)

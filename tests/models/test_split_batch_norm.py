@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import jaxtyping
 import pytest
 import torch
 import torchvision
@@ -92,7 +91,7 @@ def test_eval_mode_is_batch_norm_with_running_statistics():
     assert all(torch.equal(a, b) for a, b in zip(split.buffers(), filled(nn.BatchNorm2d(6)).buffers(), strict=True))
 
 
-def test_a_sample_depends_on_its_own_part_alone():
+def test_sample_depends_on_its_own_part_alone():
     norm = SplitBatchNorm2d(6, 4).double()
     x = images(16)
     (gradient,) = torch.autograd.grad((norm(x)[5] ** 3).sum(), x)
@@ -109,8 +108,7 @@ def test_bfloat16_input_is_normalised_with_float32_statistics():
     torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=2**-7)
 
 
-def test_compiles_as_one_graph_with_the_same_result(monkeypatch):
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)  # its checks, on in pytest alone, do not compile
+def test_compiles_as_one_graph_with_the_same_result(unchecked):
     eager, plain = filled(SplitBatchNorm2d(6, 4)), filled(SplitBatchNorm2d(6, 4))
     compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)
     x = images(13).detach().float()

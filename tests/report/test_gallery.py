@@ -12,7 +12,7 @@ def split(labels):
 
 
 @pytest.mark.parametrize("with_gallery", [False, True])
-def test_rows_are_the_nearest_images_and_the_hardest_mistakes_stand_first(with_gallery):
+def test_gallery_rows_equal_a_full_sort_hardest_first(with_gallery):
     labels, gallery_labels = torch.randint(4, (40,)), torch.randint(4, (30,))
     queries, gallery = torch.randn(40, 6), torch.randn(30, 6)
     data = ImageData("x", split(labels), split(labels), split(gallery_labels) if with_gallery else None)

@@ -40,7 +40,7 @@ def test_constants_and_single_points_have_a_place(points):
     assert {top for _, top in line.markers} == {(TOP + BOTTOM) / 2}
 
 
-def test_a_level_spans_the_frame_at_its_height():
+def test_level_spans_the_frame_at_its_height():
     plot = line_plot("k-NN", [curve([(1, 90.0), (5, 98.0)]), curve([(0, 97.2)], across=True)])
     (left, top), (right, same) = (map(float, point.split(",")) for point in plot.lines[1].path.split())
     assert (left, right) == (LEFT, RIGHT)

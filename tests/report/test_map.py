@@ -32,7 +32,7 @@ def test_embeddings_that_are_not_finite_are_refused():
         plane_of(torch.tensor([[1.0], [2.0], [torch.nan], [1.0]]))
 
 
-def test_the_choice_of_images_is_spread_over_the_classes_and_takes_the_first_of_each():
+def test_images_are_spread_over_classes_first_of_each():
     labels = torch.tensor([7, 1, 7, 9, 1, 7, 3, 3, 9, 5])
     assert spread_classes(labels, 3).tolist() == [1, 5, 9]
     assert spread_classes(labels, 99).tolist() == [1, 3, 5, 7, 9]

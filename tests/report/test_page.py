@@ -12,12 +12,12 @@ from html.parser import HTMLParser
 
 import pytest
 from PIL import Image
-from test_cli import refused, tree
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.schema import from_resolved
 from selfsup_xbn.runs.folder import read_metrics
+from tests.command_line import image_folder, refused
 
 VOID = {"meta", "img", "br"}
 
@@ -73,7 +73,7 @@ def page(runs):
     return Page(runs / "page" / "index.html")
 
 
-def test_the_page_is_one_file_without_scripts_that_reaches_for_nothing(page, runs):
+def test_page_is_one_file_without_scripts_or_requests(page, runs):
     assert page.source.startswith("<!doctype html>")
     assert [path.name for path in (runs / "page").iterdir()] == ["index.html"]
     names = {tag for tag, _ in page.tags}
@@ -94,7 +94,7 @@ def test_results_are_the_last_ones_logged(page, runs):
             assert f"{records[0][key + '_untrained']:.2f}" in cells
 
 
-def test_differences_are_marked_and_stand_alone_before_all_settings(page):
+def test_differing_settings_are_marked_and_come_first(page):
     before, after = page.source.split("<details>")
     assert "temperature" not in before.split("<h2>Settings</h2>")[1]
     assert "temperature" in after.split("</details>")[0]
@@ -104,7 +104,7 @@ def test_differences_are_marked_and_stand_alone_before_all_settings(page):
     assert "pretrain" not in marks
 
 
-def test_curves_are_a_run_each_and_baselines_that_runs_share_are_drawn_once(page):
+def test_each_run_has_a_curve_and_shared_baselines_one_line(page):
     figures = re.findall(r'<figure class="plot">.*?</figure>', page.source, re.DOTALL)
     titles = [re.search("<figcaption>(.*?)</figcaption>", figure)[1] for figure in figures]
     drawn = dict(zip(titles, (re.findall(r'<g class="(\w+)">', figure) for figure in figures), strict=True))
@@ -134,7 +134,7 @@ def test_commands_make_the_same_runs(page, runs):
     assert set(versions.values()) <= set(page.text_in("td"))
 
 
-def test_pictures_are_the_same_at_each_call_and_in_any_company(page, runs, capsys):
+def test_pictures_do_not_depend_on_the_other_runs(page, runs, capsys):
     assert main(["report", str(runs / "xbm"), "--out", str(runs / "alone")]) == 0
     assert capsys.readouterr().out.split() == [str(runs / "alone" / "index.html")]
     alone = Page(runs / "alone" / "index.html")
@@ -144,7 +144,7 @@ def test_pictures_are_the_same_at_each_call_and_in_any_company(page, runs, capsy
 
 def test_names_are_text_and_never_markup(tmp_path):
     bad = '<svg onload=alert(1)>&"'
-    photos = tree(tmp_path / f"photos{bad}", classes=(bad, "b"), images=4)
+    photos = image_folder(tmp_path / f"photos{bad}", classes=(bad, "b"), images=4)
     options = ["--batch-size", "4", "--queue-size", "8", "--epochs", "1", "--image-size", "32", "--knn-k", "3"]
     folder = tmp_path / f"<img src=x>{bad}"
     assert main(["pretrain", "--data", f"folder:{photos}", *options, "--out", str(folder)]) == 0
@@ -156,7 +156,7 @@ def test_names_are_text_and_never_markup(tmp_path):
     assert any(bad in text for text in page.text_in("span"))
 
 
-def test_what_cannot_be_pictured_has_curves_and_a_line_that_says_why(runs, tmp_path, capsys):
+def test_run_without_pictures_has_curves_and_a_reason(runs, tmp_path, capsys):
     reasons = {"lost": "checkpoint.pt", "damaged": "checkpoint.pt", "moved": "/gone"}
     for name in reasons:
         shutil.copytree(runs / "xbm", tmp_path / name)
@@ -180,7 +180,7 @@ def test_what_cannot_be_pictured_has_curves_and_a_line_that_says_why(runs, tmp_p
     assert len(page.all("g", class_="run2")) == 7  # loss, two of k-NN, two of drift, two of moments
 
 
-def test_a_run_that_was_stopped_before_its_first_epoch_has_a_page(runs, tmp_path):
+def test_run_stopped_before_its_first_epoch_has_a_page(runs, tmp_path):
     shutil.copytree(runs / "xbm", tmp_path / "run")
     for path in (tmp_path / "run").glob("checkpoint*.pt"):
         path.unlink()
@@ -237,7 +237,7 @@ def test_missing_values_in_the_log_are_passed_over(runs, tmp_path):
     assert len(page.all("circle")) == 1
 
 
-def test_runs_of_one_name_are_told_apart_and_a_run_is_shown_once(runs, tmp_path):
+def test_runs_of_one_name_show_their_parents_once_each(runs, tmp_path):
     for place in ("a", "b"):
         shutil.copytree(runs / "xbm", tmp_path / place / "run")
         (tmp_path / place / "run" / "checkpoint.pt").unlink()

@@ -36,7 +36,7 @@ def chromium():
 
 @pytest.mark.parametrize("width", [375, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_the_page_opens_in_silence_and_fits_the_screen(address, chromium, width, scheme):
+def test_page_opens_in_silence_and_fits_the_screen(address, chromium, width, scheme):
     context = chromium.new_context(viewport={"width": width, "height": 800}, color_scheme=scheme, offline=True)
     page = context.new_page()
     said = []

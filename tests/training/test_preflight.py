@@ -1,4 +1,4 @@
-"""What a queue, its labels and a resumed run may not be: each is said in one line before anything is allocated."""
+"""Checks before training: the queue's memory and size, labels, and a changed option on resume."""
 
 import random
 from collections import deque
@@ -6,24 +6,22 @@ from dataclasses import replace
 
 import pytest
 import torch
-from test_cli import refused
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import PretrainConfig, SuperviseConfig
 from selfsup_xbn.data import Split
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import method_class
 from selfsup_xbn.models.encoder import random_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training import preflight as limits
-
-SMALL = ["pretrain", "--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--epochs", "1"]
+from tests.command_line import SMALL, refused
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("config", [PretrainConfig(queue_size="500"), SuperviseConfig(queue_size="50%")])
-def test_bytes_are_those_of_the_queue_that_is_made(config, dtype):
+def test_queue_bytes_are_those_allocated(config, dtype):
     config = replace(config, queue_dtype=dtype, dim=96)
     with torch.device("meta"):
         queue = method_class(config).from_config(config, random_encoder(config, 1, 8), 1000).queue
@@ -31,41 +29,35 @@ def test_bytes_are_those_of_the_queue_that_is_made(config, dtype):
     assert limits.queue_bytes(config, 1000) == pytest.approx(allocated, abs=100)
 
 
-def test_a_run_without_a_queue_takes_no_bytes():
+def test_no_queue_takes_no_bytes():
     assert limits.queue_bytes(SuperviseConfig(queue_size="0"), 1000) == 0
 
 
-def test_a_queue_that_does_not_fit_is_refused_before_it_is_allocated(tmp_path, capsys, monkeypatch):
+def test_queue_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(limits, "free_bytes", lambda device: 10**9)
-    monkeypatch.setattr(FeatureQueue, "__init__", lambda *_, **__: pytest.fail("it was allocated"))
     options = ["--queue-size", "1000", "--dim", "1000000", "--out", str(tmp_path / "run")]
     message = refused(capsys, ["pretrain", *options])
-    for part in (
-        "1,000 rows of 1,000,000",
-        "4,080,000,000 bytes",
-        "cpu has 1,000,000,000 free",
-        "--queue-dtype bfloat16",
-    ):
-        assert part in message
+    parts = ("1,000 rows of 1,000,000", "4,080,000,000 bytes", "cpu has 1,000,000,000 free", "--queue-dtype bfloat16")
+    assert all(part in message for part in parts)
     assert not (tmp_path / "run").exists()
 
 
-def test_free_memory_is_some_of_this_machines():
+def test_free_memory_is_below_the_machines_total():
     with open("/proc/meminfo") as lines:
         total = 1024 * int(next(line for line in lines if line.startswith("MemTotal")).split()[1])
     assert 2**20 < limits.free_bytes(torch.device("cpu")) < total
 
 
 @pytest.mark.parametrize(("rows", "said"), [(64, False), (65, True), (128, True)])
-def test_a_queue_in_which_an_anchor_meets_itself_is_noted_and_allowed(tmp_path, capsys, rows, said):
+def test_queue_in_which_anchors_meet_themselves_is_noted(tmp_path, capsys, rows, said):
     assert main([*SMALL, "--queue-size", str(rows), "--out", str(tmp_path)]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: a queue of")]
     assert len(notes) == said
-    assert not said or "of the anchors meet their own image's last row as a negative" in notes[0]
+    assert all("of the anchors meet their own image's last row as a negative" in note for note in notes)
 
 
 @pytest.mark.parametrize("rows", [8, 12, 21, 24])
-def test_the_share_of_anchors_that_meet_themselves_is_that_of_a_simulated_queue(rows):
+def test_share_of_self_meetings_is_that_of_a_simulated_queue(rows):
     images, batch, epochs = 24, 4, 1500
     queue, met, generator = deque(maxlen=rows), 0, random.Random(0)
     for epoch in range(epochs + 1):
@@ -80,20 +72,20 @@ def test_the_share_of_anchors_that_meet_themselves_is_that_of_a_simulated_queue(
 @pytest.mark.parametrize(
     "labels", [torch.tensor([0, -1]), torch.tensor([0, 1], dtype=torch.int32), torch.tensor([0.0, 1.0])]
 )
-def test_labels_that_are_no_class_numbers_are_refused_in_one_line(labels, unchecked):
+def test_labels_that_are_no_class_numbers_are_refused(labels, unchecked):
     with pytest.raises(
         UserError, match=r"^expected int64 labels from 0 on, got torch.\w+ from \S+ on: number the classes$"
     ):
         Split(labels, paths=["a", "b"])
 
 
-def test_another_dimension_on_resume_is_one_line(tmp_path, capsys):
-    assert main([*SMALL, "--dim", "16", "--out", str(tmp_path)]) == 0
-    capsys.readouterr()
-    assert "dim: 16, 32" in refused(capsys, ["pretrain", "--resume", "--dim", "32", "--out", str(tmp_path)])
-    state = checkpoint.load(tmp_path)
-    state["method"]["queue.rows"] = torch.zeros(64, 32)
-    checkpoint.save(state, tmp_path)
-    message = refused(capsys, ["pretrain", "--resume", "--out", str(tmp_path)])
+def test_another_dimension_on_resume_is_refused(finished_run, capsys):
+    dim = RECIPES["digits"].dim
+    command = ["pretrain", "--resume", "--out", str(finished_run)]
+    assert f"dim: {dim}, {2 * dim}" in refused(capsys, [*command, "--dim", str(2 * dim)])
+    state = checkpoint.load(finished_run)
+    state["method"]["queue.rows"] = torch.zeros(64, 2 * dim)
+    checkpoint.save(state, finished_run)
+    message = refused(capsys, command)
     assert "does not fit this run" in message
     assert "queue.rows" in message

@@ -1,55 +1,46 @@
-"""The supervised mode through the command line: resume, the head stage, the memories, the folder, the refusals."""
+"""The supervised mode through the command line: resuming, the head stage, the memories, refusals."""
 
-import os
-import signal
-
+import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_cli import refused, tree
-from training.test_trainer import assert_same_run
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
-from selfsup_xbn.training.trainer import Run
+from tests.command_line import interrupted_at, refused
+from tests.finished_runs import differences
 
-SMALL = ["supervise", "--limit-train", "300", "--batch-size", "20", "--images-per-class", "4", "--epochs", "2"]
+SMALL = ["supervise", "--limit-train", "160", "--batch-size", "20", "--images-per-class", "4", "--epochs", "2"]
 SMALL += ["--drift-every", "4", "--recall-ks", "1,5"]
 
 
 @pytest.mark.parametrize(
     "memory",
     [
-        ["--queue-size", "0"],
-        ["--adaptation", "xbm", "--batch-loss-weight", "1"],
-        ["--adaptation", "axbn", "--queue-size", "50%", "--memory-start", "5"],
-        ["--loss", "TripletMarginLoss", "--miner", "MultiSimilarityMiner"],
+        pytest.param(["--queue-size", "0"], id="none", marks=pytest.mark.slow),
+        pytest.param(["--adaptation", "xbm", "--batch-loss-weight", "1"], id="xbm*", marks=pytest.mark.slow),
+        pytest.param(["--adaptation", "axbn", "--queue-size", "50%", "--memory-start", "5"], id="axbn"),
+        pytest.param(
+            ["--loss", "TripletMarginLoss", "--miner", "MultiSimilarityMiner"], id="peer", marks=pytest.mark.slow
+        ),
     ],
-    ids=["none", "xbm*", "axbn", "peer's loss"],
 )
-def test_stopped_in_the_head_stage_or_later_and_resumed_is_the_run_that_was_not_stopped(tmp_path, memory, monkeypatch):
+def test_resumed_run_equals_uninterrupted_run(tmp_path, memory):
     options = [*SMALL, *memory, "--head-epochs", "1"]
-    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
-    steps, step = [], Run.train_step
-
-    def stop_twice(run, batch):
-        step(run, batch)
-        steps.append(run.step)
-        if len(steps) in (7, 22):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "train_step", stop_twice)
-    assert main([*options, "--out", str(tmp_path / "parts")]) == 75
-    assert checkpoint.load(tmp_path / "parts")["epoch"] == 0
-    assert main(["supervise", "--resume", "--out", str(tmp_path / "parts")]) == 75
-    assert checkpoint.load(tmp_path / "parts")["epoch"] == 1
-    assert main(["supervise", "--resume", "--out", str(tmp_path / "parts")]) == 0
-    assert len(steps) == 45
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert main([*options, "--out", str(tmp_path / "uninterrupted")]) == 0
+    resumed = tmp_path / "resumed"
+    with interrupted_at(4, 12) as steps:  # in the head stage and later
+        assert main([*options, "--out", str(resumed)]) == 75
+        assert checkpoint.load(resumed)["epoch"] == 0
+        assert main(["supervise", "--resume", "--out", str(resumed)]) == 75
+        assert checkpoint.load(resumed)["epoch"] == 1
+        assert main(["supervise", "--resume", "--out", str(resumed)]) == 0
+    assert len(steps) == 24
+    assert differences(tmp_path / "uninterrupted", resumed) == []
 
 
-def test_a_run_ends_with_retrieval_beside_pixels_and_the_untrained_encoder(tmp_path, capsys):
+def test_run_ends_with_retrieval_metrics_and_a_gallery(tmp_path, capsys, pictures):
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for text in ("Recall@1", "R-precision", "MAP@R", "raw pixels", "untrained encoder", "trained encoder"):
@@ -68,7 +59,7 @@ def test_a_run_ends_with_retrieval_beside_pixels_and_the_untrained_encoder(tmp_p
     assert f"{best['recall@1']:.2f}" in capsys.readouterr().out
 
 
-def test_the_head_stage_leaves_the_backbone_alone(tmp_path):
+def test_head_stage_leaves_the_backbone_alone(tmp_path):
     torch.manual_seed(0)
     options = [*SMALL, "--head-epochs", "2", "--epochs", "1", "--lr", "0", "--weight-decay", "0"]
     main([*options, "--out", str(tmp_path)])
@@ -105,7 +96,7 @@ def test_every_data_set_serves_every_mode(tmp_path, capsys):
         (["--augmentation", "cifar"], ["cifar"]),
     ],
 )
-def test_faults_are_one_line_that_names_the_value_and_the_cure(tmp_path, capsys, options, parts):
+def test_error_is_one_line_with_value_and_remedy(tmp_path, capsys, options, parts):
     small = ["supervise", "--batch-size", "20", "--images-per-class", "4", "--out", str(tmp_path / "run"), *options]
     message = refused(capsys, small)
     for part in parts:
@@ -113,17 +104,25 @@ def test_faults_are_one_line_that_names_the_value_and_the_cure(tmp_path, capsys,
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_of_another_mode_is_not_taken_over(tmp_path, capsys):
+def test_run_of_another_mode_is_not_resumed(tmp_path, capsys):
     assert main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
     capsys.readouterr()
     assert "mode supervise" in refused(capsys, ["pretrain", "--resume", "--out", str(tmp_path)])
 
 
-def test_image_files_are_learned_from(tmp_path):
-    root = tree(tmp_path / "photos", classes=("a", "b", "c"), images=4)
-    (root / "train" / "a" / "0.png").unlink()
-    Image.new("RGB", (11, 9)).save(root / "train" / "a" / "0.png")  # of another size: read from disk
-    options = ["supervise", "--recipe", "omniglot", "--data", f"folder:{root}", "--batch-size", "8", "--epochs", "1"]
-    options += ["--queue-size", "100%", "--image-size", "32", "--workers", "0", "--out", str(tmp_path / "run")]
-    assert main(options) == 0
-    assert read_metrics(tmp_path / "run")[-1]["recall@1"] >= 0
+def test_training_reads_image_files(tmp_path):
+    """Three classes that differ in brightness alone, in several sizes, so that they are read from disk."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for brightness, name in ((60, "a"), (120, "b"), (180, "c")):
+            (tmp_path / "photos" / split / name).mkdir(parents=True)
+            for index in range(4):
+                pixels = rng.normal(brightness, 20, (8 + index, 9, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "photos" / split / name / f"{index}.png")
+    options = ["supervise", "--recipe", "omniglot", "--data", f"folder:{tmp_path / 'photos'}", "--batch-size", "8"]
+    options += ["--epochs", "1", "--queue-size", "100%", "--image-size", "16", "--workers", "0"]
+    assert main([*options, "--out", str(tmp_path / "run")]) == 0
+    before, after = read_metrics(tmp_path / "run")
+    assert before["recall@1_raw_pixels"] < 50
+    assert after["recall@1"] == 100
+    assert after["loss"] > 0.5  # the miner kept pairs

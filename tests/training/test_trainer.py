@@ -1,4 +1,4 @@
-"""The loop, through the command line: resume to the last bit, refusals that write nothing, signals, results."""
+"""The training loop through the command line: resuming bit for bit, signals, divergence, results."""
 
 import json
 import os
@@ -18,28 +18,16 @@ from selfsup_xbn.errors import Diverged
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
 from selfsup_xbn.training.optimisation import learning_rate
-from selfsup_xbn.training.trainer import Run, train
+from selfsup_xbn.training.trainer import train
+from tests.command_line import each_step, interrupted_at
+from tests.finished_runs import differences
 
-SMALL = ["--limit-train", "256", "--batch-size", "64", "--queue-size", "128", "--epochs", "2", "--drift-every", "2"]
-
-
-def weights(folder):
-    return checkpoint.load(folder)["method"]
-
-
-def assert_same_run(a, b):
-    """Weights, queue and every logged number but the times."""
-    first, second = weights(a), weights(b)
-    assert first.keys() == second.keys()
-    for name, value in first.items():
-        assert torch.equal(value, second[name]), name
-    timeless = [[{k: v for k, v in r.items() if k != "images_per_second"} for r in read_metrics(f)] for f in (a, b)]
-    assert timeless[0] == timeless[1]
+SMALL = ["--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--epochs", "2", "--drift-every", "2"]
 
 
 @pytest.fixture(scope="module")
 def image_folder(tmp_path_factory):
-    """A tree of small photographs of no two sizes, so that they are read from disk while training."""
+    """An image folder of several sizes, which is read from disk during training."""
     root, rng = tmp_path_factory.mktemp("photos"), np.random.default_rng(0)
     for split, count in (("train", 24), ("test", 6)):
         for name in ("cat", "dog"):
@@ -50,57 +38,29 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("adaptation", ["xbm", "xbn", "axbn"])
-def test_stopped_at_the_end_and_in_the_middle_of_an_epoch_and_resumed_is_the_run_that_was_not_stopped(
-    tmp_path, adaptation, monkeypatch
-):
+@pytest.mark.parametrize("adaptation", [pytest.param("xbm", marks=pytest.mark.slow), "xbn", "axbn"])
+def test_resumed_run_equals_uninterrupted_run(tmp_path, adaptation):
     options = ["pretrain", *SMALL, "--adaptation", adaptation]
-    assert main([*options, "--out", str(tmp_path / "whole")]) == 0
-    steps, step = [], Run.train_step
-
-    def stop_twice(run, batch):
-        step(run, batch)
-        steps.append(run.step)
-        if len(steps) in (4, 6):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    monkeypatch.setattr(Run, "train_step", stop_twice)
-    assert main([*options, "--out", str(tmp_path / "parts")]) == 75
-    assert main(["pretrain", "--resume", "--out", str(tmp_path / "parts")]) == 75
-    assert main(["pretrain", "--resume", "--out", str(tmp_path / "parts")]) == 0
-    assert steps == [1, 2, 3, 4, 1, 2, 3, 4]
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert main([*options, "--out", str(tmp_path / "uninterrupted")]) == 0
+    with interrupted_at(4, 6) as steps:  # at the end and in the middle of an epoch
+        assert main([*options, "--out", str(tmp_path / "resumed")]) == 75
+        assert main(["pretrain", "--resume", "--out", str(tmp_path / "resumed")]) == 75
+        assert main(["pretrain", "--resume", "--out", str(tmp_path / "resumed")]) == 0
+    assert len(steps) == 8
+    assert differences(tmp_path / "uninterrupted", tmp_path / "resumed") == []
 
 
-def test_stopped_and_resumed_with_files_and_workers_too(tmp_path, image_folder, monkeypatch):
-    options = [
-        "pretrain",
-        "--data",
-        f"folder:{image_folder}",
-        "--batch-size",
-        "8",
-        "--queue-size",
-        "16",
-        "--epochs",
-        "2",
-    ]
-    options += ["--image-size", "32", "--backbone", "convnet-digits", "--knn-k", "5"]
-    assert main([*options, "--workers", "0", "--out", str(tmp_path / "whole")]) == 0
-    steps, step = [], Run.train_step
-
-    def stop_at_step_four(run, batch):
-        step(run, batch)
-        steps.append(run.step)
-        if len(steps) == 4:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Run, "train_step", stop_at_step_four)
-    assert main([*options, "--workers", "1", "--out", str(tmp_path / "parts")]) == 75
-    assert main(["pretrain", "--resume", "--workers", "2", "--out", str(tmp_path / "parts")]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+def test_resumed_run_with_workers_equals_uninterrupted_run(tmp_path, image_folder):
+    options = ["pretrain", "--data", f"folder:{image_folder}", "--batch-size", "8", "--queue-size", "16"]
+    options += ["--epochs", "2", "--image-size", "32", "--backbone", "convnet-digits", "--knn-k", "5"]
+    assert main([*options, "--workers", "0", "--out", str(tmp_path / "uninterrupted")]) == 0
+    with interrupted_at(4, by=signal.SIGINT):
+        assert main([*options, "--workers", "1", "--out", str(tmp_path / "resumed")]) == 75
+        assert main(["pretrain", "--resume", "--workers", "2", "--out", str(tmp_path / "resumed")]) == 0
+    assert differences(tmp_path / "uninterrupted", tmp_path / "resumed") == []
 
 
-def test_resuming_a_finished_run_changes_nothing_and_resuming_none_starts_one(tmp_path):
+def test_resume_starts_a_run_and_leaves_a_finished_one(tmp_path):
     options = ["pretrain", *SMALL, "--resume", "--out", str(tmp_path / "run")]
     assert main(options) == 0
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
@@ -108,38 +68,45 @@ def test_resuming_a_finished_run_changes_nothing_and_resuming_none_starts_one(tm
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path):
+@pytest.mark.slow
+def test_killed_process_resumes_from_its_checkpoint(tmp_path):
     options = [*SMALL, "--epochs", "9", "--save-every", "2", "--eval-every", "0", "--drift-every", "0"]
-    command = [sys.executable, "-m", "selfsup_xbn", "pretrain", *options, "--out", str(tmp_path / "parts")]
+    command = [sys.executable, "-m", "selfsup_xbn", "pretrain", *options, "--out", str(tmp_path / "resumed")]
     one_thread = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: sums of other lengths round otherwise
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=one_thread)
-    while not (tmp_path / "parts" / "checkpoint.pt").exists() and process.poll() is None:
+    while not (tmp_path / "resumed" / "checkpoint.pt").exists() and process.poll() is None:
         time.sleep(0.01)
     process.kill()
     process.wait()
-    assert main(["pretrain", "--resume", "--out", str(tmp_path / "parts")]) == 0
-    assert main(["pretrain", *options, "--out", str(tmp_path / "whole")]) == 0
-    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+    assert main(["pretrain", "--resume", "--out", str(tmp_path / "resumed")]) == 0
+    assert main(["pretrain", *options, "--out", str(tmp_path / "uninterrupted")]) == 0
+    assert differences(tmp_path / "uninterrupted", tmp_path / "resumed") == []
 
 
+@pytest.mark.slow
 def test_digits_beat_raw_pixels_and_the_untrained_encoder(tmp_path, capsys):
     assert main(["pretrain", "--eval-every", "0", "--drift-every", "0", "--out", str(tmp_path)]) == 0
-    found = {key: value for record in read_metrics(tmp_path) for key, value in record.items()}
-    assert found["knn_top1_backbone"] > found["knn_top1_raw_pixels"]
-    assert found["knn_top1_backbone"] > found["knn_top1_backbone_untrained"]
-    assert found["knn_top1"] > found["knn_top1_untrained"]
+    values = {key: value for record in read_metrics(tmp_path) for key, value in record.items()}
+    assert values["knn_top1_backbone"] > values["knn_top1_raw_pixels"]
+    assert values["knn_top1_backbone"] > values["knn_top1_backbone_untrained"]
+    assert values["knn_top1"] > values["knn_top1_untrained"]
+    assert main(["evaluate", "knn", "--run", str(tmp_path)]) == 0
+    assert f"{values['knn_top1_backbone']:.2f}" in capsys.readouterr().out
+
+
+def test_run_ends_with_a_table_and_a_picture(tmp_path, capsys, pictures):
+    assert main(["pretrain", *SMALL, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for text in ("raw pixels", "untrained encoder", "trained encoder", str(tmp_path)):
+    last = read_metrics(tmp_path)[-1]
+    for text in ("raw pixels", "untrained encoder", "trained encoder", f"{last['knn_top1']:.2f}", str(tmp_path)):
         assert text in printed
     assert Image.open(tmp_path / "curves.png").size[0] > 300
-    assert main(["evaluate", "knn", "--run", str(tmp_path)]) == 0
-    assert f"{found['knn_top1_backbone']:.2f}" in capsys.readouterr().out
 
 
-def test_a_run_folder_says_how_it_was_made(tmp_path):
+def test_run_folder_records_settings_and_environment(tmp_path):
     main(["pretrain", *SMALL, "--out", str(tmp_path)])
     config = json.loads((tmp_path / "config.json").read_text())
-    assert config["batch_size"] == 64
+    assert config["batch_size"] == 32
     assert config["environment"]["torch"] == torch.__version__.split("+")[0]
     assert {"commit", "python", "lightly"} <= config["environment"].keys()
     records = read_metrics(tmp_path)
@@ -157,20 +124,30 @@ def test_a_run_folder_says_how_it_was_made(tmp_path):
 
 
 def test_axbn_logs_its_gain(tmp_path):
-    main(["pretrain", *SMALL, "--adaptation", "axbn", "--gain-interval", "1", "--out", str(tmp_path)])
+    main(
+        [
+            "pretrain",
+            *SMALL,
+            "--adaptation",
+            "axbn",
+            "--gain-interval",
+            "1",
+            "--batch-size",
+            "64",
+            "--out",
+            str(tmp_path),
+        ]
+    )
     assert read_metrics(tmp_path)[-1]["gain"] == pytest.approx(0.99984, abs=1e-5)
 
 
-def test_a_diverged_run_says_where_and_keeps_its_last_checkpoint(tmp_path, capsys, monkeypatch):
-    step = Run.train_step
+def test_diverged_run_names_the_epoch_and_keeps_its_checkpoint(tmp_path, capsys):
+    def poison(optimizer):
+        if len(steps) == 5:
+            optimizer.param_groups[0]["params"][0].data.fill_(torch.nan)
 
-    def poisoned(run, batch):
-        if run.epoch == 1:
-            next(run.method.encoder_q.parameters()).data.fill_(torch.nan)
-        step(run, batch)
-
-    monkeypatch.setattr(Run, "train_step", poisoned)
-    assert main(["pretrain", *SMALL, "--out", str(tmp_path)]) == 3
+    with each_step(poison) as steps:
+        assert main(["pretrain", *SMALL, "--out", str(tmp_path)]) == 3
     message = capsys.readouterr().err
     assert message.count("\n") == 1
     assert "epoch 1" in message
@@ -178,7 +155,7 @@ def test_a_diverged_run_says_where_and_keeps_its_last_checkpoint(tmp_path, capsy
     assert checkpoint.load(tmp_path)["epoch"] == 1
 
 
-def test_the_random_state_is_part_of_the_checkpoint(tmp_path):
+def test_random_state_is_part_of_the_checkpoint(tmp_path):
     train(PretrainConfig(limit_train=128, batch_size=64, queue_size="64", epochs=1, out=str(tmp_path)))
     assert torch.equal(checkpoint.load(tmp_path)["random"], torch.get_rng_state())
 

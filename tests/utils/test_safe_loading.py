@@ -12,7 +12,6 @@ import pytest
 import torch
 from PIL import Image
 from scipy.io import savemat
-from test_cli import refused, tree
 
 from experiments.benchmarks.official_layouts import WRITERS
 from selfsup_xbn.cli import main
@@ -21,6 +20,7 @@ from selfsup_xbn.data.datasets import cifar
 from selfsup_xbn.data.files import fit
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs import checkpoint
+from tests.command_line import image_folder, refused
 
 SMALL = ["--limit-train", "64", "--batch-size", "20", "--queue-size", "20", "--epochs", "1", "--drift-every", "0"]
 
@@ -52,7 +52,7 @@ def traps(sprung: Path) -> dict[str, bytes]:
     return files | {f"sealed {name}": sealed(content) for name, content in files.items()}
 
 
-def test_the_traps_spring_when_pickles_are_trusted_and_the_sealed_ones_pass_for_whole(tmp_path):
+def test_traps_run_when_pickles_are_trusted(tmp_path):
     for name, content in traps(tmp_path / "sprung").items():
         (tmp_path / "sprung").unlink(missing_ok=True)
         (tmp_path / "trap.pt").write_bytes(content)
@@ -72,7 +72,7 @@ def run(tmp_path_factory):
 
 @pytest.mark.parametrize("kind", ["pickle", "state", "zip", "legacy"])
 @pytest.mark.parametrize("seal", ["", "sealed "])
-def test_a_pickle_that_would_run_code_is_refused_in_one_line_wherever_it_lies(tmp_path, capsys, run, kind, seal):
+def test_pickle_that_would_run_code_is_refused_everywhere(tmp_path, capsys, run, kind, seal):
     content = traps(tmp_path / "sprung")[seal + kind]
     (tmp_path / "other.pt").write_bytes(content)
     weights = ["--weights", str(tmp_path / "other.pt"), "--backbone", "resnet18", "--data", "digits"]
@@ -92,7 +92,7 @@ def test_a_pickle_that_would_run_code_is_refused_in_one_line_wherever_it_lies(tm
 
 
 @pytest.mark.parametrize("place", ["batch", "archive"])
-def test_cifar_files_other_than_the_official_ones_are_never_unpickled_or_unpacked(tmp_path, monkeypatch, place):
+def test_unofficial_cifar_files_are_never_unpickled(tmp_path, monkeypatch, place):
     root = tmp_path / "data"
     (root / "cifar-10-batches-py").mkdir(parents=True)
     if place == "batch":
@@ -111,7 +111,7 @@ def test_cifar_files_other_than_the_official_ones_are_never_unpickled_or_unpacke
     assert not (tmp_path / "sprung").exists()
 
 
-def test_no_annotation_leads_out_of_the_folder_though_the_image_is_there(tmp_path):
+def test_annotation_that_leaves_the_folder_is_refused(tmp_path):
     outside = tmp_path / "outside"
     outside.mkdir()
     Image.new("RGB", (9, 9)).save(outside / "secret.jpg")
@@ -151,15 +151,14 @@ def test_only_the_middle_of_a_very_long_image_is_resized(size, monkeypatch):
 
 
 @pytest.mark.parametrize("turn", [0, 1])
-def test_a_long_image_that_is_cut_first_looks_as_one_that_is_not(monkeypatch, turn):
+def test_long_image_equals_the_middle_of_the_whole_resized(turn):
     image = Image.fromarray(np.rot90(np.random.default_rng(0).integers(0, 256, (16, 600, 3), np.uint8), turn))
-    cut = np.asarray(fit(image, 28))
-    monkeypatch.setattr(files, "LONGEST", 1000)
-    assert np.array_equal(cut, np.asarray(fit(image, 28)))
+    whole = files.TF.resize(image, [32], antialias=True)
+    assert np.array_equal(np.asarray(fit(image, 28)), np.asarray(files.TF.center_crop(whole, [28, 28])))
 
 
-def test_a_small_file_of_a_huge_image_is_refused_and_one_of_a_long_image_is_read(tmp_path):
-    root = tree(tmp_path / "photos", images=2)
+def test_huge_image_in_a_small_file_is_refused(tmp_path):
+    root = image_folder(tmp_path / "photos", images=2)
     bomb = root / "train" / "a" / "bomb.png"
     Image.new("L", (1, 65_000)).save(bomb)  # resized to 37 pixels of width: 89 million pixels; to 256: 4 billion
     assert bomb.stat().st_size < 300

@@ -1,11 +1,12 @@
-"""Valid files, spoiled at random: every loader, the config, the metrics and the checkpoint reader answer with a result,
-or with one line that says what is wrong.
+"""Readers of randomly damaged files must return a result or raise an error of one line.
 
-python -m experiments.bad_input             # 2,000 cases, half a minute on one core
+python -m tests.robustness.bad_input        # 2,000 cases, half a minute on one core
 
-``bad_input_targets.py`` writes valid files of each kind. Of one of them bytes, lines or fields are changed, or its end
-is cut off, by ``--seed``; then it is read. Anything but a result or a ``UserError`` of one line fails, and so does an
-answer after ``SECONDS``, or a result of another number of rows than a count of its own finds in the files.
+``bad_input_targets.py`` writes valid files for every loader, the configuration, the metrics and the checkpoint. A case
+changes bytes, lines or fields of one file, or cuts off its end, drawn by ``--seed``; then the program reads it. A case
+fails if the reader raises anything but a ``UserError`` of one line, takes more than ``SECONDS``, or returns another
+number of rows than an independent count of the damaged files. The results go to
+``experiments/results/bad_input.json``.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from typing import Any
 
 import torch
 
-from experiments import runs
-from experiments.bad_input_targets import TARGETS, Target
+from experiments.runs import RESULTS, write
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
+from tests.robustness.bad_input_targets import TARGETS, Target
 
 SECONDS = 20
 WORDS = (
@@ -55,7 +56,7 @@ EXTREMES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\n", b"\xff\xff\xff\xff", b"\0\0
 
 
 def spoil(content: bytes, rng: random.Random) -> bytes:
-    """The content with one to four random changes."""
+    """Return the content with one to four random changes."""
     for _ in range(rng.choice((1, 1, 2, 4))):
         content = rng.choice((_bytes, _digit, _line, _field, _cut))(content, rng)
     return content
@@ -68,7 +69,7 @@ def _bytes(content: bytes, rng: random.Random) -> bytes:
 
 
 def _digit(content: bytes, rng: random.Random) -> bytes:
-    """Another digit in place of one: what leaves a list readable, but says something else."""
+    """Replace one digit: the list stays readable but its meaning changes."""
     digits = [place for place, byte in enumerate(content[:100_000]) if 48 <= byte < 58]
     if not digits:
         return content
@@ -77,7 +78,7 @@ def _digit(content: bytes, rng: random.Random) -> bytes:
 
 
 def _line(content: bytes, rng: random.Random) -> bytes:
-    """A line more, a line less, or two that change places."""
+    """Repeat a line, delete a line, or swap two."""
     lines = content.split(b"\n")
     one, other = rng.randrange(len(lines)), rng.randrange(len(lines))
     kind = rng.randrange(3)
@@ -91,7 +92,7 @@ def _line(content: bytes, rng: random.Random) -> bytes:
 
 
 def _field(content: bytes, rng: random.Random) -> bytes:
-    """Another token in place of one between spaces, quotes or commas."""
+    """Replace one token between spaces, quotes or commas."""
     ends = [place for place, byte in enumerate(content[:100_000]) if byte in b' ,:"\n\t[]']
     if len(ends) < 2:
         return content
@@ -103,44 +104,41 @@ def _cut(content: bytes, rng: random.Random) -> bytes:
     return content[: rng.randrange(len(content) + 1)] if rng.random() < 0.3 else content
 
 
-# ---------------------------------------------------------------------------------------------------------- campaign
-
-
 class HangError(BaseException):
-    """No ``Exception``, which a reader might take for a broken file."""
+    """Raised when a reader takes too long; no ``Exception``, so that no reader catches it."""
 
 
 @contextlib.contextmanager
-def time_limit() -> Iterator[None]:
-    """Raises ``HangError`` after ``SECONDS``. In the main thread only."""
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise ``HangError`` after so many seconds. Works in the main thread only."""
 
     def stop(*_: object) -> None:
         raise HangError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         yield
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
 
 
-def verdict(target: Target, folder: Path) -> tuple[str, str]:
-    """ "read" or "refused", or "failed" with the reason."""
+def verdict(target: Target, folder: Path, seconds: float = SECONDS) -> tuple[str, str]:
+    """Read a target; return "read" or "refused" with "", or "failed" with the reason."""
     try:
-        with time_limit():
-            found = target.read(folder)
+        with time_limit(seconds):
+            rows = target.read(folder)
     except UserError as error:
         return ("failed", f"several lines: {error}") if "\n" in str(error) else ("refused", "")
     except (Exception, HangError):
         return "failed", traceback.format_exc()
     expected = target.count(folder)
-    return ("read", "") if found == expected else ("failed", f"{found} rows of {expected}")
+    return ("read", "") if rows == expected else ("failed", f"{rows} rows of {expected}")
 
 
 def campaign(folder: Path, seed: int, cases: int) -> list[dict[str, Any]]:
-    """So many cases, the targets in turn; each with what became of it."""
+    """Run so many cases, the targets in turn; return one record a case."""
     write_targets(folder)
     names = [list(TARGETS)[number % len(TARGETS)] for number in range(cases)]
     seeds = [f"{seed} {number}" for number in range(cases)]
@@ -148,7 +146,7 @@ def campaign(folder: Path, seed: int, cases: int) -> list[dict[str, Any]]:
 
 
 def write_targets(folder: Path) -> None:
-    """Valid files of each kind, in a folder each."""
+    """Write valid files of each kind into a folder each."""
     for name, target in TARGETS.items():
         (folder / name).mkdir()
         target.write(folder / name)
@@ -156,7 +154,7 @@ def write_targets(folder: Path) -> None:
 
 
 def case(folder: Path, name: str, rng: random.Random) -> dict[str, Any]:
-    """What becomes of a target of which one file is spoiled; afterwards the file is as before."""
+    """Spoil one file of a target, read the target, and restore the file."""
     target = TARGETS[name]
     file = rng.choice(sorted((folder / name).glob(target.spoiled)))
     content = file.read_bytes()
@@ -169,11 +167,11 @@ def case(folder: Path, name: str, rng: random.Random) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the campaign, writes its results, prints the counts."""
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--seed", type=int, default=0)
-    made.add_argument("--cases", type=int, default=2000)
-    options = made.parse_args()
+    """Run the campaign, write its results, and print the counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=2000)
+    options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     started = time.perf_counter()
@@ -183,9 +181,9 @@ def main() -> None:
     counts = {name: {end: ends[name, end] for end in ("read", "refused", "failed")} for name in TARGETS}
     failed = [case for case in cases if case["end"] == "failed"]
     result = {"label": "bad input", **vars(options), "counts": counts, "failed": failed, "environment": environment()}
-    runs.write(runs.RESULTS / "bad_input.json", [result | {"seconds": round(time.perf_counter() - started)}])
-    for name, found in counts.items():
-        print(f"{name:<22}" + "".join(f"{end} {number:>4}   " for end, number in found.items()))
+    write(RESULTS / "bad_input.json", [result | {"seconds": round(time.perf_counter() - started)}])
+    for name, ends_of in counts.items():
+        print(f"{name:<22}" + "".join(f"{end} {number:>4}   " for end, number in ends_of.items()))
     print(f"{len(cases)} cases, {len(failed)} failed")
     for case in failed:
         print(json.dumps(case, indent=1).replace("\\n", "\n"))

@@ -1,4 +1,4 @@
-"""What ``bad_input.py`` spoils: valid files of each kind, how the program reads them, and a count of its own."""
+"""Inputs that ``bad_input.py`` damages: valid files of each kind, their reader, and an independent count of rows."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from selfsup_xbn.data import ImageData, eval_batches, load_data
 from selfsup_xbn.report.curves import result_lines
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_config, read_metrics
-from selfsup_xbn.training.trainer import Run
+from selfsup_xbn.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class Target:
     """A kind of input.
 
     Attributes:
-        write: writes valid files into an empty folder.
-        spoiled: pattern of the files of which one is spoiled.
-        read: reads the folder as the program does; returns the number of rows.
-        count: the same number of a folder that was read without complaint, counted another way.
+        write: Writes valid files into an empty folder.
+        spoiled: Pattern of the files of which one is damaged.
+        read: Reads the folder as the program does; returns the number of rows.
+        count: Returns the number of rows of a folder that was read without error, counted another way.
     """
 
     write: Callable[[Path], Any]
@@ -50,7 +50,7 @@ class Target:
 
 
 def rows(data: ImageData) -> int:
-    """Samples of all parts."""
+    """Return the number of samples of all splits."""
     return len(data.train) + len(data.test) + (len(data.gallery) if data.gallery else 0)
 
 
@@ -58,18 +58,18 @@ def rows(data: ImageData) -> int:
 
 
 def benchmark(name: str, scale: float, spoiled: str, count: Callable[[Path], int]) -> Target:
-    """A benchmark in its official layout at a share of its size. Images are empty files: only lists are read."""
+    """Return a benchmark in its official layout at a share of its size; images are empty files, only lists are read."""
     return Target(lambda folder: WRITERS[name](folder, scale, b""), spoiled, lambda folder: opened(name, folder), count)
 
 
 def opened(name: str, folder: Path) -> int:
-    """Rows of a data set whose cache, if there is one, does not come from a case before."""
+    """Return the number of rows of a data set, read with an empty user cache."""
     with mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(folder / "cache")}):
         return rows(load_data(f"{name}:{folder}", workers=0))
 
 
 def lines_in(pattern: str, headers: int) -> Callable[[Path], int]:
-    """Counts the lines of files that are not blank, but for the first ones of each."""
+    """Return a function that counts the lines that are not blank, without the first ones of each file."""
 
     def count(folder: Path) -> int:
         files = [file.read_bytes().decode().split("\n") for file in folder.glob(pattern)]
@@ -79,25 +79,25 @@ def lines_in(pattern: str, headers: int) -> Callable[[Path], int]:
 
 
 def count_cars(folder: Path) -> int:
-    """The number of annotations that the file's header names."""
+    """Return the number of annotations in the header of the file."""
     return next(math.prod(shape) for name, shape, _ in whosmat(folder / "cars_annos.mat") if name == "annotations")
 
 
 def count_items(folder: Path) -> int:
-    """DeepFashion2: items with a pixel; in training those of a style, in validation also those of shops."""
-    found = 0
+    """Count DeepFashion2's items with a pixel: those with a style, in validation also those of shops."""
+    items = 0
     for file in folder.glob("*/annos/*.json"):
         content = json.loads(file.read_bytes())
         for key, item in content.items():
             if key.startswith("item") and key[4:].isdecimal():
                 x1, y1, x2, y2 = map(round, item["bounding_box"])
                 from_shop = file.parts[-3] == "validation" and content["source"] == "shop"
-                found += x1 < x2 and y1 < y2 and (from_shop or item["style"] > 0)
-    return found
+                items += x1 < x2 and y1 < y2 and (from_shop or item["style"] > 0)
+    return items
 
 
 def open_deepfashion2(folder: Path) -> int:
-    """Without the cache of the case before: two changes may fall into one tick of the file system's clock."""
+    """Delete the cache, then read: two changes may fall into one tick of the file system's clock."""
     for file in folder.glob("*/*.npz"):
         file.unlink()
     return opened("deepfashion2", folder)
@@ -112,7 +112,7 @@ def write_cached_deepfashion2(folder: Path) -> None:
 
 
 def write_tree(folder: Path, size: tuple[int, int] = (9, 7)) -> None:
-    """Three images of one size in each of four classes."""
+    """Write three images of one size in each of four classes."""
     rng = np.random.default_rng(0)
     for label in ("train/a", "train/b", "test/c", "test/d"):
         (folder / label).mkdir(parents=True)
@@ -122,14 +122,14 @@ def write_tree(folder: Path, size: tuple[int, int] = (9, 7)) -> None:
 
 
 def write_mixed_tree(folder: Path) -> None:
-    """Several sizes, so that files are read one by one, and the formats that people have."""
+    """Write images of several sizes and formats, which are read one by one."""
     write_tree(folder)
     for number, ending in enumerate(("jpg", "bmp", "webp", "tiff", "ppm")):
         Image.new("RGB", (8 + number, 6), (number, 9, 9)).save(folder / f"train/a/other.{ending}")
 
 
 def read_images(name: str, folder: Path) -> int:
-    """Rows of which each image was decoded, as an evaluation does."""
+    """Decode every image as an evaluation does; return their number."""
     data = load_data(f"{name}:{folder}", workers=0)
     return sum(len(batch) for part in (data.train, data.test) for batch in eval_batches(part, data, batch_size=2))
 
@@ -139,7 +139,7 @@ def count_images(folder: Path) -> int:
 
 
 def write_cifar(folder: Path) -> None:
-    """Three files in CIFAR-10's format, and their checksums."""
+    """Write three files in CIFAR-10's format, and their checksums."""
     (folder / "cifar-10-batches-py").mkdir()
     rng = np.random.default_rng(0)
     parts = {name: rng.integers(0, 256, (number, 3072), np.uint8) for name, number in (("a", 4), ("b", 2))}
@@ -151,7 +151,7 @@ def write_cifar(folder: Path) -> None:
 
 
 def read_cifar(folder: Path) -> int:
-    """With the checksums of the files as they were written in place of the official ones, and without a network."""
+    """Read with the checksums of the files as written in place of the official ones, and without a network."""
     digests = json.loads((folder / "md5.json").read_text())
     meta = {"filename": "meta", "key": "names", "md5": digests["meta"]}
     lists: dict[str, Any] = {"train_list": [["a", digests["a"]]], "test_list": [["b", digests["b"]]], "meta": meta}
@@ -168,7 +168,11 @@ def write_config(folder: Path) -> None:
 
 
 def count_options(folder: Path) -> int:
-    return len(json.loads((folder / "config.json").read_bytes()).keys() & resolved(RECIPES["sop"]).keys())
+    """Return the number of all options if the file has those that every version wrote and that change results."""
+    config = RECIPES["sop"]
+    names = json.loads((folder / "config.json").read_bytes()).keys()
+    needed = {item.name for item in fields(config) if item.metadata["affects_results"] and not item.metadata["later"]}
+    return len(resolved(config)) if needed <= names else 0
 
 
 def write_metrics(folder: Path) -> None:
@@ -188,7 +192,7 @@ def count_records(folder: Path) -> int:
 
 @cache
 def small_run() -> Run:
-    """Made once, for it takes longer than to load its state."""
+    """Return a run; building it takes longer than loading its state, so it is built once."""
     return Run(
         PretrainConfig(
             backbone="convnet-digits", limit_train=32, batch_size=16, queue_size="16", dim=4, epochs=3, knn_k=5
@@ -198,7 +202,7 @@ def small_run() -> Run:
 
 @cache
 def small_state() -> bytes:
-    """A checkpoint in the middle of an epoch."""
+    """Return a pickled checkpoint in the middle of an epoch."""
     run = small_run()
     run.train_step(next(run.batches.epoch(0)))
     return pickle.dumps(run.state_dict() | {"log_bytes": 7})
@@ -217,8 +221,10 @@ VALID = b"as it was written"
 
 
 def read_state(folder: Path) -> int:
-    """A checkpoint with a right checksum of which one value, chosen by the spoiled file, is another: as another version
-    may have written it."""
+    """Read a checkpoint with a valid checksum and one changed value, as another version may have written it.
+
+    The damaged file is the seed that chooses the value.
+    """
     state, seed = pickle.loads(small_state()), (folder / "seed").read_bytes()
     if seed != VALID:
         change_one(state, random.Random(seed))
@@ -227,7 +233,7 @@ def read_state(folder: Path) -> int:
 
 
 def change_one(place: Any, rng: random.Random) -> None:
-    """Puts another value, or none, somewhere into nested mappings and lists."""
+    """Replace or delete one value of nested mappings and lists."""
     key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
     if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.9:
         change_one(place[key], rng)
