@@ -166,6 +166,15 @@ def test_graph_equals_eager(adaptation: str) -> None:
     assert torch.equal(graph.method.queue.pointer, eager.method.queue.pointer)
 
 
+def test_queue_is_refreshed_once_a_pass_under_a_graph() -> None:
+    run = Run(digits(queue_size="256"))
+    batches = run.batches.epoch(0)
+    for _ in range(20):
+        run.train_step(next(batches))
+        assert int(run.method.queue.offered) <= 2 * run.method.queue.size
+    assert int(run.method.queue.written) == 20 * run.config.batch_size
+
+
 @pytest.mark.parametrize(
     "changes",
     [
