@@ -19,7 +19,6 @@ from selfsup_xbn import (
     Adaptation,
     Config,
     FeatureEvaluator,
-    FeatureQueue,
     ImageData,
     Method,
     Metric,
@@ -60,14 +59,8 @@ class NNCLR(Method):
         return (loss + self.loss(b, a)) / 2 if self.symmetric else loss
 
     def loss(self, queries, others):
-        logits = nearest(self.queue, queries) @ others.T / self.temperature
+        logits = F.normalize(self.queue.nearest(queries), dim=1) @ others.T / self.temperature
         return F.cross_entropy(logits, torch.arange(len(logits)))
-
-
-def nearest(queue: FeatureQueue, queries):
-    """Return the row of the queue nearest to each query by cosine, at unit length."""
-    rows = F.normalize(queue.features(), dim=1)
-    return rows[(queries.detach() @ rows.T).argmax(1)]
 
 
 @dataclass(frozen=True, kw_only=True)

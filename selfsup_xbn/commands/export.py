@@ -164,12 +164,12 @@ class _FeaturesAndEmbeddings(nn.Module):
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """The state dict in the usual memory layout, each tensor with memory of its own."""
+    """Return the state dict in the usual memory layout; no two tensors share memory."""
     return {name: value.contiguous().clone() for name, value in module.state_dict().items()}
 
 
 def _input_line(run: TrainedRun) -> str:
-    """What the encoder expects to see, as far as the data set is at hand to say."""
+    """Return a line about the encoder's input; its normalisation only where the data set can be read."""
     shape = f"input: float32 [B, {run.channels}, {run.image_size}, {run.image_size}]"
     try:
         data = data_of(replace(run.config, limit_train=0))

@@ -114,16 +114,16 @@ DATA_SETS = Registry(
     "data set",
     {
         "digits": Entry("selfsup_xbn.data.datasets.digits:load", "scikit-learn's handwritten digits"),
-        "digits-disjoint": Entry("selfsup_xbn.data.datasets.digits_disjoint:load", "digits, test classes unseen"),
         "cifar10": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-10, downloaded"),
         "cifar100": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-100, downloaded"),
+        "folder": Entry("selfsup_xbn.data.datasets.folder:load", "PATH holds train/CLASS/ and test/CLASS/"),
+        "digits-disjoint": Entry("selfsup_xbn.data.datasets.digits_disjoint:load", "digits, test classes unseen"),
         "sop": Entry("selfsup_xbn.data.datasets.sop:load", "Stanford Online Products"),
         "inshop": Entry("selfsup_xbn.data.datasets.inshop:load", "In-Shop Clothes Retrieval"),
         "deepfashion2": Entry("selfsup_xbn.data.datasets.deepfashion2:load", "DeepFashion2, consumer to shop"),
         "cars196": Entry("selfsup_xbn.data.datasets.cars196:load", "Cars196, test classes unseen"),
         "cub200": Entry("selfsup_xbn.data.datasets.cub200:load", "CUB-200-2011, test classes unseen"),
         "omniglot": Entry("selfsup_xbn.data.datasets.omniglot:load", "Omniglot, test alphabets unseen"),
-        "folder": Entry("selfsup_xbn.data.datasets.folder:load", "PATH holds train/CLASS/ and test/CLASS/"),
     },
 )
 """Functions ``load(name, path, *, root, cache_bytes, workers)`` that return ``ImageData``."""

@@ -65,7 +65,7 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     if path is None and paths:
         raise UserError(
             f"{paths[0]} is damaged, or none of this program's (its checksum is wrong), and no whole one is beside it: "
-            "restore it, or start anew with --overwrite"
+            "restore it, or start over with --overwrite"
         )
     if path is None:
         raise UserError(f"no checkpoint {folder / name}; give the folder of a run")

@@ -43,7 +43,7 @@ def read_config(folder: Path) -> Config:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"cannot read {path} ({error}): restore it, or start anew with --overwrite") from None
+        raise UserError(f"cannot read {path} ({error}): restore it, or start over with --overwrite") from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
@@ -165,7 +165,7 @@ class RunFolder:
 
     @property
     def position(self) -> int:
-        """Bytes of ``metrics.jsonl`` as yet; what a checkpoint remembers, flushed to the disk."""
+        """Return the bytes of ``metrics.jsonl`` so far, flushed to the disk: a checkpoint holds their number."""
         with atomic.writing(self.folder / METRICS):
             os.fsync(self._metrics.fileno())
         return os.fstat(self._metrics.fileno()).st_size

@@ -14,7 +14,7 @@ class ScalarLog:
 
     Args:
         folder: the run's, so that ``tensorboard --logdir runs`` names it by its folder.
-        records: those of the run as yet. They are written again in place of earlier event files, which may hold steps
+        records: those of the run so far. They are written again in place of earlier event files, which may hold steps
             that a resumed run repeats.
     """
 

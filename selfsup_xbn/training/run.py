@@ -88,7 +88,7 @@ class Run:
 
     def train_step(self, batch: Batch) -> None:
         """One step; nothing here waits for the device."""
-        if rank() > 0:  # dropout of its own; process 0 draws from the stream that the checkpoint holds
+        if rank() > 0:  # other dropout on each; process 0 draws from the stream that the checkpoint holds
             torch.manual_seed(seed_for(self.config.seed, rank(), self.epoch, self.step))
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -171,7 +171,7 @@ class Run:
         return make_optimizer(self.config, self.method)
 
     def mean_loss(self) -> float:
-        """Mean loss of the epoch as yet. Waits for the device.
+        """Return the mean loss of the epoch so far. Waits for the device.
 
         Raises:
             Diverged: it is not finite, or a weight is not (a mined loss of NaN embeddings has no pairs, and is 0).
@@ -205,7 +205,7 @@ class Run:
         return record
 
     def is_best(self, record: dict[str, Any]) -> bool:
-        """Whether the record's evaluation, if it has one, is the best as yet; remembers it."""
+        """Whether the record's evaluation, if it has one, is the best so far; remember it."""
         main = self.evaluator.main if self.validator is None else f"{self.evaluator.main}_validation"
         value = record.get(main, -math.inf)
         better = value > self.best

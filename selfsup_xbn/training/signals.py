@@ -1,4 +1,4 @@
-"""Stopping when asked to, after the step at hand."""
+"""Stop on a signal, after the current step."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
     processes that torchrun started, all must see the folder, which the first of them writes.
 
     Raises:
-        UserError: the input is at fault.
+        UserError: the input is wrong.
         Diverged: the loss is no longer finite.
         ProcessLost: another process of the run ended, or did not answer in time.
         Interrupted: SIGTERM or SIGINT came; the run saved itself and can be resumed.

@@ -19,7 +19,7 @@ RESUME = "make room there, and go on with --resume"
 def replacing(path: Path, cure: str = RESUME) -> Iterator[BinaryIO]:
     """A new file, open for writing and reading, that takes the place of ``path`` once all of it is on the disk.
 
-    Whoever reads ``path``, and whoever comes after a process that was killed, finds the old file or the new one.
+    A reader of ``path`` finds the old file or the new one, even after the writing process was killed.
 
     Raises:
         UserError: it cannot be written, with the cure; the old file is as it was, and nothing is left beside it.

@@ -25,7 +25,7 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and launched() > 1:
         if device.index is not None:
-            raise UserError(f"--device {name}: each of {launched()} processes takes a device of its own; give cuda")
+            raise UserError(f"--device {name}: each of {launched()} processes takes its own device; give cuda")
         device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")

@@ -144,7 +144,7 @@ def process_group(timeout: int) -> Iterator[bool]:
     """Brings together the processes that torchrun started; yields whether this is the first of them.
 
     Gloo carries what lies on the CPU, nccl what lies on CUDA devices. An error that leaves the block gets an attribute
-    ``already_reported``: whether another process reports an error of its own.
+    ``already_reported``: whether another process has reported an error.
 
     Args:
         timeout: seconds that a process waits for the others before it gives up.
@@ -169,7 +169,7 @@ def process_group(timeout: int) -> Iterator[bool]:
 
 @contextlib.contextmanager
 def _peers() -> Iterator[None]:
-    """What torch says when another process is gone, in words."""
+    """Raise ProcessLost in place of torch's error when another process is gone."""
     try:
         yield
     except RuntimeError as error:
