@@ -54,7 +54,14 @@ def test_resnet_features_equal_torchvisions_before_the_classifier():
     assert torch.equal(encoder.features(images()), penultimate(images()))
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "swin_t", "shufflenet_v2_x0_5", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet_v3_small",
+        "shufflenet_v2_x0_5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnext_tiny", "swin_t", "densenet121")),
+    ],
+)
 def test_torchvision_classifier_fits_our_features(name):
     model = torchvision.models.get_model(name).eval()
     encoder = build_encoder(name, 8).eval()

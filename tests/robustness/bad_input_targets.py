@@ -9,7 +9,7 @@ import os
 import pickle
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -168,7 +168,11 @@ def write_config(folder: Path) -> None:
 
 
 def count_options(folder: Path) -> int:
-    return len(json.loads((folder / "config.json").read_bytes()).keys() & resolved(RECIPES["sop"]).keys())
+    """Count the options that the file names, and those that may be missing and then have their default."""
+    names = json.loads((folder / "config.json").read_bytes()).keys()
+    options = fields(RECIPES["sop"])
+    optional = {item.name for item in options if item.metadata["later"] or not item.metadata["affects_results"]}
+    return len(names & {item.name for item in options} | optional) + ("mode" in names)
 
 
 def write_metrics(folder: Path) -> None:
