@@ -16,7 +16,8 @@ from selfsup_xbn.data.augmentations import ColorViews
 from selfsup_xbn.evaluation import knn_classify, recall_at_k
 from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
 from selfsup_xbn.models.split_batch_norm import SplitBatchNorm2d
-from selfsup_xbn.training.trainer import Run, train
+from selfsup_xbn.training.run import Run
+from selfsup_xbn.training.trainer import train
 
 pytestmark = [
     pytest.mark.gpu,
@@ -163,6 +164,15 @@ def test_graph_equals_eager(adaptation: str) -> None:
     # Keys are shuffled by random numbers that a graph draws at other offsets; only BatchNorm's rounding sees the order.
     assert losses == pytest.approx(expected, rel=2e-3)
     assert torch.equal(graph.method.queue.pointer, eager.method.queue.pointer)
+
+
+def test_queue_is_refreshed_once_a_pass_under_a_graph() -> None:
+    run = Run(digits(queue_size="256"))
+    batches = run.batches.epoch(0)
+    for _ in range(20):
+        run.train_step(next(batches))
+        assert int(run.method.queue.offered) <= 2 * run.method.queue.size
+    assert int(run.method.queue.written) == 20 * run.config.batch_size
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ ASPECT = 4 / 3
 def random_crop(
     uniform: Float[Tensor, "B P"], height: int, width: int, scale: tuple[float, float], flip: float
 ) -> Crop:
-    """torchvision's ``RandomResizedCrop``: the first of ten random boxes that fits into the image.
+    """Torchvision's ``RandomResizedCrop``: the first of ten random boxes that fits into the image.
 
     Where none fits (a very long image) it is the largest box of an allowed aspect, at random, not in the middle.
 
@@ -63,7 +63,7 @@ def random_crop(
 def random_jitter(
     uniform: Float[Tensor, "B P"], strength: tuple[float, float, float, float], probability: float
 ) -> Jitter:
-    """torchvision's ``ColorJitter``, applied with ``probability``; where it is not, its parameters change nothing.
+    """Torchvision's ``ColorJitter``, applied with ``probability``; where it is not, its parameters change nothing.
 
     Args:
         uniform: ``JITTER_NUMBERS`` numbers in [0, 1) a view.

@@ -32,7 +32,8 @@ PIECE = 128
 @dataclass(frozen=True, eq=False)
 class Batch:
     """One step's input, on the device: labels and numbers in the split of its B samples, and views of those b of them
-    that are this process's shard."""
+    that are this process's shard.
+    """
 
     views: tuple[Float[Tensor, "b C S S"], ...]
     labels: Int64[Tensor, "B"]

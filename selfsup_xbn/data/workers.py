@@ -26,7 +26,8 @@ CHUNK_BYTES = 2**23
 
 class _Calls(Dataset):
     """``function`` of each key of a batch, stacked. A ``UserError`` is a result: raised in a worker, it would reach the
-    user as a worker's traceback."""
+    user as a worker's traceback.
+    """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
         self.function = function
@@ -53,7 +54,8 @@ def _as_is(batch: Any) -> Any:
 
 def _leave_process_group(worker: int) -> None:
     """A signal to stop, which a terminal or torchrun sends to the whole group, is for the process that trains: it
-    finishes its step, for which it needs the workers."""
+    finishes its step, for which it needs the workers.
+    """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 

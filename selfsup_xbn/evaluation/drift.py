@@ -17,7 +17,7 @@ from jaxtyping import Bool, Float, Float32
 from torch import Tensor
 
 from selfsup_xbn.evaluation.features import evaluating
-from selfsup_xbn.memory.adaptation import Moments
+from selfsup_xbn.memory.moments import Moments
 from selfsup_xbn.utils.distributed import gather, shard_slice
 
 

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses.online import inverse_of
-from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.memory.queue_parts import Block, may_wait
+from selfsup_xbn.memory.device import can_sync
+from selfsup_xbn.memory.feature_queue import Block, FeatureQueue
 
 BUCKETS = 2**16
 FEW = 8  # rows are few where they are less than one in so many
@@ -57,7 +57,8 @@ class PairRule(NamedTuple):
 
 def block_rows(anchors: int, queue: FeatureQueue) -> int:
     """Rows of a block: on a CPU a thread's share of the similarities is 1 MB, half of a core's cache, and on any device
-    the rows are 16 MB at most."""
+    the rows are 16 MB at most.
+    """
     if torch.compiler.is_compiling():  # each block is unrolled: better few than small
         return -(-queue.size // 8)
     cells = 2**18 * torch.get_num_threads() if queue.rows.device.type == "cpu" else 2**19
@@ -74,10 +75,11 @@ class QueueReader:
             raise UserError(f"expected a temperature above 0, got {temperature}")
         self.queue, self.temperature, self.own_slots = queue, temperature, own_slots
         self.bound = 1 / temperature  # of logits, which are cosines over it
+        self.affine_map = queue.affine_map()
         self.rule = None if rule is None else rule.scaled(temperature)
         self.own_range: tuple[int, int] | None = None  # where it can be known without waiting
         self.related: Tensor | None = None
-        if may_wait(queue.rows):
+        if can_sync(queue.rows):
             if own_slots is not None:
                 first, last = own_slots.aminmax()
                 self.own_range = int(first), int(last) + 1
@@ -108,8 +110,8 @@ class QueueReader:
 
         The rows stand on the left, which a CPU multiplies faster; so the logits lie in memory column by column.
         """
-        rows = block.features.to(scaled.dtype)
-        inverse = inverse_of(block.lengths.to(scaled.dtype))
+        rows = self.affine_map(block.rows).to(scaled.dtype)
+        inverse = inverse_of(torch.linalg.vector_norm(rows, dim=1))
         return rows, inverse, (rows @ scaled.T).T.mul_(inverse)
 
     def keeps_few(self, logits: Tensor) -> bool:
@@ -120,8 +122,8 @@ class QueueReader:
 
     def leave_out_(self, logits: Tensor, block: Block, nothing: float) -> None:
         """Puts ``nothing`` in the place of pairs that are an empty slot or an anchor's own copy; of a run of slots."""
-        if block.filled is not None:
-            logits.masked_fill_(~block.filled, nothing)
+        if block.valid is not None:
+            logits.masked_fill_(~block.valid, nothing)
         if self.own_slots is None or self._is_foreign(block):
             return
         assert isinstance(block.slots, slice)
@@ -136,7 +138,7 @@ class QueueReader:
 
     def excluded(self, block: Block) -> Tensor | None:
         """[B, b] or [b] pairs that are an empty slot or an anchor's own copy; None where no pair is."""
-        empty = None if block.filled is None else ~block.filled
+        empty = None if block.valid is None else ~block.valid
         if self.own_slots is None or self._is_foreign(block):
             return empty
         slots = block.slots

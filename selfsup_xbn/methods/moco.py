@@ -139,7 +139,7 @@ class MoCo(Method):
         get_ema_multi_avg_fn(momentum)(key, query, None)
 
     def momentum_at(self, progress: float) -> float:
-        """m at a fraction of the run."""
+        """M at a fraction of the run."""
         if self.momentum_schedule == "constant":
             return self.momentum
         return 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2

@@ -23,6 +23,9 @@ class GraphedStep:
         step: forward, backward and optimiser step of (views, labels); returns the loss. It must not wait for the
             device, and it must read and write tensors that stay where they are.
 
+    Attributes:
+        replays: replays of the graph; the owner may set it to 0.
+
     Raises:
         RuntimeError: at the call that captures, if the step does something that a graph cannot hold.
     """
@@ -30,7 +33,7 @@ class GraphedStep:
     def __init__(self, step: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> None:
         self.step = step
         self.stream = torch.cuda.Stream()
-        self.calls = 0
+        self.calls = self.replays = 0
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
@@ -44,6 +47,7 @@ class GraphedStep:
         for own, given in zip((*self.views, self.labels), (*views, labels), strict=True):
             own.copy_(given)
         self.graph.replay()
+        self.replays += 1
         return self.loss.clone()
 
     def _eager(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:

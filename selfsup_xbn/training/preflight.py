@@ -56,7 +56,7 @@ def queue_bytes(config: Config, images: int) -> int:
     """Bytes of the rows, their labels, and the moments of a queue for so many training images."""
     rows, itemsize = queue_rows(config, images), getattr(torch, config.queue_dtype).itemsize
     labels = 8 * rows if config.labelled else 0
-    return rows * config.dim * itemsize + labels + 10 * 8 * config.dim if rows else 0
+    return rows * config.dim * itemsize + labels + 4 * 8 * config.dim if rows else 0
 
 
 def free_bytes(device: torch.device) -> int:

@@ -96,7 +96,9 @@ class Run:
             else:
                 group["lr"] = self.lr
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
-        measured = self.config.drift_every and self.step % self.config.drift_every == 0
+        measured = self.config.drift_every > 0 and self.step % self.config.drift_every == 0
+        if self.method.queue is not None:
+            self.method.queue.recording = measured
         if measured:
             self.drift.update()
         loss = (self._step if measured or self.graphed is None else self._graphed)(views, batch.labels)
@@ -122,11 +124,16 @@ class Run:
         """``_step`` from a CUDA graph; eagerly from then on, with a warning, if the step cannot be captured."""
         assert self.graphed is not None
         try:
-            return self.graphed(views, labels)
+            loss = self.graphed(views, labels)
         except RuntimeError as error:
             self.graphed = None
             warnings.warn(f"the step runs without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
             return self._step(views, labels)
+        queue = self.method.queue
+        if queue is not None and self.graphed.replays * len(labels) >= queue.size:
+            queue.refresh()  # a graph cannot decide to
+            self.graphed.replays = 0
+        return loss
 
     def _graph(self) -> GraphedStep | None:
         """The step as a CUDA graph, where the device, the method and the settings allow one."""
@@ -150,10 +157,10 @@ class Run:
         assert drift is not None
         self.meter.add("drift", drift.mean)
         self.meter.add_maximum("drift_max", drift.maximum)
-        trace = None if self.method.queue is None else self.method.queue.trace
-        if trace is not None and self.epoch + self.step > 1:  # the very first step meets an empty queue
-            for when, moments in (("before", trace.before), ("after", trace.after)):
-                gap = moment_gap(moments, trace.batch)
+        record = None if self.method.queue is None else self.method.queue.record
+        if record is not None and self.epoch + self.step > 1:  # the very first step meets an empty queue
+            for when, moments in (("before", record.before), ("after", record.after)):
+                gap = moment_gap(moments, record.batch)
                 self.meter.add(f"gap_mean_{when}", gap.mean)
                 self.meter.add(f"gap_std_{when}", gap.std)
 

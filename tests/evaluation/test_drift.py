@@ -8,7 +8,7 @@ from torch import nn
 
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.evaluation import FeatureDrift, moment_gap
-from selfsup_xbn.memory.adaptation import Moments, batch_moments
+from selfsup_xbn.memory.moments import Moments, batch_moments
 
 
 @pytest.fixture

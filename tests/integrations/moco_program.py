@@ -12,7 +12,7 @@ from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import distributed, nn
 
-from selfsup_xbn import MemoryBankModule, NTXentLoss
+from selfsup_xbn import FeatureQueue, MemoryBankModule, NTXentLoss
 
 DIM, STEPS = 8, 14
 
@@ -108,6 +108,8 @@ def compiled_and_eager(step, modules, backend):
             if parameters:
                 for parameter, gradient in zip(parameters, torch.autograd.grad(value, parameters), strict=True):
                     parameter.data -= 0.1 * gradient
+        for queue in (module for module in copies.modules() if isinstance(module, FeatureQueue)):
+            queue.refresh()  # which compiled code leaves to its owner
         found.append({"values": values, "state": copies.state_dict()})
     return found
 

@@ -72,8 +72,8 @@ def test_a_part_of_a_bank_or_a_bank_of_another_size_is_refused():
     saved = NTXentLoss(0.1, (8, 3)).state_dict()
     with pytest.raises(RuntimeError, match="size mismatch"):
         NTXentLoss(0.1, (9, 3)).load_state_dict(saved)
-    del saved["memory_bank.queue.pointer"]
-    with pytest.raises(RuntimeError, match=r"Missing key.*pointer"):
+    del saved["memory_bank.queue.written"]
+    with pytest.raises(RuntimeError, match=r"Missing key.*written"):
         NTXentLoss(0.1, (8, 3)).load_state_dict(saved)
 
 

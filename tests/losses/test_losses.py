@@ -38,7 +38,7 @@ def path(request, monkeypatch):
         monkeypatch.setattr(queue_reader, "FEW", 0)
         monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else math.inf)
     if request.param == "accelerator":
-        monkeypatch.setattr(queue_reader, "may_wait", lambda tensor: False)
+        monkeypatch.setattr(queue_reader, "can_sync", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 

@@ -5,21 +5,23 @@ import pytest
 import torch
 from reference import ReferenceQueue
 
+from selfsup_xbn.config.registry import ADAPTATIONS, Entry
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.memory.adaptation import AXBN, XBM, XBN, Moments, batch_moments, make_adaptation
+from selfsup_xbn.memory import AXBN, XBM, XBN, Adaptation, FeatureQueue, Moments, batch_moments
+from selfsup_xbn.memory.adaptation import make_adaptation
 
 TRUE = torch.tensor(True)
 FILTERS = [(1.0, 0.01, 1.0, 100), (1.0, 0.01, 1.0, 10), (0.02, 5.0, 3.0, 1), (0.0, 2.0, 1.0, 3)]
 
 
 def filtered(adaptation, batches):
-    """Estimates after each batch, the adaptation's own."""
-    adaptation.reset(batches[0].shape[1])
-    found = []
+    """Estimates of the adaptation after each batch."""
+    adaptation.allocate(batches[0].shape[1])
+    estimates = []
     for batch in batches:
         target = adaptation(batch_moments(torch.tensor(batch)), len(batch), TRUE)
-        found.append(torch.stack(target).clone().numpy())
-    return np.stack(found)
+        estimates.append(torch.stack(target).clone().numpy())
+    return np.stack(estimates)
 
 
 @pytest.mark.parametrize("literal", [False, True])
@@ -55,7 +57,7 @@ def test_a_filter_that_trusts_nothing_new_averages():
 def test_a_batch_that_is_not_finite_is_passed_over():
     a, b = AXBN(r=1.0, gain_interval=2), AXBN(r=1.0, gain_interval=2)
     for adaptation in (a, b):
-        adaptation.reset(3)
+        adaptation.allocate(3)
     for step in range(9):
         moments = batch_moments(torch.randn(5, 3))
         a(moments, 5, TRUE)
@@ -63,23 +65,50 @@ def test_a_batch_that_is_not_finite_is_passed_over():
         if step % 2:
             nothing = torch.full((3,), torch.nan, dtype=torch.float64)
             b(Moments(nothing, nothing), 5, torch.tensor(False))
-    for (name, expected), found in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(found, expected), name
+    for (name, expected), value in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
+        assert torch.equal(value, expected), name
 
 
 def test_moments_are_unbiased_and_float64_whatever_the_batch():
     batch = torch.randn(50, 3) + 100
-    for given in (batch, batch.half(), batch.bfloat16()):
-        mean, std = batch_moments(given)
-        np.testing.assert_allclose(mean, given.double().numpy().mean(0), rtol=1e-12)
-        np.testing.assert_allclose(std, given.double().numpy().std(0, ddof=1), rtol=1e-9)
+    for rows in (batch, batch.half(), batch.bfloat16()):
+        mean, std = batch_moments(rows)
+        np.testing.assert_allclose(mean, rows.double().numpy().mean(0), rtol=1e-12)
+        np.testing.assert_allclose(std, rows.double().numpy().std(0, ddof=1), rtol=1e-9)
+
+
+def test_reset_returns_to_the_start_in_place():
+    adaptation, rng = AXBN(r=1.0, gain_interval=2), np.random.default_rng(0)
+    batches = [rng.normal(size=(5, 3)) for _ in range(6)]
+    first = filtered(adaptation, batches)
+    buffers = [buffer.data_ptr() for buffer in adaptation.buffers()]
+    adaptation.reset()
+    assert [buffer.data_ptr() for buffer in adaptation.buffers()] == buffers
+    again = [torch.stack(adaptation(batch_moments(torch.tensor(b)), 5, TRUE)).clone().numpy() for b in batches]
+    np.testing.assert_array_equal(np.stack(again), first)
+
+
+def test_a_further_adaptation_is_a_class_and_a_line(monkeypatch):
+    class ToStandard(Adaptation):
+        def forward(self, observed, batch_size, finite):
+            return Moments(torch.zeros_like(observed.mean), torch.ones_like(observed.std))
+
+    monkeypatch.setitem(ADAPTATIONS.entries, "standard", Entry(ToStandard, "standard moments"))
+    queue = FeatureQueue(20, 3, "standard")
+    queue.enqueue(torch.randn(20, 3) * 5 + 2)
+    queue.adapt(torch.randn(4, 3))
+    rows = queue.features()
+    torch.testing.assert_close(rows.mean(0), torch.zeros(3), rtol=0, atol=1e-6)
+    torch.testing.assert_close(rows.std(0), torch.ones(3), rtol=1e-6, atol=0)
 
 
 def test_names_and_instances():
     assert [type(make_adaptation(name)) for name in ("xbm", "xbn", "axbn")] == [XBM, XBN, AXBN]
     own = AXBN(r=3.0)
     assert make_adaptation(own).r == 3.0
-    with pytest.raises(UserError, match=r"'axbm'; did you mean (axbn|xbm)"):
+    with pytest.raises(
+        UserError, match=r"no adaptation 'axbm' \(choose from xbm, xbn, axbn\); did you mean (axbn|xbm)"
+    ):
         make_adaptation("axbm")
 
 

@@ -1,90 +1,46 @@
 """The queue against the literal float64 reference and against a deque, and the properties of moment matching."""
 
 import copy
-import io
 from collections import deque
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from memory.queue_helpers import ADAPTATIONS, MOVING, filled, in_order, random_batch, saved_and_loaded
 from reference import ReferenceQueue
 
 from selfsup_xbn import AXBN, XBN, FeatureQueue
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.memory import feature_queue, ring
-
-ADAPTATIONS = ["xbm", "xbn", "axbn"]
-MOVING = ["xbn", "axbn"]
-
-
-def in_order(queue):
-    """Adapted rows, oldest first, and their labels."""
-    rows, n = queue.features().double().numpy(), len(queue)
-    turn = -int(queue.pointer) if n == queue.size else 0
-    labels = None if queue.labels is None else np.roll(queue.labels[:n].numpy(), turn).tolist()
-    return np.roll(rows, turn, axis=0), labels
-
-
-def random_batch(rng, rows, dim, moving=True):
-    """Unit-free rows whose moments differ from batch to batch."""
-    mean, std = (rng.normal(size=dim), np.exp(0.5 * rng.normal(size=dim))) if moving else (0, 1)
-    return (rng.normal(size=(rows, dim)) * std + mean).astype(np.float32)
-
-
-def filled(adaptation="xbn", size=40, dim=6, rows=40, **kwargs):
-    queue = FeatureQueue(size, dim, adaptation, **kwargs)
-    rng = np.random.default_rng(1)
-    while rows > 0:
-        batch = torch.tensor(random_batch(rng, min(rows, 16), dim))
-        queue.adapt(batch)
-        queue.enqueue(batch)
-        rows -= 16
-    return queue
-
-
-def saved_and_loaded(queue):
-    """The queue as another process would find it."""
-    buffer = io.BytesIO()
-    torch.save(queue.state_dict(), buffer)
-    buffer.seek(0)
-    fresh = FeatureQueue(queue.size, queue.dim, type(queue.adaptation)(), labels=queue.labels is not None)
-    fresh.load_state_dict(torch.load(buffer, weights_only=True))
-    return fresh
-
-
-@pytest.fixture(params=["cpu", "accelerator"])
-def path(request, monkeypatch):
-    """A CPU, where pointer and values may be looked at; an accelerator, where a look would be waited for."""
-    if request.param == "accelerator":
-        for module in (feature_queue, ring):
-            monkeypatch.setattr(module, "may_wait", lambda tensor: False)
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_equals_the_literal_equations_over_2000_random_steps(adaptation, path, unchecked):
+@pytest.mark.parametrize("statistics", [torch.float64, torch.float32])
+def test_equals_the_literal_equations_over_2000_steps(adaptation, statistics, unchecked, monkeypatch):
+    monkeypatch.setattr("selfsup_xbn.memory.feature_queue.statistics_dtype", lambda device: statistics)
     size, dim, rng = 37, 5, np.random.default_rng(0)
     queue, reference = FeatureQueue(size, dim, adaptation, labels=True), ReferenceQueue(size, adaptation)
     for step in range(2000):
         rows = int(rng.integers(1, size + 1)) if step % 3 else int(rng.integers(1, 6))
         batch, labels = random_batch(rng, rows, dim), rng.integers(0, 9, rows)
-        for memory, given in (
-            (queue, (torch.tensor(batch), torch.tensor(labels))),
-            (reference, (batch, labels.tolist())),
-        ):
-            memory.adapt(given[0])
-            memory.enqueue(*given)
+        queue.adapt(torch.tensor(batch))
+        queue.enqueue(torch.tensor(batch), torch.tensor(labels))
+        reference.adapt(batch)
+        reference.enqueue(batch, labels.tolist())
         if step % 97 == 0:
             queue = saved_and_loaded(queue)
         expected = np.stack(reference.rows)
-        found, labels = in_order(queue)
-        assert found.shape == expected.shape
+        rows, labels = in_order(queue)
+        assert rows.shape == expected.shape
         assert labels == list(reference.labels)
-        assert np.abs(found - expected).max() <= 1e-4 * np.abs(expected).max()
+        assert np.abs(rows - expected).max() <= 1e-4 * np.abs(expected).max()
+    assert queue.sums.dtype == statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", MOVING)
 def test_does_not_drift_over_100000_steps(adaptation, unchecked):
     size, dim, steps, rng = 16, 2, 100_000, np.random.default_rng(0)
@@ -104,7 +60,7 @@ def test_does_not_drift_over_100000_steps(adaptation, unchecked):
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_the_rounding_that_a_huge_row_leaves_behind_is_gone_with_the_next_turn(adaptation, path):
+def test_rounding_of_a_huge_row_is_gone_after_the_next_pass(adaptation):
     size, rng = 24, np.random.default_rng(0)
     queue = FeatureQueue(size, 3, adaptation)
     for step in range(3 * size // 6 + 1):
@@ -208,13 +164,13 @@ def test_adapting_twice_is_adapting_once():
 
 def test_a_positive_affine_change_of_the_queue_changes_nothing():
     rows, batch = torch.randn(40, 6), torch.randn(10, 6) * 2 + 1
-    found = []
+    adapted = []
     for values in (rows, rows * torch.rand(6).add(0.5) + torch.randn(6)):
         queue = FeatureQueue(40, 6)
         queue.enqueue(values)
         queue.adapt(batch)
-        found.append(queue.features())
-    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+        adapted.append(queue.features())
+    torch.testing.assert_close(*adapted, rtol=1e-5, atol=1e-5)
 
 
 def test_xbm_leaves_the_rows_alone_to_the_last_bit():
@@ -226,7 +182,7 @@ def test_xbm_leaves_the_rows_alone_to_the_last_bit():
 
 
 @pytest.mark.parametrize("constant_in", ["queue", "batch", "both"])
-def test_a_constant_dimension_is_shifted_not_scaled_and_comes_back(constant_in):
+def test_a_constant_dimension_is_shifted_not_scaled(constant_in):
     rows, batch = torch.randn(20, 3), torch.randn(6, 3) * 2 + 5
     if constant_in != "batch":
         rows[:, 1] = 0.3
@@ -263,7 +219,7 @@ def test_a_dimension_that_collapses_again_and_again_stays_finite():
         assert np.abs(in_order(queue)[0] - expected).max() <= 1e-4 * np.abs(expected).max()
 
 
-def test_a_batch_of_one_adapts_nothing_and_is_enqueued(path):
+def test_a_batch_of_one_adapts_nothing_and_is_enqueued():
     queue = filled()
     before = queue.features()
     row = torch.randn(1, 6)
@@ -283,18 +239,19 @@ def test_the_first_batch_is_enqueued_as_it_is():
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_non_finite_batch_changes_nothing_but_the_count(adaptation, bad, path):
+def test_a_non_finite_batch_changes_nothing_but_the_count(adaptation, bad):
     queue = filled(adaptation)
+    queue.refresh()  # which is due
     before = {name: value.clone() for name, value in queue.state_dict().items()}
     batch = torch.randn(7, 6)
     batch[3, 2] = bad
     queue.adapt(batch)
     assert (queue.enqueue(batch) == -1).all()
     for name, value in queue.state_dict().items():
-        assert torch.equal(value, before[name] + (name == "skipped")), name
+        assert torch.equal(value, before[name] + {"skipped": 1, "offered": 7}.get(name, 0)), name
 
 
-def test_values_too_large_for_the_storage_are_kept_out(path):
+def test_values_too_large_for_the_storage_are_kept_out():
     queue = FeatureQueue(8, 2, "xbm", dtype=torch.float16)
     queue.enqueue(torch.full((2, 2), 1e6))
     assert len(queue) == 0
@@ -302,7 +259,7 @@ def test_values_too_large_for_the_storage_are_kept_out(path):
 
 
 @pytest.mark.parametrize("scale", [1e-8, 1e5])
-def test_float16_storage_takes_values_outside_of_float16s_range(scale, path):
+def test_float16_storage_takes_values_outside_of_float16s_range(scale):
     queue, batch = FeatureQueue(8, 2, dtype=torch.float16), torch.randn(8, 2) * scale
     queue.adapt(batch)
     queue.enqueue(batch)
@@ -310,20 +267,24 @@ def test_float16_storage_takes_values_outside_of_float16s_range(scale, path):
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_the_trace_says_what_adapting_made_of_the_moments(adaptation):
-    queue = filled(adaptation)
-    for batch in (torch.randn(9, 6) + 3, torch.full((9, 6), torch.nan)):
-        before = queue.moments()
-        queue.adapt(batch)
-        trace, after = queue.trace, queue.moments()
-        for found, expected in zip((*trace.before, *trace.after), (*before, *after), strict=True):
-            torch.testing.assert_close(found, expected)
-        kept = [value.clone() for value in trace.after]
-        queue.adapt(torch.randn(9, 6))
-        assert all(torch.equal(a, b) for a, b in zip(kept, trace.after, strict=True))
+def test_a_record_is_kept_on_request(adaptation):
+    queue, batch = filled(adaptation), torch.randn(9, 6) + 3
+    queue.adapt(batch)
+    assert queue.record is None
+    before = queue.features().double()
+    batch = torch.randn(9, 6)
+    queue.recording = True
+    queue.adapt(batch)
+    after = queue.features().double()
+    for moments, rows in zip(queue.record, (batch.double(), before, after), strict=True):
+        torch.testing.assert_close(moments.mean, rows.mean(0), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(moments.std, rows.std(0), rtol=1e-5, atol=1e-5)
+    record, queue.recording = queue.record, False
+    queue.adapt(batch + 1)
+    assert queue.record is record
 
 
-def test_a_batch_larger_than_the_queue_keeps_its_last_rows(path):
+def test_a_batch_larger_than_the_queue_keeps_its_last_rows():
     queue, batch = FeatureQueue(5, 2, labels=True), torch.randn(12, 2)
     slots = queue.enqueue(batch, torch.arange(12))
     assert slots.tolist() == [-1] * 7 + [0, 1, 2, 3, 4]
@@ -336,21 +297,51 @@ def test_no_gradient_reaches_the_queue():
     queue = filled()
     queue.adapt(batch)
     queue.enqueue(batch)
-    assert not queue.features().requires_grad
-    assert not any(block.features.requires_grad for block in (*queue.blocks(2), queue.gather(torch.tensor([1]))))
     assert not any(buffer.requires_grad for buffer in queue.buffers())
+    tensors = [queue.features(), queue.nearest(batch), *queue.affine_map(), *queue.moments()]
+    assert not any(tensor.requires_grad for tensor in tensors)
 
 
-def test_blocks_are_the_features_whichever_way_they_are_read(monkeypatch):
-    for rows in (5, 40, 60):
-        queue = filled(rows=rows, labels=True) if rows < 0 else filled(rows=rows)
-        whole = queue.features()
-        assert torch.equal(torch.cat([b.features.clone() for b in queue.blocks(7)]), whole)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on an accelerator: fixed shapes
-        parts = [(b.features.clone(), b.filled) for b in queue.blocks(7)]
-        monkeypatch.undo()
-        kept = torch.cat([f for f, _ in parts])[torch.cat([m for _, m in parts])]
-        torch.testing.assert_close(kept, whole, rtol=1e-6, atol=1e-6)
+@pytest.mark.parametrize("rows", [5, 40, 60])
+def test_blocks_map_to_the_features(rows, monkeypatch):
+    queue = filled(rows=rows)
+    expected, affine_map = queue.features(), queue.affine_map()
+    blocks = list(queue.blocks(7))
+    assert torch.equal(torch.cat([affine_map(block.rows) for block in blocks]), expected)
+    for block in blocks:
+        assert block.valid is None
+        assert block.labels is None
+        assert block.rows.data_ptr() == queue.rows[block.slots].data_ptr()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on an accelerator: fixed shapes
+    blocks = list(queue.blocks(7))
+    assert sum(len(block.rows) for block in blocks) == 40
+    valid = torch.cat([block.valid for block in blocks])
+    assert torch.equal(torch.cat([affine_map(block.rows) for block in blocks])[valid], expected)
+
+
+def test_blocks_and_gather_carry_labels():
+    queue = FeatureQueue(10, 2, labels=True)
+    queue.enqueue(torch.randn(6, 2), torch.arange(10, 16))
+    assert [block.labels.tolist() for block in queue.blocks(4)] == [[10, 11, 12, 13], [14, 15]]
+    indices = torch.tensor([4, 0, 4])
+    block = queue.gather(indices)
+    assert block.labels.tolist() == [14, 10, 14]
+    assert torch.equal(block.rows, queue.rows[indices])
+    assert block.slots is indices
+
+
+@pytest.mark.parametrize("rows", [0, 5, 60])
+@pytest.mark.parametrize("compiling", [False, True])
+def test_nearest_is_the_row_of_largest_cosine(rows, compiling, monkeypatch):
+    queue, queries = filled(rows=rows), torch.randn(9, 6)
+    features = queue.features()
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
+    monkeypatch.setattr("selfsup_xbn.memory.feature_queue.PIECE", 63)  # blocks of 7 rows
+    expected = queries
+    if rows:
+        cosine = F.normalize(queries.double(), dim=1) @ F.normalize(features.double(), dim=1).T
+        expected = features[cosine.argmax(1)]
+    torch.testing.assert_close(queue.nearest(queries), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 40])
@@ -377,7 +368,8 @@ def test_module_casts_and_autocast_leave_the_statistics_alone():
         model[0].enqueue(batch)
     twin.adapt(batch)
     twin.enqueue(batch)
-    assert queue.totals.dtype == queue.frames.dtype == torch.float64
+    assert queue.sums.dtype == queue.scale.dtype == queue.shift.dtype == torch.float64
+    assert queue.rows.dtype == torch.float32
     assert torch.equal(queue.features(), twin.features())
 
 
@@ -407,7 +399,8 @@ def test_an_adaptation_given_to_two_queues_is_not_shared():
     a, b = FeatureQueue(8, 2, adaptation), FeatureQueue(8, 2, adaptation)
     a.adapt(torch.randn(4, 2))
     assert int(a.adaptation.step) == 1
-    assert int(b.adaptation.step) == int(adaptation.step) == 0
+    assert int(b.adaptation.step) == 0
+    assert not list(adaptation.buffers())
 
 
 @pytest.mark.parametrize(

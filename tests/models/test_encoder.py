@@ -46,7 +46,7 @@ def test_small_backbones_train_every_parameter_at_any_size(name, feature_dim, ch
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
-def test_resnet_features_equal_torchvisions_before_the_classifier():
+def test_resnet_features_equal_torchvisions_penultimate_layer():
     model = torchvision.models.resnet18().eval()
     encoder = build_encoder("resnet18", 8).eval()
     encoder.backbone.load_state_dict(model.state_dict(), strict=False)

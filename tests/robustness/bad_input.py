@@ -29,7 +29,7 @@ import torch
 
 from experiments.runs import RESULTS, write
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
 from tests.robustness.bad_input_targets import TARGETS, Target
 
 SECONDS = 20

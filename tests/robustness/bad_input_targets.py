@@ -29,7 +29,7 @@ from selfsup_xbn.data import ImageData, eval_batches, load_data
 from selfsup_xbn.report.curves import result_lines
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_config, read_metrics
-from selfsup_xbn.training.trainer import Run
+from selfsup_xbn.training.run import Run
 
 
 @dataclass(frozen=True)
@@ -168,11 +168,11 @@ def write_config(folder: Path) -> None:
 
 
 def count_options(folder: Path) -> int:
-    """Count the options that the file names, and those that may be missing and then have their default."""
+    """Return the number of all options if the file has those that every version wrote and that change results."""
+    config = RECIPES["sop"]
     names = json.loads((folder / "config.json").read_bytes()).keys()
-    options = fields(RECIPES["sop"])
-    optional = {item.name for item in options if item.metadata["later"] or not item.metadata["affects_results"]}
-    return len(names & {item.name for item in options} | optional) + ("mode" in names)
+    needed = {item.name for item in fields(config) if item.metadata["affects_results"] and not item.metadata["later"]}
+    return len(resolved(config)) if needed <= names else 0
 
 
 def write_metrics(folder: Path) -> None:

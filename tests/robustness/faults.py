@@ -32,7 +32,7 @@ import torch
 from experiments.runs import RESULTS, write
 from selfsup_xbn.data import datasets
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.runs.folder import environment
+from selfsup_xbn.runs.environment import environment
 from tests.finished_runs import differences
 from tests.robustness.killed_runs import PLACES, Ended, Kill, run, run_arguments, write_photos
 

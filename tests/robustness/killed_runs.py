@@ -25,7 +25,7 @@ from PIL import Image
 
 from selfsup_xbn.cli import main as command
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.training.trainer import Run
+from selfsup_xbn.training.run import Run
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (Run, "train_step"),

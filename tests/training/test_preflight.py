@@ -37,7 +37,7 @@ def test_queue_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(limits, "free_bytes", lambda device: 10**9)
     options = ["--queue-size", "1000", "--dim", "1000000", "--out", str(tmp_path / "run")]
     message = refused(capsys, ["pretrain", *options])
-    parts = ("1,000 rows of 1,000,000", "4,080,000,000 bytes", "cpu has 1,000,000,000 free", "--queue-dtype bfloat16")
+    parts = ("1,000 rows of 1,000,000", "4,032,000,000 bytes", "cpu has 1,000,000,000 free", "--queue-dtype bfloat16")
     assert all(part in message for part in parts)
     assert not (tmp_path / "run").exists()
 

@@ -120,7 +120,8 @@ def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> It
 
 class ImageFolders:
     """The images below one or several ``bases``. A directory is listed once, however many of its images are asked for:
-    a look at each of 120,000 files would take longer than all the rest."""
+    a look at each of 120,000 files would take longer than all the rest.
+    """
 
     def __init__(self, *bases: Path) -> None:
         self.bases = bases
