@@ -50,7 +50,7 @@ def test_damaged_config_is_refused(values):
 
 
 @pytest.mark.parametrize("config", [PretrainConfig(seed=3), RECIPES["sop"]], ids=["pretrain", "supervise"])
-def test_missing_option_takes_its_default_unless_it_changes_results(config):
+def test_missing_option_is_an_error_only_if_it_changes_results(config):
     saved = resolved(config)
     for item in fields(config):
         rest = {name: value for name, value in saved.items() if name != item.name}

@@ -43,7 +43,7 @@ def test_epoch_depends_on_seed_and_epoch_alone(sampler):
     share=st.floats(0, 1),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_balanced_batches_hold_k_of_each_class_evenly(sizes, per_class, share, seed):
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     labels = labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))] * 3 + 5

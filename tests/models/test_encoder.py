@@ -46,7 +46,7 @@ def test_small_backbones_train_every_parameter_at_any_size(name, feature_dim, ch
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in encoder.parameters())
 
 
-def test_resnet_features_equal_torchvisions_before_the_classifier():
+def test_resnet_features_equal_torchvisions_penultimate_layer():
     model = torchvision.models.resnet18().eval()
     encoder = build_encoder("resnet18", 8).eval()
     encoder.backbone.load_state_dict(model.state_dict(), strict=False)
@@ -54,7 +54,14 @@ def test_resnet_features_equal_torchvisions_before_the_classifier():
     assert torch.equal(encoder.features(images()), penultimate(images()))
 
 
-@pytest.mark.parametrize("name", ["mobilenet_v3_small", "convnext_tiny", "swin_t", "shufflenet_v2_x0_5", "densenet121"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mobilenet_v3_small",
+        "shufflenet_v2_x0_5",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("convnext_tiny", "swin_t", "densenet121")),
+    ],
+)
 def test_torchvision_classifier_fits_our_features(name):
     model = torchvision.models.get_model(name).eval()
     encoder = build_encoder(name, 8).eval()

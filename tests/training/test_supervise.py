@@ -104,10 +104,8 @@ def test_error_is_one_line_with_value_and_remedy(tmp_path, capsys, options, part
     assert not (tmp_path / "run").exists()
 
 
-def test_run_of_another_mode_is_not_resumed(tmp_path, capsys):
-    assert main([*SMALL, "--epochs", "1", "--out", str(tmp_path)]) == 0
-    capsys.readouterr()
-    assert "mode supervise" in refused(capsys, ["pretrain", "--resume", "--out", str(tmp_path)])
+def test_run_of_another_mode_is_not_resumed(finished_run, capsys):
+    assert "mode pretrain" in refused(capsys, ["supervise", "--resume", "--out", str(finished_run)])
 
 
 def test_training_reads_image_files(tmp_path):

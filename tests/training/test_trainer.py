@@ -38,7 +38,9 @@ def image_folder(tmp_path_factory):
     return root
 
 
-@pytest.mark.parametrize("adaptation", [pytest.param("xbm", marks=pytest.mark.slow), "xbn", "axbn"])
+@pytest.mark.parametrize(
+    "adaptation", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("xbm", "xbn")), "axbn"]
+)
 def test_resumed_run_equals_uninterrupted_run(tmp_path, adaptation):
     options = ["pretrain", *SMALL, "--adaptation", adaptation]
     assert main([*options, "--out", str(tmp_path / "uninterrupted")]) == 0

@@ -59,7 +59,12 @@ def assert_same_run(a, b):
 
 @pytest.mark.parametrize(
     ("name", "numbers"),
-    [("pretrain xbn", (2, 4)), ("supervise xbn", (2,)), ("supervise xbm*", (4,)), ("supervise without memory", (2,))],
+    [
+        ("pretrain xbn", (2, 4)),
+        ("supervise xbn", (2,)),
+        pytest.param("supervise xbm*", (4,), marks=pytest.mark.slow),
+        pytest.param("supervise without memory", (2,), marks=pytest.mark.slow),
+    ],
 )
 def test_several_processes_equal_one_after_fifty_steps(tmp_path, name, numbers):
     assert main([*RUNS[name], "--out", str(tmp_path / "one")]) == 0
@@ -109,6 +114,7 @@ def test_signal_to_one_process_stops_all_and_any_number_resumes(tmp_path):
     assert_same_run(tmp_path / "one", tmp_path / "parts")
 
 
+@pytest.mark.slow
 def test_three_resumed_processes_equal_uninterrupted_ones(tmp_path):
     options = ["pretrain", "--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--epochs", "2"]
 
