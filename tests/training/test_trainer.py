@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -86,14 +87,25 @@ def test_killed_process_resumes_from_its_checkpoint(tmp_path):
 
 
 @pytest.mark.slow
-def test_digits_beat_raw_pixels_and_the_untrained_encoder(tmp_path, capsys):
-    assert main(["pretrain", "--eval-every", "0", "--drift-every", "0", "--out", str(tmp_path)]) == 0
-    values = {key: value for record in read_metrics(tmp_path) for key, value in record.items()}
-    assert values["knn_top1_backbone"] > values["knn_top1_raw_pixels"]
-    assert values["knn_top1_backbone"] > values["knn_top1_backbone_untrained"]
-    assert values["knn_top1"] > values["knn_top1_untrained"]
-    assert main(["evaluate", "knn", "--run", str(tmp_path)]) == 0
-    assert f"{values['knn_top1_backbone']:.2f}" in capsys.readouterr().out
+def test_digits_beat_raw_pixels_and_the_untrained_encoder(tmp_path):
+    """Compare means over three seeds: one test image is 0.28 points, and rounding changes several."""
+    runs = []
+    for seed in ("0", "1", "2"):
+        options = ["--seed", seed, "--eval-every", "0", "--drift-every", "0", "--out", str(tmp_path / seed)]
+        assert main(["pretrain", *options]) == 0
+        runs.append({key: value for record in read_metrics(tmp_path / seed) for key, value in record.items()})
+    mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key.startswith("knn_top1")}
+    assert mean["knn_top1_backbone"] > mean["knn_top1_raw_pixels"]
+    assert mean["knn_top1_backbone"] > mean["knn_top1_backbone_untrained"]
+    assert mean["knn_top1"] > mean["knn_top1_untrained"]
+
+
+def test_evaluation_of_a_run_repeats_its_last_values(finished_run, capsys):
+    assert main(["evaluate", "knn", "--run", str(finished_run)]) == 0
+    last = read_metrics(finished_run)[-1]
+    printed = capsys.readouterr().out
+    assert f"{last['knn_top1']:.2f}" in printed
+    assert f"{last['knn_top1_backbone']:.2f}" in printed
 
 
 def test_run_ends_with_a_table_and_a_picture(tmp_path, capsys, pictures):
