@@ -28,13 +28,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from selfsup_xbn.losses.online import LogSumExp
 from torch import Tensor
 
 from experiments.benchmarks.parts import Part, measure, report
 from experiments.benchmarks.steps import MIDDLE, bare, supervised_inputs, supervised_ours
 from experiments.runs import RESULTS
 from selfsup_xbn import FeatureQueue
-from selfsup_xbn.losses.online import LogSumExp
 from selfsup_xbn.losses.pairs import QueueReader
 
 BARE = "bare products"

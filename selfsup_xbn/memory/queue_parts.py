@@ -39,15 +39,23 @@ class Frame(NamedTuple):
         return Frame(torch.where(choose, a.scale, b.scale), torch.where(choose, a.shift, b.shift))
 
 
+class AffineMap(NamedTuple):
+    """The map from stored rows to adapted rows: ``rows * scale + shift``."""
+
+    scale: Float[Tensor, "D"]
+    shift: Float[Tensor, "D"]
+
+
 class Block(NamedTuple):
-    """Some slots of the queue as a loss reads them: adapted, not normalised, with the rows' lengths; ``features`` and
-    ``lengths`` are valid until the next block is asked for. ``filled`` is None where every slot holds a row."""
+    """Some slots of the queue as a loss reads them: stored rows, before ``FeatureQueue.affine_map()``.
+
+    The rows are valid until the next block is read. ``valid`` is None where every slot holds a row.
+    """
 
     slots: slice | Int64[Tensor, "b"]
-    features: Float[Tensor, "b D"]
-    lengths: Float[Tensor, "b"]
+    rows: Float[Tensor, "b D"]
     labels: Int64[Tensor, "b"] | None
-    filled: Bool[Tensor, "b"] | None
+    valid: Bool[Tensor, "b"] | None
 
 
 class Trace(NamedTuple):

@@ -27,10 +27,7 @@ from torch import Tensor, nn
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.adaptation import Moments
-from selfsup_xbn.memory.queue_parts import Block, Frame, assign_, may_wait, power_sums
-
-PIECE = 2**18
-"""Numbers that are decoded at a time: 1 MB."""
+from selfsup_xbn.memory.queue_parts import AffineMap, Block, Frame, assign_, may_wait, power_sums
 
 
 class Ring(nn.Module):
@@ -76,14 +73,14 @@ class Ring(nn.Module):
 
     def features(self) -> Float[Tensor, "n D"]:
         """The filled rows, adapted, in the order of their slots. Waits for the device."""
-        parts = [block.features.clone() for block in self._turns(self.size)]
+        parts = [block.rows.clone() for block in self._turns(self.size)]
         return torch.cat(parts) if parts else self.rows.new_zeros(0, self.dim, dtype=self._read_dtype)
 
     def blocks(self, block_rows: int) -> Iterator[Block]:
         """All filled slots in blocks of at most ``block_rows``, adapted as they are read.
 
         On an accelerator, and when compiled, the number of filled rows is not known here without waiting: all M slots
-        are read and ``filled`` says which count.
+        are read and ``valid`` says which count.
         """
         if may_wait(self.rows):
             yield from self._turns(block_rows)
@@ -97,6 +94,11 @@ class Ring(nn.Module):
     def gather(self, slots: Int64[Tensor, "b"]) -> Block:
         """The rows at these slots, which must be filled."""
         return self._decoded(slots, slots, self._read_frames(), None)
+
+    def affine_map(self) -> AffineMap:
+        """The identity: blocks of rows of two turns are adapted as they are read."""
+        scale = torch.ones(self.dim, dtype=self._read_dtype, device=self.rows.device)
+        return AffineMap(scale, torch.zeros_like(scale))
 
     def reset(self) -> None:
         """Empties the ring."""
@@ -140,26 +142,21 @@ class Ring(nn.Module):
         """The rows at ``place``, whose slots these are, each by the frame of its turn."""
         frame = Frame(*turns[(slots >= self.pointer).long()].unbind(1))
         features = frame(self.rows[place].to(self._read_dtype))
-        return Block(place, features, torch.linalg.vector_norm(features, dim=1), self._labels(place), filled)
+        return Block(place, features, self._labels(place), filled)
 
     def _turns(self, block_rows: int) -> Iterator[Block]:
         """The filled slots, in order: this turn's, then the last one's."""
         pointer, count = int(self.pointer), int(self.count)
-        dtype, piece_rows = self._read_dtype, max(1, PIECE // self.dim)
+        dtype = self._read_dtype
         turns = self._read_frames().unbind()
         scratch = self.rows.new_empty(min(block_rows, self.size), self.dim, dtype=dtype)
-        lengths = scratch.new_empty(len(scratch))
         for start in range(0, count, block_rows):
             stop = min(start + block_rows, count)
             seam = min(max(pointer, start), stop)
             for (scale, shift), first, end in zip(turns, (start, seam), (seam, stop), strict=True):
-                for piece in range(first, end, piece_rows):  # measured while it is in a core's cache
-                    last = min(piece + piece_rows, end)
-                    part = scratch[piece - start : last - start]
-                    torch.addcmul(shift, self.rows[piece:last], scale, out=part)
-                    torch.linalg.vector_norm(part, dim=1, out=lengths[piece - start : last - start])
-            slots, rows = slice(start, stop), stop - start
-            yield Block(slots, scratch[:rows], lengths[:rows], self._labels(slots), None)
+                torch.addcmul(shift, self.rows[first:end], scale, out=scratch[first - start : end - start])
+            slots = slice(start, stop)
+            yield Block(slots, scratch[: stop - start], self._labels(slots), None)
 
     def _write(
         self, values: Float[Tensor, "b D"], labels: Int64[Tensor, "b"] | None, allowed: Bool[Tensor, ""] | None

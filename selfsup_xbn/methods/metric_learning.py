@@ -33,7 +33,7 @@ class PairLoss(Protocol):
         embeddings: Float[Tensor, "B D"],
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
-        own_slots: Int64[Tensor, "B"] | None = None,
+        self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]: ...
 
 
@@ -103,9 +103,11 @@ class SupCon:
         embeddings: Float[Tensor, "B D"],
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
-        own_slots: Int64[Tensor, "B"] | None = None,
+        self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]:
-        return sup_con(embeddings, labels, queue, temperature=self.temperature, miner=self.miner, own_slots=own_slots)
+        return sup_con(
+            embeddings, labels, queue, temperature=self.temperature, miner=self.miner, self_indices=self_indices
+        )
 
 
 class PeerLoss:
@@ -119,7 +121,7 @@ class PeerLoss:
         embeddings: Float[Tensor, "B D"],
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
-        own_slots: Int64[Tensor, "B"] | None = None,
+        self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]:
         if queue is None:
             return self.loss(embeddings, labels, self.miner(embeddings, labels) if self.miner else None)
@@ -130,15 +132,15 @@ class PeerLoss:
             pairs = self.miner(embeddings, labels, rows, row_labels)
         else:
             pairs = pml_pairs.get_all_pairs_indices(labels, row_labels)
-        if own_slots is not None:
-            pairs = _without_self(pairs, own_slots)
+        if self_indices is not None:
+            pairs = _without_self(pairs, self_indices)
         return self.loss(embeddings, labels, pairs, rows, row_labels)
 
 
-def _without_self(pairs: tuple[Tensor, ...], own_slots: Int64[Tensor, "B"]) -> tuple[Tensor, ...]:
+def _without_self(pairs: tuple[Tensor, ...], self_indices: Int64[Tensor, "B"]) -> tuple[Tensor, ...]:
     """Pairs (a, p, a, n) or triplets (a, p, n) whose positive is not the anchor's own row."""
     anchor, positive, *negative = pairs
-    others = positive != own_slots[anchor]
+    others = positive != self_indices[anchor]
     return (anchor[others], positive[others], *(negative if len(pairs) == 4 else [negative[0][others]]))
 
 

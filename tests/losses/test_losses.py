@@ -76,7 +76,7 @@ def test_info_nce_equals_cross_entropy_over_the_whole_matrix(rows, adaptation, p
 
 
 @pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_info_nce_leaves_out_all_of_an_anchors_own_slots(path, temperature):
+def test_info_nce_leaves_out_all_of_an_anchors_self_indices(path, temperature):
     queue = filled_queue(45, labels=False)
     q, k = torch.randn(2, 4, 12, dtype=torch.float64).unbind()
     own = torch.stack([queue.enqueue(k), queue.enqueue(torch.randn(4, 12, dtype=torch.float64))], dim=1)
@@ -131,7 +131,7 @@ def test_sup_con_equals_pmls_value_and_gradient(rows, miner, path):
         slots = queue.enqueue(z, y)
         z.requires_grad_()
         expected = peers_loss(queue, theirs, z, y, 15, temperature)
-        found = sup_con(z, y, queue, temperature=temperature, miner=ours, own_slots=slots)
+        found = sup_con(z, y, queue, temperature=temperature, miner=ours, self_indices=slots)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
 
@@ -179,7 +179,7 @@ def test_sup_con_is_zero_with_a_finite_gradient_where_there_is_nothing_to_learn(
     for labels in (torch.zeros(8, dtype=torch.int64), torch.arange(8)):  # no negatives; no positives
         queue = FeatureQueue(8, 12, "xbm", labels=True)
         z = torch.randn(8, 12, requires_grad=True)
-        loss = sup_con(z, labels, queue, own_slots=queue.enqueue(z, labels))
+        loss = sup_con(z, labels, queue, self_indices=queue.enqueue(z, labels))
         (found,) = gradient(loss, z)
         assert loss.item() == 0
         assert torch.equal(found, torch.zeros_like(z))
@@ -253,7 +253,7 @@ def test_no_step_waits_for_the_device(adaptation, monkeypatch):
             queue.adapt(z)
             slots = queue.enqueue(z, y)
             loss = info_nce(z, z.detach(), queue, 0.1, slots) + sup_con(
-                z, y, queue, miner=PairMargin(), own_slots=slots
+                z, y, queue, miner=PairMargin(), self_indices=slots
             )
             loss.backward()
         with pytest.raises(AssertionError, match="_local_scalar_dense"):

@@ -337,7 +337,7 @@ def test_no_gradient_reaches_the_queue():
     queue.adapt(batch)
     queue.enqueue(batch)
     assert not queue.features().requires_grad
-    assert not any(block.features.requires_grad for block in (*queue.blocks(2), queue.gather(torch.tensor([1]))))
+    assert not any(block.rows.requires_grad for block in (*queue.blocks(2), queue.gather(torch.tensor([1]))))
     assert not any(buffer.requires_grad for buffer in queue.buffers())
 
 
@@ -345,9 +345,9 @@ def test_blocks_are_the_features_whichever_way_they_are_read(monkeypatch):
     for rows in (5, 40, 60):
         queue = filled(rows=rows, labels=True) if rows < 0 else filled(rows=rows)
         whole = queue.features()
-        assert torch.equal(torch.cat([b.features.clone() for b in queue.blocks(7)]), whole)
+        assert torch.equal(torch.cat([b.rows.clone() for b in queue.blocks(7)]), whole)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # as on an accelerator: fixed shapes
-        parts = [(b.features.clone(), b.filled) for b in queue.blocks(7)]
+        parts = [(b.rows.clone(), b.valid) for b in queue.blocks(7)]
         monkeypatch.undo()
         kept = torch.cat([f for f, _ in parts])[torch.cat([m for _, m in parts])]
         torch.testing.assert_close(kept, whole, rtol=1e-6, atol=1e-6)
