@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.memory.queue_parts import Block
+from selfsup_xbn.memory.queue_parts import AffineMap, Block
 
 NOT_COUNTED = -1e30
 """The logit of a pair that is not counted. Its exponential is 0, and differences with it are finite."""
@@ -82,13 +82,11 @@ class Pairs:
         below, above = (float("inf"), -float("inf")) if miner is None else miner.similarity_bounds()
         self.queue, self.temperature = queue, temperature
         self.below, self.above = below / temperature, above / temperature
-        self.self_indices = (
-            ()
-            if self_indices is None
-            else self_indices.reshape(len(self_indices), self_indices.shape[1:].numel()).unbind(1)
-        )
+        self.self_indices: list[Tensor] = []
+        if self_indices is not None:
+            self.self_indices = [self_indices] if self_indices.ndim == 1 else [*self_indices.unbind(1)]
         self.labels: Tensor | None = None
-        self.same_class: Tensor | None = None  # slots of all rows of the batch's classes, where they are read apart
+        self.same_class: Tensor | None = None  # slots of the rows of the batch's classes, where they are read apart
         if labels is None:
             return
         if labels.is_floating_point():
@@ -109,7 +107,7 @@ class Pairs:
             return self._choose(block, anchors, anchors @ anchors.T / self.temperature)
         empty = self.queue.gather(torch.zeros(0, dtype=torch.int64, device=anchors.device))
         block = next(self.queue.blocks(self.queue.size), empty)
-        rows = self._unit_rows(block, anchors.dtype)
+        rows = normalized_rows(block, self.queue.affine_map(), anchors.dtype)
         return self._choose(block, rows, anchors @ rows.T / self.temperature)
 
     def negatives_only(self, anchors: Float[Tensor, "B D"]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -146,19 +144,15 @@ class Pairs:
             blocks = self.queue.blocks(rows_at_once)
         else:
             blocks = (self.queue.gather(slots[i : i + rows_at_once]) for i in range(0, len(slots), rows_at_once))
+        affine_map = self.queue.affine_map()
         for block in blocks:
-            rows = self._unit_rows(block, anchors.dtype)
+            rows = normalized_rows(block, affine_map, anchors.dtype)
             yield block, rows, (rows @ scaled.T).T  # a CPU multiplies faster with the rows on the left
-
-    def _unit_rows(self, block: Block, dtype: torch.dtype) -> Tensor:
-        assert self.queue is not None
-        scale, shift = self.queue.affine_map()
-        return F.normalize(torch.addcmul(shift, block.rows.to(scale.dtype), scale), dim=1).to(dtype)
 
     def _choose(self, block: Block, rows: Tensor, logits: Tensor) -> PairBlock:
         same = torch.zeros_like(logits, dtype=torch.bool)
         if self.labels is not None and block.labels is not None:
-            same = self.labels[:, None] == block.labels
+            same = (block.labels[:, None] == self.labels).T
         positive, negative = same & (logits < self.below), ~same & (logits > self.above)
         if (excluded := self._excluded(block)) is not None:
             positive, negative = positive & ~excluded, negative & ~excluded
@@ -167,13 +161,21 @@ class Pairs:
     def _excluded(self, block: Block) -> Bool[Tensor, "*B b"] | None:
         """Return which pairs are with an empty slot or with the anchor's own row; None if none is."""
         excluded = None if block.valid is None else ~block.valid
-        slots = block.slots
+        indices, slots = self.self_indices, block.slots
         if isinstance(slots, slice):
+            if can_sync(block.rows):  # most blocks hold no row of the batch
+                indices = [index for index in indices if ((index >= slots.start) & (index < slots.stop)).any()]
             slots = torch.arange(slots.start, slots.stop, device=block.rows.device)
-        for index in self.self_indices:
-            own = index[:, None] == slots
+        for index in indices:
+            own = (slots[:, None] == index).T  # lies in memory as the logits do
             excluded = own if excluded is None else own | excluded
         return excluded
+
+
+def normalized_rows(block: Block, affine_map: AffineMap, dtype: torch.dtype) -> Float[Tensor, "b D"]:
+    """Return the adapted rows of a block at unit length."""
+    rows = torch.addcmul(affine_map.shift, block.rows.to(affine_map.scale.dtype), affine_map.scale)
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)).to(dtype)
 
 
 def block_rows(anchors: int, queue: FeatureQueue) -> int:
