@@ -93,7 +93,7 @@ def test_class_losses_equal_the_cpu(loss, miner: PairMargin | None) -> None:
         z, labels = draw(40, 24, seed=2).to(device).requires_grad_(), (torch.arange(40) // 4).to(device)
         queue.adapt(z)
         slots = queue.enqueue(z, labels)
-        value = loss(z, labels, queue, temperature=0.1, miner=miner, own_slots=slots)
+        value = loss(z, labels, queue, temperature=0.1, miner=miner, self_indices=slots)
         value.backward()
         values.append(value.item())
         grads.append(z.grad)

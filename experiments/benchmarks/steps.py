@@ -111,7 +111,7 @@ def supervised_ours(adaptation: str, sizes: tuple[int, int, int, float], device:
     def loss(z: Tensor, number: int) -> Tensor:
         queue.adapt(z)
         slots = queue.enqueue(z, labels[number])
-        return sup_con(z, labels[number], queue, temperature=T, miner=PairMargin(), own_slots=slots)
+        return sup_con(z, labels[number], queue, temperature=T, miner=PairMargin(), self_indices=slots)
 
     return step_of(loss, anchors, device)
 

@@ -33,12 +33,12 @@ from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.losses import PairLoss, PairMargin, nt_xent_pairs, sup_con_pairs
+from selfsup_xbn.losses import PairMargin, nt_xent, sup_con
 from selfsup_xbn.memory.adaptation import Adaptation
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.utils.distributed import rank, world
 
-BLOCKWISE = {peer.SupConLoss: sup_con_pairs, peer.NTXentLoss: nt_xent_pairs}
+BLOCKWISE = {peer.SupConLoss: sup_con, peer.NTXentLoss: nt_xent}
 
 
 class CrossBatchMemory(peer.CrossBatchMemory):
@@ -108,6 +108,8 @@ class CrossBatchMemory(peer.CrossBatchMemory):
             raise ValueError("indices_tuple and enqueue_mask are mutually exclusive")
         if enqueue_mask is not None and len(enqueue_mask) != len(embeddings):
             raise ValueError(f"expected an enqueue_mask of {len(embeddings)} rows, got {len(enqueue_mask)}")
+        if len(labels) != len(embeddings):
+            raise ValueError(f"expected {len(embeddings)} labels, got {len(labels)}")
         self.reset_stats()
         labels = _class_indices(_beside(labels, embeddings))
         entering = _in_rank_order(len(embeddings), embeddings.device if enqueue_mask is None else enqueue_mask.device)
@@ -192,9 +194,7 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         """The loss of anchors against the queue, in which they stand at ``curr_batch_idx`` if they do."""
         blockwise = None if indices_tuple is not None else self._blockwise()
         if blockwise is not None:
-            found = blockwise(embeddings, labels, self.queue, own_slots=self.curr_batch_idx if is_in_queue else None)
-            self._record(found)
-            return found.value
+            return blockwise(embeddings, labels, self.queue, self_indices=self.curr_batch_idx if is_in_queue else None)
         rows = self.queue.features()
         embeddings = embeddings.to(rows.dtype)
         if len(rows) == 0:
@@ -203,20 +203,24 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         indices_tuple = self.create_indices_tuple(embeddings, labels, rows, row_labels, indices_tuple, is_in_queue)
         return self.loss(embeddings, labels, indices_tuple, rows, row_labels)
 
-    def _blockwise(self) -> Callable[..., PairLoss] | None:
+    def _blockwise(self) -> Callable[..., Tensor] | None:
         """The blockwise form of loss and miner, if there is one that does all that they do."""
         function = BLOCKWISE.get(type(self.loss))
         margin = None if self.miner is None else _pair_margin(self.miner)
         collects = any(getattr(module, "collect_stats", False) for module in self.modules())
         if function is None or not _is_plain(self.loss) or (margin is None) != (self.miner is None) or collects:
             return None
-        return functools.partial(function, temperature=self.loss.temperature, miner=margin)
+        return functools.partial(
+            function,
+            temperature=self.loss.temperature,
+            miner=margin,
+            on_pairs=None if margin is None else self._record_pairs,
+        )
 
-    def _record(self, found: PairLoss) -> None:
-        """What PML's miners note without being asked; on an accelerator as tensors, for which no step waits."""
-        if self.miner is not None:
-            counts = found.positives, found.negatives
-            self.miner.num_pos_pairs, self.miner.num_neg_pairs = (c if c.is_cuda else int(c) for c in counts)
+    def _record_pairs(self, positives: Int64[Tensor, ""], negatives: Int64[Tensor, ""]) -> None:
+        """Set what PML's miners record at each call: integers, or, so that no step waits, tensors on an accelerator."""
+        counts = positives, negatives
+        self.miner.num_pos_pairs, self.miner.num_neg_pairs = (c if c.is_cuda else int(c) for c in counts)
 
     def _store_as(self, dtype: torch.dtype) -> None:
         self.queue.rows = self.queue.rows.to(dtype)

@@ -2,14 +2,7 @@
 
 from __future__ import annotations
 
-from selfsup_xbn.losses.functional import (
-    PairLoss,
-    PairMargin,
-    info_nce,
-    nt_xent,
-    nt_xent_pairs,
-    sup_con,
-    sup_con_pairs,
-)
+from selfsup_xbn.losses.functional import info_nce, nt_xent, sup_con
+from selfsup_xbn.losses.pairs import PairMargin
 
-__all__ = ["PairLoss", "PairMargin", "info_nce", "nt_xent", "nt_xent_pairs", "sup_con", "sup_con_pairs"]
+__all__ = ["PairMargin", "info_nce", "nt_xent", "sup_con"]

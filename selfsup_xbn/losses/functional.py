@@ -1,72 +1,30 @@
-"""Losses of a batch against a queue, block by block: InfoNCE, and SupCon and NT-Xent with a pair margin miner.
+"""Contrastive losses of a batch against a queue: InfoNCE, SupCon and NT-Xent, the last two with a pair margin miner.
 
-All are log-sum-exps over similarities to the queue, made in one pass over it (``queue_scan``). Statistics and products
-are at least float32, under autocast too.
+All use s = cos / T. Embeddings may have any length and any precision; sums and products are at least float32, under
+autocast too. Gradient flows to the batch alone.
 
-Axis legend: B anchors, M queue rows, D dimensions, E slots to leave out per anchor.
+``implementation`` names the way to the sums. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
+O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"auto"`` is blockwise.
+
+Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.losses.blockwise import (
-    Scan,
-    class_reader,
-    scan_classes,
-    scan_negative_pairs,
-    scan_negatives,
-    scan_positives,
-    sup_con_of,
-)
-from selfsup_xbn.losses.online import FLOOR
-from selfsup_xbn.losses.pairs import PairRule
+from selfsup_xbn.losses import blockwise, dense
+from selfsup_xbn.losses.pairs import PairMargin, Pairs
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 
-
-class PairMargin(NamedTuple):
-    """Which pairs a loss sees: positives further apart than ``positive``, negatives nearer than ``negative``.
-
-    Args:
-        positive, negative: margins, in the distance's unit.
-        distance: ``"euclidean"`` of the unit vectors, as PML's PairMarginMiner measures by default and the paper
-            does, or ``"cosine"``: then margins are similarities, and positives *below* ``positive`` and negatives
-            *above* ``negative`` are kept.
-    """
-
-    positive: float = 0.2
-    negative: float = 0.8
-    distance: str = "euclidean"
-
-    def similarity_bounds(self) -> tuple[float, float]:
-        """Positives are kept below the first cosine similarity, negatives above the second.
-
-        For unit vectors d^2 = 2 - 2 cos, so d > m is cos < 1 - m^2 / 2.
-        """
-        if self.distance == "cosine":
-            return self.positive, self.negative
-        if self.distance != "euclidean":
-            raise UserError(f"expected miner distance 'euclidean' or 'cosine', got {self.distance!r}")
-        return 1 - self.positive**2 / 2, 1 - self.negative**2 / 2
-
-    @staticmethod
-    def rule(miner: PairMargin | None, labels: Int64[Tensor, "B"]) -> PairRule:
-        """The pairs that the miner keeps of anchors with these labels; all of them without one."""
-        return PairRule(labels) if miner is None else PairRule(labels, *miner.similarity_bounds())
-
-
-class PairLoss(NamedTuple):
-    """A loss, and how many pairs it is made of."""
-
-    value: Float[Tensor, ""]
-    positives: Int64[Tensor, ""]
-    negatives: Int64[Tensor, ""]
+IMPLEMENTATIONS = {"auto": blockwise, "dense": dense, "blockwise": blockwise}
 
 
 def info_nce(
@@ -74,123 +32,152 @@ def info_nce(
     k: Float[Tensor, "B D"],
     queue: FeatureQueue,
     temperature: float = 0.1,
-    own_slots: Int64[Tensor, "B *E"] | None = None,
+    self_indices: Int64[Tensor, "B *E"] | None = None,
+    *,
+    implementation: str = "auto",
 ) -> Float[Tensor, ""]:
-    """InfoNCE of queries and their keys against the queue's rows as negatives (MoCo, arXiv 1911.05722, Eq. 1).
+    """Return InfoNCE of queries and their keys, with the queue's rows r_j as negatives (MoCo, arXiv 1911.05722, Eq. 1).
 
-    ``-log(exp(q.k/T) / (exp(q.k/T) + sum_j exp(q.r_j/T)))`` with all vectors of unit length, mean over the batch.
+    The mean over the batch of ``-log(exp(s_qk) / (exp(s_qk) + sum_j exp(s_qj)))``; 0 for an empty batch.
 
     Args:
-        q, k: queries and keys, of any length; row i of one belongs to row i of the other.
-        queue: the negatives r_j.
+        q, k: queries and keys; row i of one belongs to row i of the other.
+        queue: the memory of past keys.
         temperature: T > 0.
-        own_slots: where the keys themselves stand in the queue, if they do: the row that is each query's own
-            positive is no negative of it. -1 for none.
+        self_indices: slots that a query does not meet, such as those of its own key; -1 for none.
+        implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
+
+    Raises:
+        UserError: a temperature that is not above 0 and finite, or an unknown implementation.
+        ValueError: shapes that do not fit.
+
+    Example:
+        >>> queue = FeatureQueue(size=4, dim=2, adaptation="xbm")
+        >>> keys = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        >>> slots = queue.enqueue(keys)
+        >>> info_nce(keys, keys, queue, temperature=1.0, self_indices=slots)  # log(1 + exp(-1))
+        tensor(0.3133)
     """
-    return scan_negatives(q, k, queue, temperature, own_slots)
+    read = _checked(q, queue, temperature, implementation, k=k, self_indices=self_indices)
+    with torch.autocast(q.device.type, enabled=False):
+        query, key = _at_unit_length(q), _at_unit_length(k)
+        sums = read.pair_sums(query, Pairs(queue, temperature, self_indices))
+        gap = sums.logsumexp - (query * key).sum(1) / temperature
+        return F.softplus(gap, threshold=40).sum() / max(len(q), 1)
 
 
 def sup_con(
     embeddings: Float[Tensor, "B D"],
-    labels: Int64[Tensor, "B"],
+    labels: Shaped[Tensor, "B"],
     queue: FeatureQueue | None = None,
     *,
     temperature: float = 0.1,
     miner: PairMargin | None = None,
-    own_slots: Int64[Tensor, "B *E"] | None = None,
+    self_indices: Int64[Tensor, "B *E"] | None = None,
+    implementation: str = "auto",
+    on_pairs: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, ""]:
-    """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, Eq. 2) against the queue, or in the batch.
+    """Return the supervised contrastive loss against the queue, or in the batch (arXiv 2004.11362, Eq. 2).
 
-    For anchor i with positives P(i) and kept pairs A(i), positives among them::
+    For anchor i with positives P(i) and counted pairs A(i), positives among them::
 
-        L_i = logsumexp_{a in A(i)} s_ia - mean_{p in P(i)} s_ip,        s = cos / T
+        L_i = logsumexp_{a in A(i)} s_ia - mean_{p in P(i)} s_ip
 
-    averaged over the anchors with L_i > 0, and 0 where the batch has no negative pair at all: value and gradient are
-    those of PML's SupConLoss after a PairMarginMiner.
+    averaged over the anchors with L_i > 0; 0 if the batch has no negative pair. Value and gradient are those of PML's
+    SupConLoss after a PairMarginMiner.
 
     Args:
-        embeddings: z, of any length.
-        labels: class of each embedding.
-        queue: a queue with labels; None: the batch itself is the reference, self left out, gradient to both sides.
+        embeddings: the anchors.
+        labels: class of each anchor, of any integer type.
+        queue: a queue with labels; None: the batch without the anchor, always dense, with gradient to both sides.
         temperature: T > 0.
         miner: which pairs count; None for all.
-        own_slots: where the batch itself stands in the queue, if it does; -1 for none.
+        self_indices: slots that an anchor does not meet, such as its own; -1 for none.
+        implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
+        on_pairs: called with the number of positive and of negative pairs, two tensors.
+
+    Raises:
+        UserError: a temperature that is not above 0 and finite, an unknown implementation or miner distance.
+        ValueError: shapes that do not fit, labels that are not whole numbers, or a queue without labels.
+
+    Example:
+        >>> embeddings, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
+        >>> sup_con(embeddings, labels, temperature=1.0)  # log(1 + exp(-1))
+        tensor(0.3133)
     """
+    read = _checked(embeddings, queue, temperature, implementation, labels=labels, self_indices=self_indices)
     if queue is None:
-        return sup_con_of(_scan_batch(embeddings, temperature, PairMargin.rule(miner, labels)))[0]
-    reader = class_reader(queue, temperature, own_slots, PairMargin.rule(miner, labels))
-    return scan_classes(embeddings, reader, count_negatives=False)[0]
-
-
-def sup_con_pairs(
-    embeddings: Float[Tensor, "B D"],
-    labels: Int64[Tensor, "B"],
-    queue: FeatureQueue,
-    *,
-    temperature: float = 0.1,
-    miner: PairMargin | None = None,
-    own_slots: Int64[Tensor, "B *E"] | None = None,
-) -> PairLoss:
-    """``sup_con`` against a queue, with the number of its pairs."""
-    reader = class_reader(queue, temperature, own_slots, PairMargin.rule(miner, labels))
-    return PairLoss(*scan_classes(embeddings, reader))
+        read, self_indices = dense, torch.arange(len(labels), device=embeddings.device)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        anchors = _at_unit_length(embeddings)
+        sums = read.pair_sums(anchors, Pairs(queue, temperature, self_indices, labels, miner), include_positives=True)
+        positives, negatives = sums.positives, sums.negatives
+        losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
+        # The loss of a single pair is 0, and may be rounded to more.
+        averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1) & (negatives.sum() > 0)
+        if on_pairs is not None:
+            on_pairs(positives.sum(), negatives.sum())
+        return losses.where(averaged, 0.0).sum() / averaged.sum().clamp(min=1)
 
 
 def nt_xent(
     embeddings: Float[Tensor, "B D"],
-    labels: Int64[Tensor, "B"],
+    labels: Shaped[Tensor, "B"],
     queue: FeatureQueue,
     *,
     temperature: float = 0.07,
     miner: PairMargin | None = None,
-    own_slots: Int64[Tensor, "B *E"] | None = None,
+    self_indices: Int64[Tensor, "B *E"] | None = None,
+    implementation: str = "auto",
+    on_pairs: Callable[[Tensor, Tensor], None] | None = None,
 ) -> Float[Tensor, ""]:
-    """NT-Xent of labelled embeddings against the queue: each positive pair alone among its anchor's negatives.
+    """Return NT-Xent (arXiv 2002.05709, Eq. 1): each positive pair alone among its anchor's negatives.
 
-    The mean over the kept positive pairs (i, p), with N(i) the kept negatives of i, of::
+    The mean over the counted positive pairs (i, p), with N(i) the counted negatives of anchor i, of::
 
-        log(1 + exp(n_i - s_ip)),        n_i = logsumexp_{a in N(i)} s_ia,        s = cos / T
+        log(1 + exp(n_i - s_ip)),        n_i = logsumexp_{a in N(i)} s_ia
 
-    and 0 where there is no positive or no negative pair: value and gradient are those of PML's NTXentLoss, which makes
-    a matrix of positive pairs x negative pairs. Here the queue is read twice, for n and for the pairs.
+    and 0 if there is no positive pair. Value and gradient are those of PML's NTXentLoss, which makes a matrix of
+    positive pairs x negative pairs.
 
-    Args: those of ``sup_con``.
+    Args:
+        embeddings, labels, queue, temperature, miner, self_indices, implementation, on_pairs: as in ``sup_con``.
+
+    Raises:
+        UserError, ValueError: as in ``sup_con``.
+
+    Example:
+        >>> queue = FeatureQueue(size=4, dim=2, adaptation="xbm", labels=True)
+        >>> embeddings, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
+        >>> slots = queue.enqueue(embeddings, labels)
+        >>> nt_xent(embeddings, labels, queue, temperature=1.0, self_indices=slots)  # log(1 + exp(-1))
+        tensor(0.3133)
     """
-    return nt_xent_pairs(embeddings, labels, queue, temperature=temperature, miner=miner, own_slots=own_slots).value
+    read = _checked(embeddings, queue, temperature, implementation, labels=labels, self_indices=self_indices)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        anchors, pairs = _at_unit_length(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
+        sums = read.pair_sums(anchors, pairs)
+        if on_pairs is not None:
+            on_pairs(sums.positives.sum(), sums.negatives.sum())
+        total: Tensor = read.positive_softplus(anchors, sums.logsumexp, pairs).sum()
+        return total / sums.positives.sum().clamp(min=1)
 
 
-def nt_xent_pairs(
-    embeddings: Float[Tensor, "B D"],
-    labels: Int64[Tensor, "B"],
-    queue: FeatureQueue,
-    *,
-    temperature: float = 0.07,
-    miner: PairMargin | None = None,
-    own_slots: Int64[Tensor, "B *E"] | None = None,
-) -> PairLoss:
-    """``nt_xent`` with the number of its pairs."""
-    unit = _unit(embeddings)
-    reader = class_reader(queue, temperature, own_slots, PairMargin.rule(miner, labels))
-    logsumexp, negatives = scan_negative_pairs(unit, reader)
-    losses, count = scan_positives(unit, logsumexp, reader)
-    positives = count.sum()
-    return PairLoss(losses.sum() / positives.clamp(min=1), positives.long(), negatives.sum())
+def _at_unit_length(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
 
 
-def _unit(anchors: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """At unit length and in float32 at least."""
-    with torch.autocast(anchors.device.type, enabled=False):
-        return F.normalize(anchors.to(torch.promote_types(anchors.dtype, torch.float32)), dim=1)
-
-
-def _scan_batch(embeddings: Float[Tensor, "B D"], temperature: float, rule: PairRule) -> Scan:
-    """The sums over the batch in place of a queue, self left out; gradient flows to both sides."""
-    unit = _unit(embeddings)
-    with torch.autocast(unit.device.type, enabled=False):
-        cosine = unit @ unit.T
-        others = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-        positive, negative = (pairs & others for pairs in rule.select(cosine.detach(), rule.labels))
-        logits = cosine / temperature
-        kept = logits.masked_fill(~(positive | negative), FLOOR)
-        positives = positive.sum(1).to(unit.dtype)
-        return Scan(kept.logsumexp(1), (logits * positive).sum(1), positives, negative.sum(1))
+def _checked(
+    embeddings: Tensor, queue: FeatureQueue | None, temperature: float, implementation: str, **beside: Tensor | None
+) -> ModuleType:
+    """Return the module that makes the sums; ``beside`` are tensors with a row for each embedding."""
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"expected a temperature above 0, got {temperature}")
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"expected an implementation out of {list(IMPLEMENTATIONS)}, got {implementation!r}")
+    if embeddings.ndim != 2 or (queue is not None and embeddings.shape[1] != queue.dim):
+        raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*embeddings.shape]}")
+    for name, rows in beside.items():
+        if rows is not None and (len(rows) != len(embeddings) or (name == "k" and rows.shape != embeddings.shape)):
+            raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
+    return IMPLEMENTATIONS[implementation]

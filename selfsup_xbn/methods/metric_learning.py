@@ -116,7 +116,7 @@ class SupCon:
         self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]:
         return sup_con(
-            embeddings, labels, queue, temperature=self.temperature, miner=self.miner, own_slots=self_indices
+            embeddings, labels, queue, temperature=self.temperature, miner=self.miner, self_indices=self_indices
         )
 
 

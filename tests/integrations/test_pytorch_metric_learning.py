@@ -1,7 +1,6 @@
 """CrossBatchMemory against PML's own in float64."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -14,22 +13,15 @@ from pytorch_metric_learning.regularizers import LpRegularizer
 from reference import ReferenceQueue
 from torch import nn
 
-from selfsup_xbn import CrossBatchMemory, FeatureQueue
-from selfsup_xbn.losses import functional as losses
-from selfsup_xbn.losses import pairs as queue_reader
+from selfsup_xbn import CrossBatchMemory, FeatureQueue, losses
 
 BATCHES = {"first batch": [8], "partly filled": [8, 7], "full": [8, 8, 8], "wrapped": [8, 7, 7, 8, 5]}
 
 
-@pytest.fixture(params=["small blocks", "few related rows", "few pairs", "fixed shapes"])
+@pytest.fixture(params=["default", "fixed shapes"])
 def ways_to_read(request, monkeypatch):
-    """Blocks smaller than the memory; and the way of an accelerator, where no shape may depend on values."""
-    monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: 7)
-    if request.param.startswith("few"):
-        monkeypatch.setattr(queue_reader, "FEW", 0)
-        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else math.inf)
+    """The way of a CPU, and that of an accelerator, where no shape may depend on values, in eight blocks."""
     if request.param == "fixed shapes":
-        monkeypatch.setattr(queue_reader, "can_sync", lambda tensor: False)
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
 
 
@@ -82,7 +74,7 @@ def test_the_gradient_of_nt_xent_passes_gradcheck(miner):
         slots = queue.enqueue(embeddings, labels)
     margin = miner and losses.PairMargin(0.3, 1.0)
     assert torch.autograd.gradcheck(
-        lambda z: losses.nt_xent(z, labels, queue, temperature=0.4, miner=margin, own_slots=slots), (embeddings,)
+        lambda z: losses.nt_xent(z, labels, queue, temperature=0.4, miner=margin, self_indices=slots), (embeddings,)
     )
 
 

@@ -1,233 +1,400 @@
-"""The blockwise losses against plain matrices in float64, lightly and PML."""
+"""The losses, dense, blockwise and compiled, against float64 matrices, lightly and PML."""
 
 import itertools
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
 from lightly.loss import NTXentLoss
 from pytorch_metric_learning.distances import CosineSimilarity
 from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
 from pytorch_metric_learning.miners import PairMarginMiner
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import selfsup_xbn
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, online, sup_con
-from selfsup_xbn.losses import pairs as queue_reader
-from selfsup_xbn.losses.blockwise import class_reader, scan_negative_pairs
+from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
 
-CENTRES = torch.randn(6, 12, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
-LOSSES = {"sup_con": sup_con, "nt_xent": nt_xent}
-TEMPERATURES = (0.1, 0.04)  # the exponentials of all logits can be summed as they are; not so
-
-
-@pytest.fixture(autouse=True, params=[7, 1024], ids=["small blocks", "one block"])
-def _block_rows(request, monkeypatch):
-    monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: request.param)
-
-
-@pytest.fixture(params=["few", "few pairs", "many", "accelerator"])
-def path(request, monkeypatch):
-    """A CPU where rows of the batch's classes count as few, or as many; an accelerator: no shape depends on values.
-
-    Few rows of the batch's classes leave plain negatives, of which the miner's may count as few or as many.
-    """
-    if request.param.startswith("few"):
-        monkeypatch.setattr(queue_reader, "FEW", 0)
-        monkeypatch.setattr(queue_reader, "FEW_PAIRS", 0 if request.param == "few pairs" else math.inf)
-    if request.param == "accelerator":
-        monkeypatch.setattr(queue_reader, "can_sync", lambda tensor: False)
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-
-
-def draw(n, dtype=torch.float64, noise=0.7):
-    labels = torch.randint(0, len(CENTRES), (n,))
-    return (CENTRES[labels] + noise * torch.randn(n, 12, dtype=torch.float64)).to(dtype), labels
-
-
-def gradient(loss, *inputs):
-    return torch.autograd.grad(loss, inputs, allow_unused=True)
-
-
-def filled_queue(rows, size=60, adaptation="xbm", labels=True, dtype=torch.float64):
-    queue = FeatureQueue(size, 12, adaptation, labels=labels, dtype=dtype)
-    for _ in range(rows // 15):
-        z, y = draw(15)
-        queue.adapt(z)
-        queue.enqueue(z, y if labels else None)
-    return queue
-
-
-@pytest.mark.parametrize("rows", [0, 45, 60, 90])
-@pytest.mark.parametrize("adaptation", ["xbm", "xbn"])
-def test_info_nce_equals_cross_entropy_over_the_whole_matrix(rows, adaptation, path):
-    queue = filled_queue(rows, adaptation=adaptation, labels=False)
-    q, k = torch.randn(2, 10, 12, dtype=torch.float64).requires_grad_().unbind()
-    queue.adapt(k)
-    slots = queue.enqueue(k.detach())
-    found = info_nce(q, k, queue, 0.2, slots)
-    logits = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.2  # own key's column is the positive
-    expected = F.cross_entropy(logits.detach().clone().requires_grad_(), slots)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    logits = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.2
-    torch.testing.assert_close(gradient(found, q), gradient(F.cross_entropy(logits, slots), q), rtol=1e-8, atol=1e-10)
-
-
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-def test_info_nce_leaves_out_all_of_an_anchors_own_slots(path, temperature):
-    queue = filled_queue(45, labels=False)
-    q, k = torch.randn(2, 4, 12, dtype=torch.float64).unbind()
-    own = torch.stack([queue.enqueue(k), queue.enqueue(torch.randn(4, 12, dtype=torch.float64))], dim=1)
-    own[2, 1] = -1
-    cosine = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / temperature
-    for anchor, slot in itertools.product(range(4), range(2)):
-        if own[anchor, slot] >= 0:
-            cosine[anchor, own[anchor, slot]] = -torch.inf
-    positive = F.cosine_similarity(q, k) / temperature
-    expected = F.cross_entropy(torch.cat([positive[:, None], cosine], dim=1), torch.zeros(4, dtype=torch.int64))
-    torch.testing.assert_close(info_nce(q, k, queue, temperature, own), expected, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize("temperature", [0.03, 0.07, 0.5])
-def test_info_nce_with_xbm_equals_lightlys_with_the_same_bank(temperature):
-    theirs = NTXentLoss(temperature, memory_bank_size=(64, 12))
-    queue = FeatureQueue(64, 12, "xbm")
-    queue.enqueue(theirs.memory_bank.bank)
-    q, k = torch.randn(16, 12, requires_grad=True), torch.randn(16, 12, requires_grad=True)
-    found, expected = info_nce(q, k, queue, temperature), theirs(q, k)
-    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
-    torch.testing.assert_close(gradient(found, q, k), gradient(expected, q, k), rtol=1e-5, atol=1e-6)
-
-
+D = 12
+CENTRES = torch.randn(6, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 MINERS = {
     "none": (None, None),
     "euclidean": (PairMargin(0.7, 1.1), PairMarginMiner(0.7, 1.1)),
     "paper": (PairMargin(), PairMarginMiner(0.2, 0.8)),
     "cosine": (PairMargin(0.7, 0.3, "cosine"), PairMarginMiner(0.7, 0.3, distance=CosineSimilarity())),
 }
+CLOSE = {"rtol": 1e-9, "atol": 1e-9}
+LOSSES = ("info_nce", "sup_con", "nt_xent")
 
 
-def peers_loss(queue, miner, z, y, batch, temperature):
-    """PML's loss on a copy of the queue, whose rows at the end it writes again with the very same values."""
-    memory = CrossBatchMemory(SupConLoss(temperature), 12, queue.size, miner=miner)
-    memory.embedding_memory, memory.label_memory = queue.features().clone(), queue.labels[: len(queue)].clone()
-    memory.embedding_memory = F.pad(memory.embedding_memory, (0, 0, 0, queue.size - len(queue)))
-    memory.label_memory = F.pad(memory.label_memory, (0, queue.size - len(queue)))
-    memory.queue_idx, memory.has_been_filled = (int(queue.pointer) - batch) % queue.size, len(queue) == queue.size
+@pytest.fixture(params=["dense", "blockwise", "fixed shapes"])
+def implementation(request, monkeypatch):
+    """The matrix; blocks of a CPU, where shapes may depend on values; eight blocks, where none does."""
+    if request.param == "fixed shapes":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        return "blockwise"
+    return request.param
+
+
+def draw(n, dtype=torch.float64, classes=6):
+    labels = torch.randint(0, classes, (n,))
+    return (CENTRES[labels % len(CENTRES)] + 0.7 * torch.randn(n, D, dtype=torch.float64)).to(dtype), labels
+
+
+def filled_queue(rows, size=60, adaptation="xbm", dtype=torch.float64, classes=6, labels=True):
+    queue = FeatureQueue(size, D, adaptation, labels=labels, dtype=dtype)
+    step = max(15, size // 4)
+    for start in range(0, rows, step):
+        z, y = draw(min(step, rows - start), torch.float64, classes)
+        queue.adapt(z)
+        queue.enqueue(z, y if labels else None)
+    return queue
+
+
+def gradient(loss, *inputs):
+    return torch.autograd.grad(loss, inputs)
+
+
+def loss_of(name, z, y, queue, temperature=0.1, self_indices=None, miner=None, **kwargs):
+    """Any of the losses; the keys of InfoNCE are other embeddings of the batch."""
+    if name == "info_nce":
+        return info_nce(z, z.flip(0), queue, temperature, self_indices, **kwargs)
+    function = {"sup_con": sup_con, "nt_xent": nt_xent}[name]
+    return function(z, y, queue, temperature=temperature, miner=miner, self_indices=self_indices, **kwargs)
+
+
+def expected_loss(name, z, y, queue, temperature=0.1, self_indices=None, miner=None):
+    """The same in float64, anchor by anchor, pair by pair."""
+    z, rows = F.normalize(z.double(), dim=1), F.normalize(queue.features().double(), dim=1)
+    keys, terms = z.flip(0), []
+    for i, anchor in enumerate(z):
+        own = [] if self_indices is None else self_indices[i].flatten().tolist()
+        others = [j for j in range(len(rows)) if j not in own]
+        s, distance = (
+            rows[others] @ anchor / temperature,
+            torch.linalg.vector_norm(rows[others] - anchor.detach(), dim=1),
+        )
+        if name == "info_nce":
+            positive = keys[i] @ anchor / temperature
+            terms.append(torch.cat([positive[None], s]).logsumexp(0) - positive)
+            continue
+        same, distance = queue.labels[others] == y[i], (rows[others] - anchor.detach()).norm(dim=1)
+        far, near = (True, True) if miner is None else (distance > miner.positive, distance < miner.negative)
+        terms.append((s[same & far], s[~same & near]))
+    if name == "info_nce":
+        return torch.stack(terms).mean()
+    zero = z.sum() * 0
+    if name == "nt_xent":
+        pairs = [torch.cat([p[None], n]).logsumexp(0) - p for positive, n in terms for p in positive]
+        return torch.stack(pairs).mean() if pairs else zero
+    if not any(len(n) for _, n in terms):
+        return zero
+    losses = [torch.cat(pair).logsumexp(0) - pair[0].mean() for pair in terms if len(pair[0])]
+    losses = [loss for loss in losses if loss > 1e-14]
+    return torch.stack(losses).mean() if losses else zero
+
+
+# ------------------------------------------------------------------------------------------------------ against float64
+
+
+@pytest.mark.parametrize("rows", [0, 7, 45, 60, 97])
+@pytest.mark.parametrize("miner", [None, PairMargin(0.7, 1.1)], ids=["all pairs", "margins"])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_loss_and_gradient_equal_the_float64_formula(loss, temperature, miner, rows, implementation):
+    queue = filled_queue(rows, 61, "xbn")
+    z, y = draw(13)
+    y[0] = 99  # an anchor with itself alone
+    queue.adapt(z)
+    slots = queue.enqueue(z, y)
+    z.requires_grad_()
+    value = loss_of(loss, z, y, queue, temperature, slots, miner, implementation=implementation)
+    expected = expected_loss(loss, z, y, queue, temperature, slots, miner)
+    torch.testing.assert_close(value, expected, **CLOSE)
+    torch.testing.assert_close(gradient(value, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
+
+
+@pytest.mark.parametrize("classes", [3, 2000], ids=["many rows of the classes", "few"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("miner", [None, PairMargin(0.3, 0.9)], ids=["all pairs", "margins"])
+@pytest.mark.parametrize("temperature", [0.1, 0.02])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_blockwise_is_as_near_to_float64_as_dense(loss, temperature, miner, dtype, classes):
+    queue = filled_queue(3500, 3001, "xbn", dtype, classes)  # six blocks at one thread
+    z, y = draw(211, torch.float32, classes)
+    z.requires_grad_()
+    exact = FeatureQueue(3001, D, "xbm", labels=True, dtype=torch.float64)
+    exact.enqueue(queue.features().double(), queue.labels)
+    wide = z.detach().double().requires_grad_()
+    truth = loss_of(loss, wide, y, exact, temperature, miner=miner, implementation="dense")
+    (slope,) = gradient(truth, wide)
+    errors = []
+    for way in ("blockwise", "dense"):
+        value = loss_of(loss, z, y, queue, temperature, miner=miner, implementation=way)
+        by_z = gradient(value, z)[0].double()
+        errors.append(((value.double() - truth).abs() / truth, (by_z - slope).abs().max() / slope.abs().max()))
+    for blockwise, dense in zip(*errors, strict=True):
+        assert blockwise < max(2 * dense, 5e-6)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_an_anchor_meets_none_of_several_own_rows(loss, implementation):
+    queue = filled_queue(30)
+    z, y = draw(4)
+    own = torch.stack([queue.enqueue(z, y), queue.enqueue(*draw(4)), torch.tensor([3, -1, 0, -1])], dim=1)
+    value = loss_of(loss, z, y, queue, self_indices=own, implementation=implementation)
+    torch.testing.assert_close(value, expected_loss(loss, z, y, queue, self_indices=own), **CLOSE)
+
+
+@given(
+    st.integers(1, 9),
+    st.integers(1, 40),
+    st.integers(0, 50),
+    st.sampled_from(LOSSES),
+    st.sampled_from([0.05, 0.5, 5.0]),
+)
+def test_any_sizes_give_the_float64_formula(batch, size, rows, loss, temperature):
+    queue = filled_queue(rows, size, "xbn")
+    z, y = draw(batch)
+    slots = queue.enqueue(z, y)
+    for way in ("dense", "blockwise"):
+        value = loss_of(loss, z, y, queue, temperature, slots, implementation=way)
+        torch.testing.assert_close(value, expected_loss(loss, z, y, queue, temperature, slots), **CLOSE)
+
+
+@given(st.sampled_from(LOSSES), st.floats(0.01, 100))
+def test_lengths_order_and_class_names_do_not_matter(loss, length):
+    queue, (z, y) = filled_queue(60), draw(9)
+    value, order = loss_of(loss, z, y, queue), torch.randperm(60)
+    moved = FeatureQueue(60, D, "xbm", labels=True, dtype=torch.float64)
+    moved.enqueue(queue.features()[order] * 3, queue.labels[order] + 7)
+    torch.testing.assert_close(loss_of(loss, z * length, y + 7, moved), value, **CLOSE)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_the_gradient_passes_gradcheck(loss):
+    queue = filled_queue(60, adaptation="xbn")
+    z, y = draw(6)
+    z.requires_grad_()
+    assert torch.autograd.gradcheck(lambda z: loss_of(loss, z, y, queue, 0.3, miner=PairMargin(0.3, 1.2)), (z,))
+    k = (z.detach() + 1).requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, k: info_nce(z, k, queue, 0.3), (z, k))
+
+
+# ---------------------------------------------------------------------------------------------------- against the peers
+
+
+@pytest.mark.parametrize("temperature", [0.03, 0.07, 0.5])
+def test_info_nce_with_xbm_equals_lightlys(temperature, implementation):
+    theirs = NTXentLoss(temperature, memory_bank_size=(64, D))
+    queue = FeatureQueue(64, D, "xbm")
+    queue.enqueue(theirs.memory_bank.bank)
+    q, k = torch.randn(16, D, requires_grad=True), torch.randn(16, D, requires_grad=True)
+    value, expected = info_nce(q, k, queue, temperature, implementation=implementation), theirs(q, k)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient(value, q, k), gradient(expected, q, k), rtol=1e-5, atol=1e-6)
+
+
+def peers_loss(queue, miner, z, y, temperature):
+    """PML's loss on a copy of the queue, whose last rows it writes again with the same values."""
+    memory = CrossBatchMemory(SupConLoss(temperature), D, queue.size, miner=miner)
+    empty = queue.size - len(queue)
+    memory.embedding_memory = F.pad(queue.features(), (0, 0, 0, empty))
+    memory.label_memory = F.pad(queue.labels[: len(queue)], (0, empty))
+    memory.queue_idx, memory.has_been_filled = (int(queue.pointer) - len(z)) % queue.size, not empty
     return memory(z, y)
 
 
 @pytest.mark.parametrize("miner", MINERS)
-@pytest.mark.parametrize("rows", [0, 15, 45, 60, 90])
-def test_sup_con_equals_pmls_value_and_gradient(rows, miner, path):
+@pytest.mark.parametrize("rows", [0, 15, 60, 90])
+def test_sup_con_equals_pmls(miner, rows, implementation):
     ours, theirs = MINERS[miner]
-    for lonely, temperature in itertools.product((False, True), TEMPERATURES):
-        queue = filled_queue(rows)
-        z, y = draw(15)
-        if lonely:  # single-member classes and anchors without positives
+    for lonely, temperature in itertools.product((False, True), (0.1, 0.04)):
+        queue, (z, y) = filled_queue(rows), draw(15)
+        if lonely:  # classes of one member
             y[:4] = torch.arange(100, 104)
         slots = queue.enqueue(z, y)
         z.requires_grad_()
-        expected = peers_loss(queue, theirs, z, y, 15, temperature)
-        found = sup_con(z, y, queue, temperature=temperature, miner=ours, own_slots=slots)
-        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
-
-
-@pytest.mark.parametrize(("kept", "products"), [(1 / 8, 1), (1 / 40, 0), (0, 0)])
-@pytest.mark.parametrize("temperature", TEMPERATURES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_few_kept_negatives_are_not_multiplied_with_all_others(kept, products, temperature, dtype, monkeypatch):
-    monkeypatch.setattr(queue_reader, "block_rows", lambda anchors, queue: 2**12)
-    queue = FeatureQueue(4096, 12, "xbm", labels=True, dtype=dtype)
-    queue.enqueue(torch.randn(4096, 12, dtype=dtype), torch.arange(4096))
-    z, y = torch.randn(8, 12, dtype=dtype), torch.full((8,), -1)  # negatives only
-    anchors = F.normalize(z, dim=1).requires_grad_()
-    cosine = F.normalize(z.double(), dim=1) @ F.normalize(queue.features().double(), dim=1).T
-    ordered = cosine.flatten().sort().values
-    rank = round(len(ordered) * (1 - kept))
-    margin = float(ordered[max(rank - 1, 0) : rank + 1].mean()) if kept else 1.01  # between two cosines
-    miner = PairMargin(0.0, margin, "cosine")
-    made, add = [], online.LogSumExp.add
-    monkeypatch.setattr(online.LogSumExp, "add", lambda *given: (made.append(given), add(*given)))
-    reader = class_reader(queue, temperature, None, PairMargin.rule(miner, y))
-    found, number = scan_negative_pairs(anchors, reader)
-    weights = torch.where(cosine > margin, cosine / temperature, -torch.inf)
-    close = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-9, "atol": 1e-9}
-    torch.testing.assert_close(found.double(), weights.logsumexp(1).clamp(min=online.FLOOR), **close)
-    rows = F.normalize(queue.features().double(), dim=1)
-    by_anchor = weights.softmax(1).nan_to_num() @ rows / temperature
-    torch.testing.assert_close(gradient(found.sum(), anchors)[0].double(), by_anchor, **close)
-    assert torch.equal(number, (cosine > margin).sum(1))
-    assert len(made) == products
+        expected = peers_loss(queue, theirs, z, y, temperature)
+        value = loss_of("sup_con", z, y, queue, temperature, slots, ours, implementation=implementation)
+        torch.testing.assert_close(value, expected, **CLOSE)
+        torch.testing.assert_close(gradient(value, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("miner", MINERS)
-def test_sup_con_in_the_batch_equals_pmls_with_gradient_to_both_sides(miner):
+def test_sup_con_in_the_batch_equals_pmls(miner):
     ours, theirs = MINERS[miner]
     z, y = draw(20)
     z.requires_grad_()
     expected = SupConLoss(0.1)(z, y, theirs(z, y) if theirs else None)
-    found = sup_con(z, y, temperature=0.1, miner=ours)
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
-    torch.testing.assert_close(gradient(found, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
+    value = sup_con(z, y, temperature=0.1, miner=ours)
+    torch.testing.assert_close(value, expected, **CLOSE)
+    torch.testing.assert_close(gradient(value, z), gradient(expected, z), rtol=1e-7, atol=1e-9)
 
 
-def test_sup_con_is_zero_with_a_finite_gradient_where_there_is_nothing_to_learn(path):
-    for labels in (torch.zeros(8, dtype=torch.int64), torch.arange(8)):  # no negatives; no positives
-        queue = FeatureQueue(8, 12, "xbm", labels=True)
-        z = torch.randn(8, 12, requires_grad=True)
-        loss = sup_con(z, labels, queue, own_slots=queue.enqueue(z, labels))
-        (found,) = gradient(loss, z)
-        assert loss.item() == 0
-        assert torch.equal(found, torch.zeros_like(z))
+# ----------------------------------------------------------------------------------------------------------- edge cases
 
 
+@pytest.mark.parametrize("labels", [torch.zeros(8, dtype=torch.int64), torch.arange(8)], ids=["one class", "no pairs"])
+def test_nothing_to_learn_is_zero_with_a_zero_gradient(labels, implementation):
+    queue, z = FeatureQueue(8, D, "xbm", labels=True), torch.randn(8, D, requires_grad=True)
+    slots = queue.enqueue(z, labels)
+    for loss in ("sup_con", "nt_xent"):
+        value = loss_of(loss, z, labels, queue, self_indices=slots, implementation=implementation)
+        assert value.item() == 0
+        assert torch.equal(gradient(value, z)[0], torch.zeros_like(z))
+
+
+@pytest.mark.parametrize("rows", [0, 60])
+@pytest.mark.parametrize("loss", [*LOSSES, "in the batch"])
+def test_an_empty_batch_is_zero_with_a_zero_gradient(loss, rows, implementation):
+    z, y = torch.zeros(0, D, requires_grad=True), torch.zeros(0, dtype=torch.int64)
+    if loss == "in the batch":
+        value = sup_con(z, y)
+    else:
+        value = loss_of(loss, z, y, filled_queue(rows), implementation=implementation)
+    assert value.item() == 0
+    assert gradient(value, z)[0].shape == (0, D)
+
+
+def test_no_gradient_reaches_the_queue(implementation):
+    queue, (z, y) = filled_queue(60), draw(5)
+    before = queue.features()
+    loss_of("sup_con", z.requires_grad_(), y, queue, implementation=implementation).backward()
+    assert torch.equal(queue.features(), before)
+    assert all(buffer.grad is None and not buffer.requires_grad for buffer in queue.buffers())
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_only_dense_has_a_second_derivative(loss):
+    queue, (z, y) = filled_queue(60), draw(5)
+    z.requires_grad_()
+
+    def slope(way):
+        value = loss_of(loss, z, y, queue, implementation=way)
+        return torch.autograd.grad(value, z, create_graph=True)[0].square().sum()
+
+    assert gradient(slope("dense"), z)[0].isfinite().all()
+    with pytest.raises(RuntimeError, match="second derivatives need implementation='dense'"):
+        gradient(slope("blockwise"), z)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_embeddings_and_autocast_give_the_float32_loss_of_the_same_values(dtype):
+def test_half_precision_and_autocast_give_the_float32_loss(dtype, loss, implementation):
     queue = filled_queue(60, adaptation="xbn", dtype=torch.float32)
     z, y = draw(15, dtype)
     z.requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        found = sup_con(z, y, queue), info_nce(z, z.detach().flip(0), queue)
     exact = z.detach().float().requires_grad_()
-    expected = sup_con(exact, y, queue), info_nce(exact, exact.detach().flip(0), queue)
-    for a, b in zip(found, expected, strict=True):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(gradient(a, z)[0].float(), gradient(b, exact)[0], rtol=2e-2, atol=2e-3)
+    with torch.autocast("cpu", torch.bfloat16):
+        value = loss_of(loss, z, y, queue, implementation=implementation)
+    expected = loss_of(loss, exact, y, queue, implementation=implementation)
+    torch.testing.assert_close(value, expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient(value, z)[0].float(), gradient(expected, exact)[0], rtol=2e-2, atol=2e-3)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_float16_gradients_survive_a_loss_scale(loss, implementation):
+    queue, (z, y) = filled_queue(60), draw(15)
+
+    def scaled_gradient(dtype, scale):
+        leaf = z.to(dtype).requires_grad_()
+        value = loss_of(loss, leaf, y, queue, implementation=implementation)
+        return gradient(value * scale, leaf)[0].double() / scale
+
+    expected = scaled_gradient(torch.float32, 1.0)
+    atol = 2e-3 * expected.abs().max()
+    torch.testing.assert_close(scaled_gradient(torch.float16, 65536.0), expected, rtol=0.02, atol=atol)
+
+
+@pytest.mark.parametrize("length", [1e-20, 1e-13, 1e-12, 2e-12, 1e15])
+def test_embeddings_of_any_length_have_the_gradient_of_normalize(length):
+    queue, (z, y) = filled_queue(60), draw(15)
+    z = (F.normalize(z, dim=1) * length).requires_grad_()
+    expected = gradient(expected_loss("sup_con", z, y, queue), z)[0]
+    by_z = gradient(sup_con(z, y, queue), z)[0]
+    torch.testing.assert_close(by_z * length, expected * length, rtol=1e-6, atol=1e-9)
 
 
 def test_small_temperatures_neither_overflow_nor_vanish():
-    queue = filled_queue(60, labels=False)
-    q, k = torch.randn(2, 5, 12, dtype=torch.float64).unbind()
-    logits = F.normalize(q, dim=1) @ F.normalize(queue.features(), dim=1).T / 1e-3
-    positive = F.cosine_similarity(q, k) / 1e-3
-    expected = (torch.cat([positive[:, None], logits], dim=1).logsumexp(1) - positive).mean()
-    found = info_nce(q.float(), k.float(), queue, 1e-3)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+    queue, (z, y) = filled_queue(60), draw(15)
+    value = info_nce(z.float(), z.float().flip(0), queue, 1e-3)
+    torch.testing.assert_close(value.double(), expected_loss("info_nce", z, y, queue, 1e-3), rtol=1e-4, atol=1e-3)
 
 
-def test_the_gradient_passes_gradcheck():
-    queue = filled_queue(60, adaptation="xbn")
-    z, y = draw(6)
-    k = z + 1
-    z.requires_grad_()
-    assert torch.autograd.gradcheck(lambda z: sup_con(z, y, queue, temperature=0.3), (z,))
-    assert torch.autograd.gradcheck(lambda z: info_nce(z, k, queue, 0.3), (z,))
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_labels_of_any_integer_type(dtype, implementation):
+    queue, (z, y) = filled_queue(60), draw(9, classes=2)
+    for loss in ("sup_con", "nt_xent"):
+        value = loss_of(loss, z, y.to(dtype), queue, implementation=implementation)
+        assert value == loss_of(loss, z, y, queue, implementation=implementation)
+    assert sup_con(z, y.to(dtype)) == sup_con(z, y)
 
 
-def test_bad_settings_are_named():
-    queue = filled_queue(60)
-    z, y = draw(4)
-    with pytest.raises(UserError, match=r"temperature above 0, got 0\.0"):
-        info_nce(z, z, queue, 0.0)
+def test_the_number_of_pairs_is_told():
+    queue, (z, y) = filled_queue(60), draw(9)
+    same = y[:, None] == queue.labels
+    far = torch.cdist(F.normalize(z, dim=1), F.normalize(queue.features(), dim=1))
+    for loss, way in itertools.product(("sup_con", "nt_xent"), ("dense", "blockwise")):
+        counts = []
+        miner, record = PairMargin(0.5, 1.0), lambda *numbers, counts=counts: counts.extend(numbers)
+        loss_of(loss, z, y, queue, miner=miner, implementation=way, on_pairs=record)
+        assert counts == [(same & (far > 0.5)).sum(), (~same & (far < 1.0)).sum()]
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan, math.inf])
+def test_a_temperature_is_above_zero_and_finite(temperature):
+    queue, (z, y) = filled_queue(60), draw(4)
+    for loss in LOSSES:
+        with pytest.raises(UserError, match="temperature above 0"):
+            loss_of(loss, z, y, queue, temperature)
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_bad_arguments_are_named():
+    queue, (z, y) = filled_queue(60), draw(4)
     with pytest.raises(UserError, match="'manhattan'"):
         sup_con(z, y, queue, miner=PairMargin(distance="manhattan"))
+    with pytest.raises(UserError, match=r"'dense'.*got 'fast'"):
+        sup_con(z, y, queue, implementation="fast")
     with pytest.raises(ValueError, match="labels=True"):
         sup_con(z, y, filled_queue(15, labels=False))
+    with pytest.raises(ValueError, match=r"whole numbers as labels, got torch\.float32"):
+        sup_con(z, y + 0.5, queue)
+    for loss in ("sup_con", "nt_xent"):
+        with pytest.raises(ValueError, match="expected labels for"):
+            loss_of(loss, z, y[:3], queue)
+    with pytest.raises(ValueError, match="expected k for"):
+        info_nce(z, z[:3], queue)
+    with pytest.raises(ValueError, match="expected self_indices for"):
+        info_nce(z, z, queue, self_indices=torch.arange(3))
+    with pytest.raises(ValueError, match=r"shape \[B, 12\]"):
+        info_nce(z[:, :5], z[:, :5], queue)
+
+
+# -------------------------------------------------------------------------------------------- accelerators, compilation
+
+
+@pytest.mark.parametrize("labels", [True, False])
+def test_no_loss_waits_for_a_cuda_device(labels):
+    with FakeTensorMode():  # refuses what reads a value of a tensor; has no device for a backward pass
+        queue = FeatureQueue(600, D, "xbn", labels=labels, device="cuda")
+        z = torch.randn(25, D, device="cuda", requires_grad=True)
+        y = torch.zeros(25, dtype=torch.int64, device="cuda")
+        queue.adapt(z)
+        slots = queue.enqueue(z, y if labels else None)
+        for loss, way in itertools.product(LOSSES if labels else LOSSES[:1], ("auto", "dense")):
+            value = loss_of(loss, z, y, queue, 0.1, slots, PairMargin(), implementation=way)
+            assert (value.device.type, value.shape) == ("cuda", ())
 
 
 class NoWaiting(TorchDispatchMode):
@@ -245,17 +412,14 @@ class NoWaiting(TorchDispatchMode):
 @pytest.mark.parametrize("adaptation", ["xbm", "xbn", "axbn"])
 def test_no_step_waits_for_the_device(adaptation, monkeypatch):
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # takes the path of an accelerator
-    queue = FeatureQueue(60, 12, adaptation, labels=True)
+    queue = FeatureQueue(60, D, adaptation, labels=True)
     z, y = draw(25, torch.float32)
     z.requires_grad_()
     with NoWaiting():
         for _ in range(4):
             queue.adapt(z)
             slots = queue.enqueue(z, y)
-            loss = info_nce(z, z.detach(), queue, 0.1, slots) + sup_con(
-                z, y, queue, miner=PairMargin(), own_slots=slots
-            )
-            loss.backward()
+            sum(loss_of(loss, z, y, queue, 0.1, slots, PairMargin()) for loss in LOSSES).backward()
         with pytest.raises(AssertionError, match="_local_scalar_dense"):
             len(queue)
 
@@ -266,28 +430,27 @@ def test_what_is_refused_there_is_what_waits():
             waits(torch.ones(3))
 
 
-@pytest.mark.parametrize("loss", ["info_nce", "sup_con", "nt_xent"])
-def test_float16_gradients_survive_a_loss_scale(loss):
-    queue = filled_queue(60)
-    z, y = draw(15)
+COMPILED = """
+import torch
+from selfsup_xbn import FeatureQueue
+from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
+queue = FeatureQueue(61, 12, "xbn", labels=True)
+z, y = torch.randn(13, 12, requires_grad=True), torch.arange(13) % 5
+for _ in range(4):
+    queue.adapt(z)
+    slots = queue.enqueue(z, y)
+for loss in (
+    lambda z: info_nce(z, z.flip(0), queue, 0.1, slots),
+    lambda z: sup_con(z, y, queue, miner=PairMargin(0.3, 1.2), self_indices=slots),
+    lambda z: nt_xent(z, y, queue, self_indices=slots),
+):
+    values = [loss(z), torch.compile(loss, fullgraph=True, backend="aot_eager")(z)]
+    torch.testing.assert_close(*values)
+    torch.testing.assert_close(*(torch.autograd.grad(value, z)[0] for value in values))
+"""
 
-    def scaled_gradient(dtype, scale):
-        leaf = z.to(dtype).requires_grad_()
-        value = info_nce(leaf, z.roll(1, 0), queue) if loss == "info_nce" else LOSSES[loss](leaf, y, queue)
-        return gradient(value * scale, leaf)[0].double() / scale
 
-    expected = scaled_gradient(torch.float32, 1.0)
-    torch.testing.assert_close(
-        scaled_gradient(torch.float16, 65536.0), expected, rtol=0.02, atol=2e-3 * expected.abs().max()
-    )
-
-
-@pytest.mark.parametrize("length", [1e-20, 1e-13, 1e-12, 2e-12, 1e15])
-def test_gradients_of_embeddings_of_any_length_are_those_of_normalize(length):
-    queue, (z, y) = filled_queue(60), draw(15)
-    z = (F.normalize(z, dim=1) * length).requires_grad_()
-    found = gradient(sup_con(z, y, queue), z)[0]
-    logits = F.normalize(z, dim=1) @ F.normalize(queue.features(), dim=1).T / 0.1
-    same = (y[:, None] == queue.labels).double()
-    expected = gradient((logits.logsumexp(1) - (logits * same).sum(1) / same.sum(1)).mean(), z)[0]
-    torch.testing.assert_close(found * length, expected * length, rtol=1e-6, atol=1e-9)
+def test_a_loss_compiles_without_a_graph_break():
+    # Not in this process: the checks of annotations cannot be compiled.
+    env = os.environ | {"PYTHONPATH": str(Path(selfsup_xbn.__file__).parents[1])}
+    subprocess.run([sys.executable, "-c", COMPILED], env=env, check=True, timeout=300)

@@ -93,7 +93,7 @@ def test_xbn_is_the_same_step_on_moved_rows():
         plain = FeatureQueue(40, 8, "xbm", labels=True, dtype=torch.float64)
         plain.enqueue(rows, labels_of_rows)
         own = torch.arange(len(rows) - len(z), len(rows))
-        expected = sup_con(z, labels, plain, temperature=0.1, miner=PairMargin(), own_slots=own)
+        expected = sup_con(z, labels, plain, temperature=0.1, miner=PairMargin(), self_indices=own)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
