@@ -27,6 +27,5 @@ def _option(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     text = str(value)
-    return (
-        [f"{flag}={text}"] if text.startswith("-") else [flag, text]
-    )  # argparse would take a leading dash for an option
+    # argparse would take a leading dash for an option
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

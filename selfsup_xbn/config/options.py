@@ -32,8 +32,8 @@ def option(
         maximum: Largest valid number.
         affects_results: Whether the value may change the results of a run.
         names: Names to insert into the help text.
-        added_later: Whether a ``config.json`` without this option stands for the default, because versions
-            before the option behaved like its default.
+        added_later: Whether a ``config.json`` without this option gets the default, because earlier versions behaved
+            like the default.
 
     Example:
         >>> from dataclasses import dataclass

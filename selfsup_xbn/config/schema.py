@@ -202,7 +202,9 @@ class SuperviseConfig(Config):
     queue_size: str = option(
         "100%", "number of rows M in the memory, or P% of the training images; 0 disables the memory"
     )
-    memory_start: int = option(0, "number of steps that fill the memory before it is used in the loss", minimum=0)
+    memory_start: int = option(
+        0, "number of initial steps that fill the memory and use the loss within the batch", minimum=0
+    )
     batch_loss_weight: float = option(
         0.0, "weight of the loss within the batch, added to the loss against the memory", minimum=0
     )
@@ -275,7 +277,7 @@ def from_resolved(values: Any) -> Config:
         values = values | {"queue_size": str(rows)}
     for item in fields(kind):
         if item.name not in values and item.metadata["affects_results"] and not item.metadata["added_later"]:
-            raise UserError(f"expected the option {item.name!r} in the configuration, but it is missing")
+            raise UserError(f"expected the option {item.name!r} in the configuration, got none")
     return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
 
 
