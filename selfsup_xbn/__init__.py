@@ -1,7 +1,7 @@
-"""Contrastive and metric learning with a memory of past embeddings that is kept current by XBN and AXBN.
+"""Contrastive and metric learning with a memory of past embeddings that is adapted by XBN or AXBN.
 
-Names are imported when they are first used, so that the command line answers before torch is loaded, and that no
-library is loaded that is not used.
+Names are imported at their first use. The command line can therefore print its help without importing torch, and
+unused libraries are not loaded.
 """
 
 from __future__ import annotations
@@ -85,16 +85,16 @@ _NAMES = {
     "models.encoder": ("Encoder", "build_encoder"),
 }
 _MODULES = {name: f"selfsup_xbn.{module}" for module, names in _NAMES.items() for name in names}
-_ROOMS = ("config", "data", "evaluation", "integrations", "losses", "memory", "methods", "models", "utils")
+_SUBPACKAGES = ("config", "data", "evaluation", "integrations", "losses", "memory", "methods", "models", "utils")
 
 
 def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return getattr(importlib.import_module(_MODULES[name]), name)
-    if name in _ROOMS:
+    if name in _SUBPACKAGES:
         return importlib.import_module(f"selfsup_xbn.{name}")
     raise AttributeError(f"module 'selfsup_xbn' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, *_ROOMS})
+    return sorted({*globals(), *_MODULES, *_SUBPACKAGES})

@@ -1,4 +1,4 @@
-"""``python -m selfsup_xbn``: the same as ``selfsup-xbn``."""
+"""Entry point of ``python -m selfsup_xbn``, which is equivalent to ``selfsup-xbn``."""
 
 import sys
 

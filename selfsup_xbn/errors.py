@@ -1,4 +1,4 @@
-"""What a run may end with besides success, and the exit code that the command line gives each."""
+"""Exceptions that end a run, and the checks that raise them. Each exception has an exit code of the command line."""
 
 from __future__ import annotations
 
@@ -8,32 +8,55 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """A fault in the user's input; exit code 2. The message is one line that names the value and the cure."""
+    """Invalid input of the user; exit code 2.
+
+    The message is one line that states the expected and the actual value, or how to mend the error.
+    """
 
 
 class Diverged(RuntimeError):  # noqa: N818
-    """The loss is no longer finite; exit code 3. The message names step, learning rate and the last checkpoint."""
+    """The loss or a weight is not finite; exit code 3.
+
+    The message states the step, the learning rate and the last checkpoint.
+    """
 
 
 class ProcessLost(RuntimeError):  # noqa: N818
-    """Another process of the run ended, or did not answer in time; exit code 4. The last checkpoint stands."""
+    """Another process of a distributed run ended or timed out; exit code 4. The last checkpoint is kept."""
 
 
-class Interrupted(Exception):  # noqa: N818  (no error: the run was asked to stop, and saved itself)
-    """SIGTERM or SIGINT came, the step was finished and a checkpoint written; exit code 75, try again later."""
+class Interrupted(Exception):  # noqa: N818  (not an error: the run was stopped on request)
+    """The run received SIGTERM or SIGINT and wrote a checkpoint after the current step; exit code 75."""
 
 
 def near(word: str, choices: Iterable[str], likeness: float = 0.5) -> str:
-    """``"; did you mean X?"`` for the choice nearest to the word, or nothing where none is near."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=likeness)
-    return f"; did you mean {found[0]}?" if found else ""
+    """Return ``"; did you mean X?"`` for the choice that is most similar to a word, or ``""`` if none is similar.
+
+    Args:
+        word: Mistyped word.
+        choices: Valid words.
+        likeness: Smallest similarity of a suggestion, in [0, 1], as in ``difflib.get_close_matches``.
+
+    Example:
+        >>> near("resnet19", ["resnet18", "convnet4"])
+        '; did you mean resnet18?'
+    """
+    matches = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=likeness)
+    return f"; did you mean {matches[0]}?" if matches else ""
 
 
 def require_package(package: str, option: str, extra: str) -> None:
-    """Refuses an option whose package is not installed; asked before anything is written.
+    """Check that the package that an option requires is installed.
+
+    Args:
+        package: Name of the package.
+        option: Option of the command line.
+        extra: Extra of this project that installs the package.
 
     Raises:
-        UserError: it is not; the extra of this project that installs it is named.
+        UserError: The package is not installed.
     """
     if importlib.util.find_spec(package) is None:
-        raise UserError(f"{option} needs the package {package}, which is missing: pip install 'selfsup-xbn[{extra}]'")
+        raise UserError(
+            f"{option} requires the package {package}, which is not installed: pip install 'selfsup-xbn[{extra}]'"
+        )

@@ -140,9 +140,9 @@ def test_damaged_checkpoint_is_named(finished_run, capsys, damage):
 
 def test_checkpoint_of_another_program_is_refused(finished_run, capsys):
     torch.save({"state_dict": {}}, finished_run / "checkpoint.pt")
-    assert "none of this program's" in refused(capsys, ["pretrain", "--resume", "--out", str(finished_run)])
+    assert "not a checkpoint of this program" in refused(capsys, ["pretrain", "--resume", "--out", str(finished_run)])
     checkpoint.save({"state_dict": {}}, finished_run)
-    assert "no checkpoint of this program" in refused(capsys, ["pretrain", "--resume", "--out", str(finished_run)])
+    assert "not a checkpoint of this program" in refused(capsys, ["pretrain", "--resume", "--out", str(finished_run)])
 
 
 def test_dry_run_prints_settings_and_cost_and_writes_nothing(tmp_path, capsys, monkeypatch):
@@ -150,7 +150,7 @@ def test_dry_run_prints_settings_and_cost_and_writes_nothing(tmp_path, capsys, m
     assert main(["pretrain", "--recipe", "cifar10-fig2", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert '"queue_size": "4096"' in printed
-    assert "78,000 in all" in printed  # 200 epochs of 390 steps
+    assert "78,000 in total" in printed  # 200 epochs of 390 steps
     config = RECIPES["cifar10-fig2"]
     encoder = build_encoder(config.backbone, config.dim, head=config.head, bn_splits=config.bn_splits)
     assert f"{sum(parameter.numel() for parameter in encoder.parameters()):,} in the encoder" in printed

@@ -1,4 +1,4 @@
-"""What a run will take, before anything is trained or downloaded."""
+"""Size of a run, computed without training or downloads."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from selfsup_xbn.methods.base import method_class
 from selfsup_xbn.models.encoder import random_encoder
 from selfsup_xbn.training.preflight import check_sizes
 
-DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}  # training images, known without fetching them
+DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}
+"""Number of training images of the data sets that are downloaded on first use."""
 
 
 def cost_lines(config: Config) -> list[str]:
-    """Images, steps, parameters and the queue's bytes, a line each.
+    """Return lines with the number of images, steps and parameters, and the size of the queue.
 
     Raises:
-        UserError: as training would.
+        UserError: The configuration is invalid, as in ``train``.
     """
     size, channels, images = config.image_size or 32, 3, DOWNLOADED.get(config.data)
     if images is None or parse_validation(config.validation):
@@ -33,7 +34,7 @@ def cost_lines(config: Config) -> list[str]:
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())
     return [
         f"training images  {images:,} of {size} x {size} pixels, {channels} channels",
-        f"steps            {steps:,} an epoch, {steps * config.epochs:,} in all",
+        f"steps            {steps:,} per epoch, {steps * config.epochs:,} in total",
         f"parameters       {trained:,} in the encoder {config.backbone}",
         f"queue            {_queue_line(method.queue)}",
     ]
@@ -43,4 +44,4 @@ def _queue_line(queue: FeatureQueue | None) -> str:
     if queue is None:
         return "none"
     size = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers())
-    return f"{queue.size:,} rows of {queue.dim}, {size / 2**20:.1f} MiB"
+    return f"{queue.size:,} rows of dimension {queue.dim}, {size / 2**20:.1f} MiB"

@@ -1,4 +1,4 @@
-"""Evaluations after the fact: of a run's checkpoint, or of an encoder from elsewhere."""
+"""Evaluation of the checkpoint of a run, or of a backbone with weights from a file."""
 
 from __future__ import annotations
 
@@ -22,26 +22,48 @@ from selfsup_xbn.runs.load import load_run
 from selfsup_xbn.utils.device import device_of
 
 
-def evaluate_run(kind: str, folder: Path, given: dict[str, Any], best: bool = False) -> list[str]:
-    """Return the table of a run's encoder, with the options ``given`` in place of the run's own."""
+def evaluate_run(kind: str, folder: Path, overrides: dict[str, Any], best: bool = False) -> list[str]:
+    """Evaluate the encoder of a run and return the lines of the report.
+
+    Args:
+        kind: Name of the evaluator in ``EVALUATORS``.
+        folder: Run folder.
+        overrides: Options that replace those of the run.
+        best: Whether to evaluate the best model by Recall@1 instead of the last one.
+
+    Raises:
+        UserError: The folder has no readable run, or the data set does not fit the encoder.
+    """
     run = load_run(folder, best)
-    own = replace(run.config, image_size=run.image_size, limit_train=0 if "data" in given else run.config.limit_train)
-    config = replace(own, **given)
+    limit_train = 0 if "data" in overrides else run.config.limit_train
+    config = replace(replace(run.config, image_size=run.image_size, limit_train=limit_train), **overrides)
     data = data_of(config)
     if data.channels != run.channels:
         raise UserError(
-            f"--data {config.data} has {data.channels} channels, and the run's network takes {run.channels}: "
-            "evaluate it on images like those that it was trained on"
+            f"--data {config.data}: expected images of {run.channels} channels, as the run was trained on, "
+            f"got {data.channels}"
         )
-    if "image_size" in given:
-        random_encoder(config, run.channels, data.image_size)  # refuses a size that the network cannot take
+    if "image_size" in overrides:
+        random_encoder(config, run.channels, data.image_size)  # raises if the size is invalid for the network
     title = f"{EVALUATORS.find(kind).title(config)}, encoder of {folder}"
     return [*data.notes, title, *comparison_table(_compare(kind, config, data, run.trained, run.untrained))]
 
 
-def evaluate_weights(kind: str, weights: str, backbone: str, given: dict[str, Any]) -> list[str]:
-    """Return the table of a backbone whose weights come from a file, after a report of which tensors fitted."""
-    config = PretrainConfig(**({"backbone": backbone} | given))
+def evaluate_weights(kind: str, weights: str, backbone: str, overrides: dict[str, Any]) -> list[str]:
+    """Evaluate a backbone with weights from a file and return the lines of the report.
+
+    The report states which tensors of the file were loaded.
+
+    Args:
+        kind: Name of the evaluator in ``EVALUATORS``.
+        weights: Path of the file.
+        backbone: Name of the backbone.
+        overrides: Options that replace those of ``PretrainConfig``.
+
+    Raises:
+        UserError: The backbone or the data set is unknown, or the weights do not fit the backbone.
+    """
+    config = PretrainConfig(**({"backbone": backbone} | overrides))
     data = data_of(config)
     torch.manual_seed(config.seed)
     untrained = random_encoder(config, data.channels, data.image_size)

@@ -1,4 +1,4 @@
-"""A run from its settings to its pictures."""
+"""Training of a run, including its plots."""
 
 from __future__ import annotations
 
@@ -13,12 +13,20 @@ from selfsup_xbn.training.trainer import Run, train
 
 
 def train_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> list[str]:
-    """Train, draw the pictures into the run's folder, and return the lines of its results.
+    """Train a run, draw its plots into the run folder, and return the lines of its results.
 
-    Of several processes the first one draws; the others return no lines.
+    In a distributed run the first process draws the plots, and the other processes return no lines.
+
+    Args:
+        config: Configuration of the run.
+        resume: Whether to continue from the last checkpoint in the run folder, if there is one.
+        overwrite: Whether to replace an existing run.
 
     Raises:
-        Exception: those of ``train``.
+        UserError: The configuration, the data or the run folder is invalid.
+        Diverged: The loss or a weight is not finite.
+        ProcessLost: Another process of the run ended or timed out.
+        Interrupted: The run was stopped by a signal and can be resumed.
     """
     run = train(config, resume=resume, overwrite=overwrite)
     if run is None:
@@ -33,5 +41,5 @@ def _draw(run: Run, folder: Path) -> None:
         draw_curves(folder)
         if isinstance(run.evaluator, RetrievalEvaluator):
             draw_gallery(folder, run.evaluator, run.method.encoder)
-    except OSError as error:  # a full disk: the run is done and saved
-        warnings.warn(f"a picture could not be drawn in {folder} ({error.strerror})", stacklevel=2)
+    except OSError as error:  # such as a full disk: the run itself is complete and saved
+        warnings.warn(f"could not draw a plot in {folder} ({error.strerror})", stacklevel=2)

@@ -1,1 +1,1 @@
-"""Config."""
+"""Configuration of runs."""

@@ -1,4 +1,4 @@
-"""The command that makes a run again."""
+"""Reconstruction of the command that started a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from selfsup_xbn.config.schema import Config
 
 
 def command_of(config: Config) -> list[str]:
-    """Words of the command whose settings are ``config``: the options that differ from the mode's default recipe."""
+    """Return the words of the command that starts a run with a configuration.
+
+    The command has the options that differ from the default recipe of the mode.
+    """
     recipe = default_recipe(config.mode)
     words = ["selfsup-xbn", config.mode]
     for item in fields(config):
@@ -24,4 +27,5 @@ def _option(flag: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [flag if value else flag.replace("--", "--no-", 1)]
     text = str(value)
-    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]  # what begins with a dash reads as an option
+    # argparse would take a leading dash for an option
+    return [f"{flag}={text}"] if text.startswith("-") else [flag, text]

@@ -1,4 +1,4 @@
-"""Fields of a config that are options of the command line: their texts, and the values that they take."""
+"""Configuration fields that are options of the command line, and the checks of their values."""
 
 from __future__ import annotations
 
@@ -16,40 +16,56 @@ def option(
     help: str,
     *,
     choices: Iterable[str] = (),
-    least: int | float | None = None,
-    most: int | float = float("inf"),
+    minimum: int | float | None = None,
+    maximum: int | float = float("inf"),
     affects_results: bool = True,
     names: Iterable[str] = (),
-    later: bool = False,
+    added_later: bool = False,
 ) -> Any:
-    """Return a field with its text on the command line and the values that it takes.
+    """Return a dataclass field that is an option of the command line.
 
     Args:
-        default: its default.
-        help: its text; ``{names}`` in it becomes the ``names``.
-        choices: the values that it takes; a registry may grow later. None: any.
-        least, most: bounds of a number.
-        affects_results: whether a run with another value may have other results.
-        names: names to list in the text.
-        later: a ``config.json`` may lack it, and then means the default: older versions behaved so.
+        default: Default value.
+        help: Help text. ``{names}`` in it is replaced by ``names``.
+        choices: Valid values; may be a registry that grows later. Any value is valid if empty.
+        minimum: Smallest valid number. The number is not checked if ``None``.
+        maximum: Largest valid number.
+        affects_results: Whether the value may change the results of a run.
+        names: Names to insert into the help text.
+        added_later: Whether a ``config.json`` without this option gets the default, because earlier versions behaved
+            like the default.
+
+    Example:
+        >>> from dataclasses import dataclass
+        >>> @dataclass(frozen=True, kw_only=True)
+        ... class Options:
+        ...     margin: float = option(0.5, "margin of the loss", minimum=0, maximum=1)
+        >>> Options().margin
+        0.5
     """
     metadata = {
         "help": help,
         "names": names,
-        "later": later,
+        "added_later": added_later,
         "choices": choices,
-        "least": least,
-        "most": most,
+        "minimum": minimum,
+        "maximum": maximum,
         "affects_results": affects_results,
     }
     return field(default=default, metadata=metadata)
 
 
 def check_option(name: str, value: Any, kind: type, metadata: Mapping[str, Any]) -> None:
-    """Check the type, the choices and the bounds of a field's value.
+    """Check the type, the choices and the bounds of the value of a field.
+
+    Args:
+        name: Name of the field.
+        value: Value of the field.
+        kind: Annotated type of the field.
+        metadata: Metadata that ``option`` attached to the field.
 
     Raises:
-        UserError: naming the option, its value and what it takes.
+        UserError: The value is invalid. The message states the expected values.
     """
     flag = "--" + name.replace("_", "-")
     if type(value) not in ((float, int) if kind is float else (kind,)):
@@ -58,8 +74,8 @@ def check_option(name: str, value: Any, kind: type, metadata: Mapping[str, Any])
         raise UserError(
             f"{flag}: expected one of {', '.join(metadata['choices'])}, got {value!r}{near(value, metadata['choices'])}"
         )
-    least = metadata["least"]
-    most = min(metadata["most"], sys.maxsize if kind is int else sys.float_info.max)
-    if least is not None and not least <= value <= most:
-        limit = "" if metadata["most"] == math.inf else f" and at most {metadata['most']:g}"
-        raise UserError(f"{flag}: expected a number of at least {least:g}{limit}, got {value}")
+    minimum = metadata["minimum"]
+    maximum = min(metadata["maximum"], sys.maxsize if kind is int else sys.float_info.max)
+    if minimum is not None and not minimum <= value <= maximum:
+        limit = "" if metadata["maximum"] == math.inf else f" and at most {metadata['maximum']:g}"
+        raise UserError(f"{flag}: expected a number of at least {minimum:g}{limit}, got {value}")

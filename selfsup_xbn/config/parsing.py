@@ -1,4 +1,4 @@
-"""Values of options that are written as text: sizes of a queue, intervals, lists of numbers, keyword arguments."""
+"""Parsers of option values that are text: queue sizes, intervals, lists of numbers and keyword arguments."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ from selfsup_xbn.errors import UserError
 
 
 def parse_rows(text: str, images: int) -> int:
-    """Return the rows of a queue for a training set of so many images: a whole number, or a percentage of the images.
+    """Return the number of rows that the text of ``--queue-size`` stands for.
+
+    Args:
+        text: An integer, or a percentage of the training images.
+        images: Number of training images.
 
     Raises:
-        UserError: it is neither a whole number nor a percentage of at most 100.
+        UserError: ``text`` is neither a nonnegative integer nor a percentage of at most 100.
 
     Example:
         >>> parse_rows("4096", 50_000), parse_rows("50%", 901), parse_rows("0", 901)
@@ -26,15 +30,18 @@ def parse_rows(text: str, images: int) -> int:
     except ValueError:
         rows = -1
     if rows < 0:
-        raise UserError(f"--queue-size: expected a number of rows or a percentage up to 100%, got {text!r}")
+        raise UserError(f"--queue-size: expected a number of rows or a percentage of at most 100%, got {text!r}")
     return rows
 
 
 def parse_validation(text: str) -> float:
-    """Return the share of the training classes that ``"P%"`` or ``"0"`` holds out, from 0 to 1.
+    """Return the share of the training classes to hold out, in [0, 1).
+
+    Args:
+        text: ``"P%"``, or ``"0"`` for none.
 
     Raises:
-        UserError: it is neither 0 nor a percentage below 100.
+        UserError: ``text`` is neither 0 nor a percentage below 100.
 
     Example:
         >>> parse_validation("10%"), parse_validation("0")
@@ -55,10 +62,13 @@ def _percent(text: str) -> float:
 
 
 def parse_save_interval(text: str) -> tuple[int, float]:
-    """Return the epochs between checkpoints, or the seconds; the other one is 0.
+    """Return the interval between checkpoints in epochs and in seconds, one of which is 0.
+
+    Args:
+        text: A number of epochs, or a number of minutes followed by ``m``.
 
     Raises:
-        UserError: it is neither a whole number of epochs nor a number of minutes followed by m.
+        UserError: ``text`` is neither a positive integer nor a positive number followed by ``m``.
 
     Example:
         >>> parse_save_interval("2"), parse_save_interval("10m")
@@ -69,14 +79,18 @@ def parse_save_interval(text: str) -> tuple[int, float]:
             return 0, 60 * minutes
         if not text.endswith("m") and (epochs := int(text)) > 0:
             return epochs, 0.0
-    raise UserError(f"--save-every: expected epochs from 1 on, or minutes such as 10m, got {text!r}")
+    raise UserError(f"--save-every: expected a positive number of epochs, or of minutes as in 10m, got {text!r}")
 
 
 def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
-    """Return whole numbers from 1 on that stand between commas.
+    """Return the positive integers of a comma-separated list.
+
+    Args:
+        text: The list.
+        flag: Name of the option for the error message.
 
     Raises:
-        UserError: anything else.
+        UserError: ``text`` is not such a list.
 
     Example:
         >>> parse_numbers("1,10", "--recall-ks")
@@ -84,15 +98,19 @@ def parse_numbers(text: str, flag: str) -> tuple[int, ...]:
     """
     parts = text.split(",")
     if not all(part.strip().isdecimal() and len(part) < 19 and int(part) > 0 for part in parts):
-        raise UserError(f"{flag}: expected whole numbers from 1 on with commas between, got {text!r}")
+        raise UserError(f"{flag}: expected positive integers separated by commas, got {text!r}")
     return tuple(int(part) for part in parts)
 
 
 def parse_arguments(text: str, flag: str) -> dict[str, Any]:
-    """Return ``name=value,name=value`` as keyword arguments; values are Python literals or, failing that, words.
+    """Return the keyword arguments of ``name=value,name=value``.
+
+    Args:
+        text: The arguments. A value that is not a Python literal becomes a string.
+        flag: Name of the option for the error message.
 
     Raises:
-        UserError: a part without a name or a value.
+        UserError: A part has no name or no value.
 
     Example:
         >>> parse_arguments("margin=0.1,distance=cosine", "--loss-args")

@@ -1,4 +1,4 @@
-"""Settings by name: the demos, the paper's figures and tables, and small versions of them for two cores."""
+"""Named configurations: demos, the figures and tables of the paper, and small versions of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _DIGITS = PretrainConfig(
 )
 _CIFAR10_FIG2 = PretrainConfig(data="cifar10", backbone="resnet18-cifar", bn_splits=8, queue_size="4096", epochs=200)
 
-# Tables 1 to 3 of arXiv 2303.17127. Without a path the files are looked for in a folder of that name in --data-root.
+# Tables 1 to 3 of arXiv 2303.17127. Without a path the files are expected in the directory of that name in --data-root.
 _PAPER = SuperviseConfig(
     backbone="resnet50",
     weights="imagenet",
@@ -32,8 +32,8 @@ _SMALL = SuperviseConfig(
 )
 
 RECIPES: dict[str, Config] = {
-    # Fig. 2: PML's MoCo notebook for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP, SplitBatchNorm of 8, queue 4096,
-    # T 0.1, m 0.99, SGD 0.03 with a cosine), at batch size 128.
+    # Fig. 2: the MoCo notebook of PyTorch Metric Learning for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP,
+    # SplitBatchNorm of 8, queue 4096, T 0.1, m 0.99, SGD 0.03 with a cosine schedule), with batch size 128.
     "digits": _DIGITS,
     "cifar10-fig2": _CIFAR10_FIG2,
     "cifar100-fig2": replace(_CIFAR10_FIG2, data="cifar100"),
@@ -50,5 +50,5 @@ DEFAULT_RECIPES = {"pretrain": "digits", "supervise": "digits-disjoint"}
 
 
 def default_recipe(mode: str) -> Config:
-    """Return the settings that a mode starts from where no recipe is named."""
+    """Return the configuration of a mode that is used if no recipe is given."""
     return RECIPES[DEFAULT_RECIPES[mode]] if mode in DEFAULT_RECIPES else METHODS[mode]()

@@ -1,8 +1,7 @@
-"""Tables of everything that a run chooses by name: methods, adaptations, data sets and evaluators.
+"""Registries of methods, adaptations, data sets and evaluators.
 
-An entry names its object by ``"module:attribute"``, which is imported when the object is first used. So the command
-line lists every name without importing torch. To add something, write its file and add its line here, or call ``add``
-from a program of your own.
+An entry refers to its object by ``"module:attribute"``, which is imported at the first use of the object. The command
+line can therefore list all names without importing torch. To extend a registry, add a line here or call ``add``.
 """
 
 from __future__ import annotations
@@ -15,12 +14,12 @@ from selfsup_xbn.errors import UserError, near
 
 
 class Entry(NamedTuple):
-    """A line of a registry.
+    """An entry of a registry.
 
     Attributes:
-        target: the object, or ``"module:attribute"``.
-        help: one line for the command line.
-        options: for an evaluator, the fields of ``Config`` that it reads.
+        target: The object, or its ``"module:attribute"``.
+        help: Help text of one line.
+        options: Names of the fields of ``Config`` that an evaluator reads.
     """
 
     target: Any
@@ -29,7 +28,13 @@ class Entry(NamedTuple):
 
 
 class Registry(Mapping[str, Any]):
-    """Objects by name, in the order of their registration. Iteration and ``in`` import nothing.
+    """A mapping from names to objects, in the order of registration.
+
+    Iteration and ``in`` do not import the objects.
+
+    Args:
+        kind: Noun for the objects in error messages.
+        entries: Initial entries by name.
 
     Example:
         >>> shapes = Registry("shape", {"counter": Entry("collections:Counter", "a multiset")})
@@ -42,27 +47,37 @@ class Registry(Mapping[str, Any]):
         self.kind, self.entries = kind, dict(entries)
 
     def add(self, name: str, target: Any, help: str, *, options: tuple[str, ...] = ()) -> None:
-        """Register an object, or the ``"module:attribute"`` where it is.
+        """Register an object.
+
+        Args:
+            name: Name of the object.
+            target: The object, or its ``"module:attribute"``.
+            help: Help text of one line.
+            options: Names of the fields of ``Config`` that an evaluator reads.
 
         Raises:
-            ValueError: the name is taken.
+            ValueError: The name is already registered.
         """
         if name in self.entries:
-            raise ValueError(f"expected a new {self.kind}, got {name!r}, which is registered")
+            raise ValueError(f"expected a new name for a {self.kind}, got {name!r}, which is registered")
         self.entries[name] = Entry(target, help, options)
 
     def remove(self, name: str) -> None:
-        """Take a name out of the registry."""
+        """Remove a name from the registry.
+
+        Raises:
+            KeyError: The name is not registered.
+        """
         del self.entries[name]
 
     def find(self, name: str) -> Any:
-        """Return the object of that name.
+        """Return the object with a name.
 
         Raises:
-            UserError: there is no such name; the message lists those that exist.
+            UserError: The name is not registered. The message lists the registered names.
         """
         if name not in self.entries:
-            raise UserError(f"no {self.kind} {name!r} (choose from {', '.join(self)}){near(name, self)}")
+            raise UserError(f"unknown {self.kind} {name!r}: expected one of {', '.join(self)}{near(name, self)}")
         return self[name]
 
     def __getitem__(self, name: str) -> Any:
@@ -79,7 +94,7 @@ class Registry(Mapping[str, Any]):
 
 
 def imported(target: Any) -> Any:
-    """Return the object that ``"module:attribute"`` names; anything but a string is returned as it is."""
+    """Return the object that ``"module:attribute"`` refers to, or ``target`` itself if it is not a string."""
     if not isinstance(target, str):
         return target
     module, _, attribute = target.partition(":")
@@ -98,14 +113,14 @@ METHODS = Registry(
         ),
     },
 )
-"""The options of each mode, a subclass of ``Config`` whose ``method`` names the class that is trained."""
+"""Subclasses of ``Config`` by mode. Their ``method`` is the class to train."""
 
 ADAPTATIONS = Registry(
     "adaptation",
     {
-        "xbm": Entry("selfsup_xbn.memory.adaptation:XBM", "none"),
-        "xbn": Entry("selfsup_xbn.memory.adaptation:XBN", "to the moments of the batch"),
-        "axbn": Entry("selfsup_xbn.memory.adaptation:AXBN", "to Kalman-filtered moments"),
+        "xbm": Entry("selfsup_xbn.memory.adaptation:XBM", "no adaptation"),
+        "xbn": Entry("selfsup_xbn.memory.adaptation:XBN", "match the moments of the batch"),
+        "axbn": Entry("selfsup_xbn.memory.adaptation:AXBN", "match Kalman-filtered moments"),
     },
 )
 """Subclasses of ``Adaptation``."""
@@ -114,16 +129,18 @@ DATA_SETS = Registry(
     "data set",
     {
         "digits": Entry("selfsup_xbn.data.datasets.digits:load", "scikit-learn's handwritten digits"),
-        "cifar10": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-10, downloaded"),
-        "cifar100": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-100, downloaded"),
-        "folder": Entry("selfsup_xbn.data.datasets.folder:load", "PATH holds train/CLASS/ and test/CLASS/"),
-        "digits-disjoint": Entry("selfsup_xbn.data.datasets.digits_disjoint:load", "digits, test classes unseen"),
+        "digits-disjoint": Entry("selfsup_xbn.data.datasets.digits_disjoint:load", "digits, disjoint test classes"),
+        "cifar10": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-10 (downloaded on first use)"),
+        "cifar100": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-100 (downloaded on first use)"),
         "sop": Entry("selfsup_xbn.data.datasets.sop:load", "Stanford Online Products"),
         "inshop": Entry("selfsup_xbn.data.datasets.inshop:load", "In-Shop Clothes Retrieval"),
-        "deepfashion2": Entry("selfsup_xbn.data.datasets.deepfashion2:load", "DeepFashion2, consumer to shop"),
-        "cars196": Entry("selfsup_xbn.data.datasets.cars196:load", "Cars196, test classes unseen"),
-        "cub200": Entry("selfsup_xbn.data.datasets.cub200:load", "CUB-200-2011, test classes unseen"),
-        "omniglot": Entry("selfsup_xbn.data.datasets.omniglot:load", "Omniglot, test alphabets unseen"),
+        "deepfashion2": Entry(
+            "selfsup_xbn.data.datasets.deepfashion2:load", "DeepFashion2, consumer-to-shop retrieval"
+        ),
+        "cars196": Entry("selfsup_xbn.data.datasets.cars196:load", "Cars196, disjoint test classes"),
+        "cub200": Entry("selfsup_xbn.data.datasets.cub200:load", "CUB-200-2011, disjoint test classes"),
+        "omniglot": Entry("selfsup_xbn.data.datasets.omniglot:load", "Omniglot, disjoint test alphabets"),
+        "folder": Entry("selfsup_xbn.data.datasets.folder:load", "images in PATH/train/CLASS/ and PATH/test/CLASS/"),
     },
 )
 """Functions ``load(name, path, *, root, cache_bytes, workers)`` that return ``ImageData``."""
@@ -133,14 +150,14 @@ EVALUATORS = Registry(
     {
         "knn": Entry(
             "selfsup_xbn.evaluation.evaluators:KnnEvaluator",
-            "weighted k-NN of a run's encoder, or of one from elsewhere, beside raw pixels and an untrained encoder",
+            "weighted k-NN accuracy of an encoder, compared with raw pixels and an untrained encoder",
             ("knn_k", "knn_temperature"),
         ),
         "retrieval": Entry(
             "selfsup_xbn.evaluation.evaluators:RetrievalEvaluator",
-            "Recall@K, R-precision and MAP@R of a run's encoder, or of one from elsewhere, beside the same",
+            "Recall@K, R-precision and MAP@R of an encoder, compared with raw pixels and an untrained encoder",
             ("recall_ks",),
         ),
     },
 )
-"""Classes with the methods of ``selfsup_xbn.evaluation.evaluators.Evaluator``."""
+"""Classes that implement the protocol ``selfsup_xbn.evaluation.evaluators.Evaluator``."""

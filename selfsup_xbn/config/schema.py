@@ -1,7 +1,7 @@
-"""What a run is made of: one dataclass a mode, whose fields are the options of the command line, and named recipes.
+"""Configuration of a run: one dataclass per mode, whose fields are the options of the command line.
 
-A variant is ``replace(recipe, adaptation="xbn")``: the difference is the claim. This module does not import torch, so
-that the command line can answer at once.
+``dataclasses.replace(recipe, adaptation="xbn")`` makes a variant of a recipe. This module does not import torch, so
+that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from selfsup_xbn.config.parsing import parse_arguments, parse_numbers, parse_row
 from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS, METHODS
 from selfsup_xbn.errors import UserError
 
-DATA_HELP = "data set: {names}; with :PATH where its files are (folder:PATH holds train/ and test/)"
+DATA_HELP = "data set: {names}; append :PATH to set the directory of its files (folder:PATH has train/ and test/)"
 
 EXPORTS = {
     "csv": "metrics.csv",
@@ -22,95 +22,120 @@ EXPORTS = {
     "safetensors": "encoder.safetensors",
     "onnx": "encoder.onnx",
 }
-"""The file of each format that a run is exported to, unless another is named."""
+"""Default file name of each export format."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What all modes have in common. Units: epochs, images, pixels; sizes in rows."""
+    """Base class of the options that all modes share.
 
-    # What is learned from
+    Raises:
+        UserError: A value has the wrong type, is not one of the choices, or is out of bounds.
+    """
+
+    # Data
     data: str = option("digits", DATA_HELP, names=DATA_SETS)
-    data_root: str = option("data", "where downloaded data sets are kept", affects_results=False)
-    limit_train: int = option(0, "use only this many training images, drawn with the seed; 0: all", least=0)
-    image_size: int = option(0, "side of the square that the network sees; 0: the data set's own", least=0)
-
-    # The network
-    backbone: str = option(
-        "convnet4", "convnet4, convnet-digits, conv4-64, resnet18-cifar, a torchvision name, or timm:NAME"
+    data_root: str = option("data", "directory of downloaded data sets", affects_results=False)
+    limit_train: int = option(
+        0, "number of training images to use, a random subset given by the seed; 0 uses all images", minimum=0
     )
-    head: str = option("linear", "what maps features to the embedding: linear, mlp, ...")
-    dim: int = option(128, "dimensions D of the embedding", least=1, most=2**20)
-    weights: str = option("", "state dict that the backbone starts from, or 'imagenet'; '': random")
+    image_size: int = option(
+        0, "height and width in pixels of the images passed to the network; 0 uses the data set's size", minimum=0
+    )
 
-    # The memory
-    queue_size: str = option("1024", "rows M of the queue, or P% of the training images")
-    adaptation: str = option("xbn", "what moves the queue each step", choices=ADAPTATIONS)
-    queue_dtype: str = option("float32", "storage of the queue's rows", choices=("float32", "bfloat16", "float16"))
-    kalman_q: float = option(1.0, "axbn: variance of the process", least=0)
-    kalman_r: float = option(0.01, "axbn: variance of an observation of one sample", least=0)
-    kalman_p0: float = option(1.0, "axbn: variance of the first estimate", least=0)
-    gain_interval: int = option(100, "axbn: steps between renewals of the gain", least=1, most=2**31)
-    temperature: float = option(0.1, "T of the loss", least=1e-6)
+    # Network
+    backbone: str = option(
+        "convnet4",
+        "backbone: convnet4, convnet-digits, conv4-64, resnet18-cifar, a torchvision model name, or timm:NAME",
+    )
+    head: str = option("linear", "projection head from features to embeddings: linear, mlp, ...")
+    dim: int = option(128, "dimension D of the embeddings", minimum=1, maximum=2**20)
+    weights: str = option("", "initial weights of the backbone: path of a state dict, or 'imagenet'; random if not set")
 
-    # The optimisation
-    epochs: int = option(20, "passes over the training images", least=1)
-    batch_size: int = option(128, "images a step, over all processes", least=2)
-    optimizer: str = option("sgd", "the optimiser", choices=("sgd", "adamw"))
-    lr: float = option(0.03, "learning rate after warm-up", least=0)
-    sgd_momentum: float = option(0.9, "sgd: momentum", least=0)
-    weight_decay: float = option(5e-4, "weight decay", least=0)
-    schedule: str = option("cosine", "learning rate over the epochs", choices=("constant", "cosine", "step"))
-    step_epochs: int = option(15, "schedule step: epochs between two steps", least=1)
-    step_factor: float = option(0.33, "schedule step: factor of each step", least=0)
-    warmup_epochs: float = option(0.0, "epochs of linear warm-up", least=0)
-    seed: int = option(0, "everything random follows from it", least=0, most=2**62)
+    # Memory
+    queue_size: str = option("1024", "number of rows M in the queue, or P% of the training images")
+    adaptation: str = option("xbn", "method that adapts the queue at each step", choices=ADAPTATIONS)
+    queue_dtype: str = option("float32", "dtype of the rows in the queue", choices=("float32", "bfloat16", "float16"))
+    kalman_q: float = option(1.0, "axbn: process variance of the Kalman filter", minimum=0)
+    kalman_r: float = option(0.01, "axbn: observation variance of a single sample", minimum=0)
+    kalman_p0: float = option(1.0, "axbn: initial variance of the estimate", minimum=0)
+    gain_interval: int = option(
+        100, "axbn: number of steps between updates of the Kalman gain", minimum=1, maximum=2**31
+    )
+    temperature: float = option(0.1, "temperature T of the loss", minimum=1e-6)
 
-    # What is measured
-    eval_every: int = option(1, "epochs between evaluations; 0: at the end only", least=0)
-    knn_k: int = option(200, "k-NN: neighbours", least=1)
-    recall_ks: str = option("1,10", "retrieval: K of Recall@K, with commas")
-    knn_temperature: float = option(0.1, "k-NN: temperature of the votes", least=1e-6)
-    drift_every: int = option(50, "steps between measurements of feature drift; 0: none", least=0)
+    # Optimization
+    epochs: int = option(20, "number of passes over the training images", minimum=1)
+    batch_size: int = option(128, "number of images per step, summed over all processes", minimum=2)
+    optimizer: str = option("sgd", "optimizer", choices=("sgd", "adamw"))
+    lr: float = option(0.03, "learning rate after the warm-up", minimum=0)
+    sgd_momentum: float = option(0.9, "sgd: momentum", minimum=0)
+    weight_decay: float = option(5e-4, "weight decay", minimum=0)
+    schedule: str = option("cosine", "learning rate schedule", choices=("constant", "cosine", "step"))
+    step_epochs: int = option(15, "schedule step: number of epochs between decays of the learning rate", minimum=1)
+    step_factor: float = option(0.33, "schedule step: factor of each decay", minimum=0)
+    warmup_epochs: float = option(0.0, "number of epochs of linear warm-up", minimum=0)
+    seed: int = option(0, "seed of all random number generators", minimum=0, maximum=2**62)
 
-    # What should not change results, other than by rounding
-    device: str = option("auto", "auto (cuda, else cpu), cpu, cuda, cuda:1, ...", affects_results=False)
+    # Evaluation
+    eval_every: int = option(1, "number of epochs between evaluations; 0 evaluates after the last epoch", minimum=0)
+    knn_k: int = option(200, "k-NN: number of neighbours", minimum=1)
+    recall_ks: str = option("1,10", "retrieval: values of K for Recall@K, separated by commas")
+    knn_temperature: float = option(0.1, "k-NN: temperature of the vote weights", minimum=1e-6)
+    drift_every: int = option(
+        50, "number of steps between measurements of the feature drift; 0 disables them", minimum=0
+    )
+
+    # Execution: changes results by rounding errors at most
+    device: str = option("auto", "device: cpu, cuda, cuda:1, ..., or auto (cuda if available)", affects_results=False)
     precision: str = option(
         "auto",
-        "of the networks: auto (bf16 on cuda, else fp32)",
+        "precision of the networks; auto is bf16 on cuda and fp32 on cpu",
         choices=("auto", "fp32", "bf16"),
         affects_results=False,
     )
-    compile: bool = option(False, "torch.compile the networks", affects_results=False)
+    compile: bool = option(False, "compile the networks with torch.compile", affects_results=False)
     cuda_graph: bool = option(
-        True, "cuda, pretrain: capture the training step as one CUDA graph", affects_results=False
+        True, "capture the training step as a CUDA graph (mode pretrain on cuda)", affects_results=False
     )
-    workers: int = option(2, "processes that decode images from disk", least=0, most=1024, affects_results=False)
-    save_every: str = option("1", "epochs between checkpoints, or minutes: 10m", affects_results=False)
+    workers: int = option(
+        2, "number of processes that decode images from disk", minimum=0, maximum=1024, affects_results=False
+    )
+    save_every: str = option(
+        "1", "interval between checkpoints: number of epochs, or minutes as in 10m", affects_results=False
+    )
     keep: int = option(
-        2, "checkpoints kept: checkpoint.pt, checkpoint-1.pt before it, ...", least=1, most=10**6, affects_results=False
+        2,
+        "number of checkpoints to keep: checkpoint.pt, the previous one checkpoint-1.pt, ...",
+        minimum=1,
+        maximum=10**6,
+        affects_results=False,
     )
     timeout: int = option(
-        600, "several processes: seconds that one waits for the others", least=1, most=10**6, affects_results=False
+        600,
+        "seconds that a process waits for the other processes of a distributed run",
+        minimum=1,
+        maximum=10**6,
+        affects_results=False,
     )
-    tensorboard: bool = option(False, "log to TensorBoard too, in the run folder", affects_results=False)
-    out: str = option("", "run folder; '': runs/MODE-DATA-ADAPTATION-SEED", affects_results=False)
+    tensorboard: bool = option(False, "also log to TensorBoard in the run folder", affects_results=False)
+    out: str = option("", "run folder; runs/MODE-DATA-ADAPTATION-SEED if not set", affects_results=False)
 
-    # What a mode fixes for all of its runs
+    # Constants of a mode
     mode: ClassVar[str] = ""
-    """The name of the mode, a command of the command line."""
+    """Name of the mode, which is also the name of the command."""
     method: ClassVar[Any] = ""
-    """The class that is trained, or ``"module:attribute"`` where it is."""
+    """Class of the method to train, or its ``"module:attribute"``."""
     evaluator: ClassVar[str] = "knn"
-    """The evaluator during training, a name in ``EVALUATORS``."""
+    """Name in ``EVALUATORS`` of the evaluator that is used during training."""
     views: ClassVar[int] = 1
-    """Random views of each image in a batch."""
+    """Number of random views per image in a batch."""
     labelled: ClassVar[bool] = False
-    """Whether the queue keeps labels."""
+    """Whether the queue stores labels."""
     keeps_best: ClassVar[bool] = False
-    """Whether the best model of a run is kept in ``best.pt``, beside the last."""
+    """Whether the best model of a run is saved to ``best.pt`` in addition to the last one."""
 
-    # Options that only some modes have, as the other modes mean them
+    # Values of the options that exist in some modes only, for the modes without them
     bn_splits = 1
     images_per_class = 0
     augmentation = ""
@@ -119,11 +144,7 @@ class Config:
     validation = "0"
 
     def __post_init__(self) -> None:
-        """Checks each field's type, choices and bound.
-
-        Raises:
-            UserError: naming the option, its value and what it takes.
-        """
+        """Check the type, the choices and the bounds of each field."""
         types = get_type_hints(type(self))
         for item in fields(self):
             check_option(item.name, getattr(self, item.name), types[item.name], item.metadata)
@@ -133,27 +154,27 @@ class Config:
 
     @property
     def run_folder(self) -> str:
-        """``out``, or a name made of what sets the run apart."""
+        """Path of the run folder: ``out``, or a name made of mode, data set, adaptation and seed."""
         data = self.data.replace("\\", "/").rstrip("/").replace(":", "-").split("/")[-1]
         return self.out or f"runs/{self.mode}-{data}-{self.adaptation}-{self.seed}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig(Config):
-    """Self-supervised pretraining with a momentum encoder and a queue (MoCo)."""
+    """Options of self-supervised pretraining with a momentum encoder and a queue (MoCo)."""
 
-    bn_splits: int = option(1, "parts of a batch that BatchNorm normalises apart", least=1)
-    momentum: float = option(0.99, "m of the key encoder", least=0, most=1)
+    bn_splits: int = option(1, "number of parts of a batch that BatchNorm normalizes separately", minimum=1)
+    momentum: float = option(0.99, "momentum m of the key encoder", minimum=0, maximum=1)
     momentum_schedule: str = option(
-        "constant", "m over the run: constant, or cosine up to 1", choices=("constant", "cosine")
+        "constant", "schedule of the momentum m: constant, or cosine from m to 1", choices=("constant", "cosine")
     )
     enqueue: str = option(
         "before_loss",
-        "when keys enter the queue: before the loss (the paper) or after it (classic MoCo)",
+        "time at which keys enter the queue: before the loss (the paper) or after the loss (MoCo)",
         choices=("before_loss", "after_loss"),
     )
-    normalize_first: bool = option(True, "match the moments of keys of unit length, not of raw ones")
-    symmetric: bool = option(False, "each view is query and key in turn")
+    normalize_first: bool = option(True, "normalize the keys to unit length before their moments are matched")
+    symmetric: bool = option(False, "average the losses of both assignments of the two views to query and key")
 
     mode = "pretrain"
     method = "selfsup_xbn.methods.moco:MoCo"
@@ -162,36 +183,44 @@ class PretrainConfig(Config):
     def __post_init__(self) -> None:
         super().__post_init__()
         if queue_rows(self, 100) == 0:
-            raise UserError(f"--queue-size: expected at least one row in mode {self.mode}, got {self.queue_size!r}")
+            raise UserError(f"--queue-size: expected at least 1 row in mode {self.mode}, got {self.queue_size!r}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SuperviseConfig(Config):
-    """Supervised metric learning with a cross-batch memory (Sec. 5.1 of arXiv 2303.17127)."""
+    """Options of supervised metric learning with a cross-batch memory (Sec. 5.1 of arXiv 2303.17127)."""
 
     data: str = option("digits-disjoint", DATA_HELP, names=DATA_SETS)
     validation: str = option(
         "0",
-        "hold out P% of the training classes and choose best.pt on them; 0: choose it on the test set, as the paper",
-        later=True,
+        "share P% of the training classes to hold out for selecting best.pt; 0 selects on the test set (the paper)",
+        added_later=True,
     )
-    augmentation: str = option("supervised", "family of random views: supervised, cifar, photo, digits, none")
-    images_per_class: int = option(4, "images of a class in a batch", least=1)
-    head: str = option("l2", "the embedding: l2, l2+ln or l2+bn (Table 3)")
-    queue_size: str = option("100%", "rows M of the memory, or P% of the training images; 0: no memory")
-    memory_start: int = option(0, "steps before the memory is used, while it fills", least=0)
-    batch_loss_weight: float = option(0.0, "weight of the loss in the batch, beside that against the memory", least=0)
-    loss: str = option("SupConLoss", "SupConLoss, or another loss of pytorch-metric-learning by name")
-    loss_args: str = option("", "its arguments: name=value,name=value")
-    miner: str = option("PairMarginMiner", "PairMarginMiner, none, or another miner of pytorch-metric-learning by name")
+    augmentation: str = option("supervised", "augmentation: supervised, cifar, photo, digits, none")
+    images_per_class: int = option(4, "number of images per class in a batch", minimum=1)
+    head: str = option("l2", "head: l2, l2+ln or l2+bn (Table 3)")
+    queue_size: str = option(
+        "100%", "number of rows M in the memory, or P% of the training images; 0 disables the memory"
+    )
+    memory_start: int = option(
+        0, "number of initial steps that fill the memory and use the loss within the batch", minimum=0
+    )
+    batch_loss_weight: float = option(
+        0.0, "weight of the loss within the batch, added to the loss against the memory", minimum=0
+    )
+    loss: str = option("SupConLoss", "loss: SupConLoss, or the name of another loss of pytorch-metric-learning")
+    loss_args: str = option("", "arguments of the loss: name=value,name=value")
+    miner: str = option(
+        "PairMarginMiner", "miner: PairMarginMiner, none, or the name of another miner of pytorch-metric-learning"
+    )
     miner_args: str = option(
-        "", "its arguments: name=value,name=value (PairMarginMiner: pos_margin=0.2,neg_margin=0.8)"
+        "", "arguments of the miner: name=value,name=value (PairMarginMiner: pos_margin=0.2,neg_margin=0.8)"
     )
     miner_distance: str = option(
-        "euclidean", "what PairMarginMiner's margins are measured in", choices=("euclidean", "cosine")
+        "euclidean", "distance that the margins of PairMarginMiner refer to", choices=("euclidean", "cosine")
     )
-    head_epochs: int = option(0, "epochs before the others in which the head alone is trained", least=0)
-    head_lr: float = option(0.001, "their learning rate (SGD)", least=0)
+    head_epochs: int = option(0, "number of initial epochs that train the head only", minimum=0)
+    head_lr: float = option(0.001, "learning rate of the head epochs (SGD)", minimum=0)
 
     mode = "supervise"
     method = "selfsup_xbn.methods.metric_learning:MetricLearning"
@@ -211,42 +240,49 @@ class SuperviseConfig(Config):
 
 
 def queue_rows(config: Config, images: int) -> int:
-    """Return the rows of the queue for a training set of so many images: ``queue_size``, or its percentage of them.
+    """Return the number of rows in the queue.
+
+    Args:
+        config: Configuration of the run.
+        images: Number of training images.
 
     Raises:
-        UserError: it is neither a whole number nor a percentage of at most 100.
+        UserError: ``queue_size`` is neither an integer nor a percentage of at most 100.
     """
     return parse_rows(config.queue_size, images)
 
 
 def resolved(config: Config) -> dict[str, Any]:
-    """Return all fields by name, with the mode: the content of ``config.json``."""
+    """Return the mode and all fields as a dictionary, which is the content of ``config.json``."""
     return {"mode": config.mode, **asdict(config)}
 
 
 def from_resolved(values: Any) -> Config:
-    """Return the config of a ``config.json``; keys that are no options (versions, commit) are ignored.
+    """Return the configuration that the content of a ``config.json`` describes.
 
-    An option that an older version did not have is at its default if it does not change results, or if the default is
-    what that version did.
+    Keys that are not options, such as ``environment``, are ignored. A missing option gets its default value if it does
+    not affect results or if it is marked ``added_later``.
+
+    Args:
+        values: Parsed content of the file.
 
     Raises:
-        UserError: no such mode, a missing option, or a value that the option does not take.
+        UserError: The mode is unknown, an option is missing, or a value is invalid.
     """
     mode = values.get("mode") if isinstance(values, dict) else None
     if not isinstance(mode, str) or mode not in METHODS:
-        raise UserError(f"expected a config with a mode, one of {', '.join(METHODS)}, got {mode!r}")
+        raise UserError(f"expected a configuration with a mode out of {', '.join(METHODS)}, got {mode!r}")
     kind: type[Config] = METHODS[mode]
-    if type(rows := values.get("queue_size")) is int:  # as older versions of mode pretrain wrote it
+    if type(rows := values.get("queue_size")) is int:  # written so by older versions of mode pretrain
         values = values | {"queue_size": str(rows)}
     for item in fields(kind):
-        if item.name not in values and item.metadata["affects_results"] and not item.metadata["later"]:
-            raise UserError(f"expected the option {item.name!r} in the config, found none")
+        if item.name not in values and item.metadata["affects_results"] and not item.metadata["added_later"]:
+            raise UserError(f"expected the option {item.name!r} in the configuration, got none")
     return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
 
 
 def differences(a: Config, b: Config) -> list[str]:
-    """Return ``name: value of a, value of b`` for each field that changes results and differs."""
+    """Return ``"name: value in a, value in b"`` for each field that affects results and differs."""
     if a.mode != b.mode:
         return [f"mode: {a.mode}, {b.mode}"]
     pairs = [

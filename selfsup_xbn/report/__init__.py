@@ -1,1 +1,1 @@
-"""Report."""
+"""Plots and pages about runs."""

@@ -1,4 +1,4 @@
-"""Pictures of a run, made from its ``metrics.jsonl`` alone."""
+"""Plots and tables of the records in ``metrics.jsonl``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from selfsup_xbn.runs.folder import read_config, read_metrics
 
 
 def draw_curves(folder: Path) -> Path:
-    """Draws ``curves.png``: loss, k-NN with its baselines, drift and gain by epoch, as far as they were logged."""
+    """Plot the logged metrics against the epoch to ``curves.png`` in the run folder, and return its path.
+
+    Raises:
+        UserError: The folder has no run, or its metrics are damaged.
+        OSError: The file could not be written.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -38,18 +43,18 @@ Points = list[tuple[float, float]]
 
 
 def points_of(records: list[dict[str, Any]], key: str) -> Points:
-    """(epoch, value) of each record that has a finite number there."""
+    """Return (epoch, value) of each record that has a finite number with the name ``key``."""
     numbers = [(record["epoch"], record[key]) for record in records if isinstance(record.get(key), int | float)]
     return [(float(epoch), float(value)) for epoch, value in numbers if math.isfinite(value)]
 
 
 def is_baseline(points: Points) -> bool:
-    """Whether the value was measured before the first epoch only: what training must beat."""
+    """Return whether the only value is of epoch 0, before the training."""
     return len(points) == 1 and points[0][0] == 0
 
 
 def _curve(axes: Any, points: Points, label: str, color: str) -> None:
-    """A curve; a baseline is a dashed line across."""
+    """Draw a curve, or a baseline as a dashed line over the whole width."""
     if is_baseline(points):
         axes.axhline(points[0][1], label=label, color=color, linestyle="--", linewidth=1)
     elif points:
@@ -57,6 +62,10 @@ def _curve(axes: Any, points: Points, label: str, color: str) -> None:
 
 
 def result_lines(folder: Path) -> list[str]:
-    """Return the results of a finished run, and the names of its files."""
+    """Return the lines with the results of a completed run and the names of its files.
+
+    Raises:
+        UserError: The metrics are damaged.
+    """
     files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
     return ["", *comparison_table(latest(read_metrics(folder))), "", f"run folder: {folder}  ({files})"]

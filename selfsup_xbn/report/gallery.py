@@ -1,6 +1,6 @@
-"""A picture of retrieval: queries and their nearest images, right and wrong.
+"""Plot of retrieval results: queries with their nearest images.
 
-Axis legend: N queries, G gallery rows, C channels, D dimensions, K images a row.
+Axis legend: N queries, G gallery rows, C channels, D embedding dimension, K images per row.
 """
 
 from __future__ import annotations
@@ -25,10 +25,21 @@ BLOCK = 1024
 def draw_gallery(
     folder: Path, evaluator: RetrievalEvaluator, encoder: Encoder, rows: int = 10, nearest: int = 5
 ) -> Path:
-    """Draws ``retrieval.png``: a row for each of ten queries, with its nearest images framed green or red.
+    """Plot queries with their nearest images to ``retrieval.png`` in the run folder, and return its path.
 
-    Half of the rows are the hardest mistakes, where a wrong image leads the best right one by most; the others are
-    spread evenly over the remaining queries, from hard to easy, so that the picture neither flatters nor frightens.
+    Images of the class of the query have a green border, other images a red one. Half of the rows are the queries whose
+    nearest wrong image exceeds the nearest correct one the most in similarity. The other rows are spread evenly over
+    the remaining queries, so that the plot shows typical results as well as failures.
+
+    Args:
+        folder: Run folder.
+        evaluator: Evaluator with the data set.
+        encoder: Encoder to evaluate.
+        rows: Number of queries.
+        nearest: Number of images K per query.
+
+    Raises:
+        OSError: The file could not be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -38,7 +49,7 @@ def draw_gallery(
     columns = 1 + len(shown[0].nearest)
     figure = Figure(figsize=(1.2 * columns, 1.25 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("query, then its nearest images: green right, red wrong", fontsize="medium")
+    figure.suptitle("query and its nearest images (green: same class, red: other class)", fontsize="medium")
     searched = data.gallery or data.test
     for axes, row in zip(figure.subplots(len(shown), columns, squeeze=False), shown, strict=True):
         _thumbnail(axes[0], image_pixels(data.test, row.query, data), "black")
@@ -50,7 +61,13 @@ def draw_gallery(
 
 
 class GalleryRow(NamedTuple):
-    """A query among the test images, its nearest images in the gallery, or among the test images, and which match."""
+    """A query and its nearest images in the gallery, or in the test set if there is no gallery.
+
+    Attributes:
+        query: Index of the query in the test set.
+        nearest: Indices of the nearest images, nearest first.
+        right: Whether each of them has the class of the query.
+    """
 
     query: int
     nearest: list[int]
@@ -60,7 +77,14 @@ class GalleryRow(NamedTuple):
 def nearest_images(
     embeddings: Sequence[Float[Tensor, "_ D"]], data: ImageData, rows: int = 10, nearest: int = 5
 ) -> list[GalleryRow]:
-    """The rows of a gallery picture, from embeddings of the test images and, where there is one, of the gallery."""
+    """Select queries as in ``draw_gallery``, and find their nearest images.
+
+    Args:
+        embeddings: Embeddings of the test images, [N, D], followed by those of the gallery, [G, D], if there is one.
+        data: Data set.
+        rows: Number of queries.
+        nearest: Number of images K per query.
+    """
     queries, gallery = F.normalize(embeddings[0], dim=1), F.normalize(embeddings[-1], dim=1)
     lead, columns = _search(queries, gallery, data, min(nearest, len(gallery) - 1))
     right = (data.gallery or data.test).labels[columns] == data.test.labels[:, None]
@@ -68,17 +92,26 @@ def nearest_images(
 
 
 def choose_queries(lead: Float[Tensor, "N"], rows: int) -> list[int]:
-    """Queries to show, by how far their nearest wrong image leads: the worst half, and a spread over the rest."""
-    order = [int(query) for query in lead.argsort(descending=True) if lead[query] < torch.inf] or [0]  # inf: no match
+    """Select queries: the half with the largest leads, and others that are spread evenly over the rest.
+
+    Args:
+        lead: Similarity of each query to its nearest wrong image minus that to its nearest correct image, [N].
+        rows: Number of queries to select.
+
+    Returns:
+        Indices of the queries, by descending lead.
+    """
+    matched = [int(query) for query in lead.argsort(descending=True) if lead[query] < torch.inf]
+    order = matched or [0]  # the lead is infinite if there is no correct image
     worst, rest = order[: rows // 2], order[rows // 2 :]
-    places = torch.linspace(0, len(rest) - 1, min(rows - len(worst), len(rest))).round().int().tolist()
-    return worst + [rest[place] for place in places]
+    positions = torch.linspace(0, len(rest) - 1, min(rows - len(worst), len(rest))).round().int().tolist()
+    return worst + [rest[position] for position in positions]
 
 
 def _search(
     queries: Float[Tensor, "N D"], gallery: Float[Tensor, "G D"], data: ImageData, nearest: int
 ) -> tuple[Float[Tensor, "N"], Int64[Tensor, "N K"]]:
-    """Each query's similarity to its nearest wrong image less that to its nearest right one, and its nearest images."""
+    """Return the lead of each query as in ``choose_queries``, [N], and the indices of its nearest images, [N, K]."""
     labels, searched = data.test.labels, (data.gallery or data.test).labels
     lead, columns = [], []
     for start in range(0, len(queries), BLOCK):
@@ -94,7 +127,13 @@ def _search(
 
 
 def image_pixels(split: Split, index: int, data: ImageData) -> UInt8[Tensor, "C _ _"]:
-    """An image of the split as an evaluation sees it."""
+    """Return an image of a split as the evaluation uses it, [C, H, W] in uint8.
+
+    Args:
+        split: Split of the data set.
+        index: Index of the image.
+        data: Data set of the split.
+    """
     return EvalFile(split, data.image_size)(index) if split.images is None else split.images[index]
 
 

@@ -1,4 +1,4 @@
-"""The geometry of a line plot in SVG units; colours and text are left to the page, which knows light from dark."""
+"""Geometry of a line plot in SVG units. The style sheet of the page sets the colors, for light and dark mode."""
 
 from __future__ import annotations
 
@@ -10,23 +10,37 @@ from matplotlib.ticker import MaxNLocator
 from selfsup_xbn.report.curves import Points
 
 LEFT, RIGHT, TOP, BOTTOM = 50.0, 410.0, 10.0, 215.0
-"""Edges of the frame that the curves are drawn in, of a picture of 420 by 250."""
+"""Edges of the plot area in a picture of 420 x 250 units."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A curve to draw: its points, what it is called, and CSS names for its colour and its dashes."""
+    """A curve to draw.
+
+    Attributes:
+        points: Pairs (epoch, value).
+        label: Label in the legend.
+        color: CSS class of the color.
+        dash: CSS class of the dashes.
+        across: Whether to draw the first value over the whole width.
+    """
 
     points: Points
     label: str
     color: str
     dash: str
-    across: bool = False  # a level: drawn over the whole width
+    across: bool = False
 
 
 @dataclass(frozen=True)
 class Line:
-    """A curve in SVG units: ``x,y x,y ...``, and the places of markers where its points are few."""
+    """A curve in SVG units.
+
+    Attributes:
+        path: Points as ``"x,y x,y ..."``.
+        markers: Positions of markers, which a curve of few points has.
+        curve: Curve with label and style.
+    """
 
     path: str
     markers: list[tuple[float, float]]
@@ -35,7 +49,14 @@ class Line:
 
 @dataclass(frozen=True)
 class Plot:
-    """All that is drawn; a tick is its place and its text."""
+    """A plot in SVG units.
+
+    Attributes:
+        title: Title.
+        lines: Curves.
+        x_ticks: Position and text of each tick of the x-axis.
+        y_ticks: Position and text of each tick of the y-axis.
+    """
 
     title: str
     lines: list[Line]
@@ -44,42 +65,42 @@ class Plot:
 
     @property
     def legend(self) -> dict[str, str]:
-        """The dashes of each label; runs share them."""
+        """CSS class of the dashes by label. All runs have the same dashes."""
         return {line.curve.label: line.curve.dash for line in self.lines}
 
 
 def line_plot(title: str, curves: Sequence[Curve]) -> Plot:
-    """Places curves in one frame, whose ranges hold all of their points; x is in epochs.
+    """Return the geometry of a plot whose axes include all points. The x-axis is in epochs.
 
     Args:
-        title: what y is.
-        curves: at least one, each of at least one point, with finite numbers.
+        title: Title of the plot.
+        curves: At least one curve, each with at least one point of finite numbers.
     """
     xs, ys = zip(*(point for curve in curves for point in curve.points), strict=True)
     x_range, y_range = (min(0.0, *xs), max(1.0, *xs)), _padded(min(ys), max(ys))
     lines = [_line(curve, x_range, y_range) for curve in curves]
-    x_ticks = [(_place(tick, x_range, LEFT, RIGHT), f"{tick:.10g}") for tick in _ticks(x_range, integer=True)]
-    y_ticks = [(_place(tick, y_range, BOTTOM, TOP), f"{tick:.10g}") for tick in _ticks(y_range)]
+    x_ticks = [(_position(tick, x_range, LEFT, RIGHT), f"{tick:.10g}") for tick in _ticks(x_range, integer=True)]
+    y_ticks = [(_position(tick, y_range, BOTTOM, TOP), f"{tick:.10g}") for tick in _ticks(y_range)]
     return Plot(title, lines, x_ticks, y_ticks)
 
 
 def _line(curve: Curve, x_range: tuple[float, float], y_range: tuple[float, float]) -> Line:
     points = [(x, curve.points[0][1]) for x in x_range] if curve.across else curve.points
-    places = [(_place(x, x_range, LEFT, RIGHT), _place(y, y_range, BOTTOM, TOP)) for x, y in points]
+    positions = [(_position(x, x_range, LEFT, RIGHT), _position(y, y_range, BOTTOM, TOP)) for x, y in points]
     few = not curve.across and len(points) < 20
-    return Line(" ".join(f"{x},{y}" for x, y in places), places if few else [], curve)
+    return Line(" ".join(f"{x},{y}" for x, y in positions), positions if few else [], curve)
 
 
-def _place(value: float, extent: tuple[float, float], start: float, end: float) -> float:
-    """Where a value stands between two edges, to a tenth of a unit."""
+def _position(value: float, extent: tuple[float, float], start: float, end: float) -> float:
+    """Return the position of a value between two edges, rounded to 0.1 units."""
     low, high = extent
     return round(start + (value - low) / (high - low) * (end - start), 1)
 
 
 def _padded(low: float, high: float) -> tuple[float, float]:
-    """The range with a twentieth more on each side; a constant gets room around it."""
-    room = (high - low) / 20 or abs(low) / 20 or 1.0
-    return low - room, high + room
+    """Return the range with a margin of 5 % on each side, or with a margin around a constant."""
+    margin = (high - low) / 20 or abs(low) / 20 or 1.0
+    return low - margin, high + margin
 
 
 def _ticks(extent: tuple[float, float], integer: bool = False) -> list[float]:

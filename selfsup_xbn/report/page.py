@@ -1,6 +1,6 @@
-"""One page about one run or several: settings, curves, pictures, results, and the commands that repeat them.
+"""HTML page about one or more runs: results, curves, settings, images, and the commands that reproduce them.
 
-The page is one file that needs no network and no script. Text is escaped by the template (Jinja, autoescape on).
+The page is a single file without scripts that requires no network. The template escapes all text.
 """
 
 from __future__ import annotations
@@ -30,12 +30,23 @@ from selfsup_xbn.utils.atomic import replacing
 NAME = "index.html"
 GENERATOR = "selfsup-xbn report"
 NO_VALUE = "–"
-COLORS = 8  # of runs, in the template; more runs share them
+COLORS = 8  # number of run colors in the template, which are reused for further runs
 
 
 @dataclass(frozen=True)
 class RunEntry:
-    """What the page says of one run; ``note`` is why it has no pictures."""
+    """Content of the page for one run.
+
+    Attributes:
+        name: Shortest suffix of the path that is unique among the runs.
+        folder: Run folder.
+        config: Configuration.
+        environment: Versions, machine and commit.
+        records: Records of the metrics.
+        color: CSS class of the color.
+        pictures: Gallery and map, if the checkpoint and the data set are available.
+        note: Why there are no pictures, or ``""``.
+    """
 
     name: str
     folder: Path
@@ -48,33 +59,46 @@ class RunEntry:
 
     @property
     def command(self) -> list[str]:
-        """The words of the command that makes the run again."""
+        """Words of the command that reproduces the run."""
         return command_of(self.config)
 
     @property
     def memory(self) -> str:
-        """The adaptation, where there is a memory to adapt."""
+        """Name of the adaptation, or ``"no memory"``."""
         return self.config.adaptation if queue_rows(self.config, 100) else "no memory"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a table that has a column for each run: texts, and which of them differ from the first run's."""
+    """A row of a table with one column per run.
+
+    Attributes:
+        name: Header of the row.
+        values: Text of each run.
+    """
 
     name: str
     values: list[str]
 
     @property
     def differs(self) -> list[bool]:
-        """For each run whether its value is another than the first run's."""
+        """Whether the value of each run differs from that of the first run."""
         return [value != self.values[0] for value in self.values]
 
 
 def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
-    """Writes the page to ``out``/index.html; returns its path, and a line for each run without pictures.
+    """Write the page to ``index.html`` in a directory.
+
+    Args:
+        folders: Run folders.
+        out: Directory of the page, which is created if needed.
+
+    Returns:
+        Path of the page, and a line for each run without pictures.
 
     Raises:
-        UserError: a folder holds no run, or its config or metrics are damaged; ``out`` is a file or holds another page.
+        UserError: A folder has no run, its configuration or metrics are damaged, or ``out`` is a file or has a page of
+            another program.
     """
     path = out / NAME
     _check_out(path)
@@ -82,20 +106,20 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     runs = [_with_pictures(run) for run in runs]
     page = _page(runs).encode(errors="replace")
     out.mkdir(parents=True, exist_ok=True)
-    with replacing(path, "give another --out") as file:
+    with replacing(path, "choose another --out") as file:
         file.write(page)
     return path, [f"{run.name}: {run.note}" for run in runs if run.note]
 
 
 def _check_out(path: Path) -> None:
     if path.parent.exists() and not path.parent.is_dir():
-        raise UserError(f"{path.parent} is a file: give another --out")
+        raise UserError(f"{path.parent} is a file: choose another --out")
     if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
-        raise UserError(f"{path} is of something else: give another --out")
+        raise UserError(f"{path} is not a page of this program: choose another --out")
 
 
 def _named(folders: Sequence[Path]) -> dict[Path, str]:
-    """Each folder once, by as many last parts of its path as tell the runs apart."""
+    """Return the distinct folders, each with the shortest suffix of its path that is unique."""
     paths: dict[Path, Path] = {}
     for folder in folders:
         paths.setdefault(folder.resolve(), folder)
@@ -119,16 +143,13 @@ def _with_pictures(run: RunEntry) -> RunEntry:
 
 
 def _data(config: Config, image_size: int) -> ImageData:
-    """The data set; runs on the same one share it."""
+    """Return the data set. Runs on the same data set share it."""
     return _load(
         PretrainConfig(data=config.data, data_root=config.data_root, image_size=image_size, workers=config.workers)
     )
 
 
 _load = lru_cache(maxsize=2)(data_of)
-
-
-# ---------------------------------------------------------------- what the page shows
 
 
 def _page(runs: list[RunEntry]) -> str:
@@ -150,7 +171,7 @@ def _page(runs: list[RunEntry]) -> str:
 
 
 def _table(columns: Sequence[Mapping[str, str]]) -> list[Row]:
-    """A row for each key of any column, in the order of their first appearance."""
+    """Return a row for each key of any column, in the order of first appearance."""
     names = dict.fromkeys(name for column in columns for name in column)
     return [Row(name, [column.get(name, NO_VALUE) for column in columns]) for name in names]
 
@@ -162,29 +183,29 @@ def _text(value: Any) -> str:
 
 
 def _plot(title: str, keys: Mapping[str, str], runs: list[RunEntry]) -> Plot | None:
-    """The panel of ``keys`` for all runs: a colour for each run, dashes for each key."""
+    """Return the plot of some metrics of all runs, with one color per run and one dash pattern per metric."""
     curves: list[Curve] = []
     dashes = {True: 0, False: 0}
     for key, label in keys.items():
-        found = [(run, points) for run in runs if (points := points_of(run.records, key))]
-        if not found:
+        series = [(run, points) for run in runs if (points := points_of(run.records, key))]
+        if not series:
             continue
-        across = all(is_baseline(points) for _, points in found)
+        across = all(is_baseline(points) for _, points in series)
         dash = f"{'level' if across else 'curve'}{dashes[across]}"
         dashes[across] += 1
-        curves += _curves(found, label, dash, across)
+        curves += _curves(series, label, dash, across)
     return line_plot(title, curves) if curves else None
 
 
-def _curves(found: Sequence[tuple[RunEntry, Points]], label: str, dash: str, across: bool) -> Iterable[Curve]:
-    """A curve for each run; a level that several runs have in common is one curve, in no run's colour."""
-    if across and len(found) > 1 and len({points[0] for _, points in found}) == 1:
-        return [Curve(found[0][1], label, "all", dash, across)]
-    return [Curve(points, label, run.color, dash, across) for run, points in found]
+def _curves(series: Sequence[tuple[RunEntry, Points]], label: str, dash: str, across: bool) -> Iterable[Curve]:
+    """Return a curve per run, or a single neutral curve for a baseline that is equal for all runs."""
+    if across and len(series) > 1 and len({points[0] for _, points in series}) == 1:
+        return [Curve(series[0][1], label, "all", dash, across)]
+    return [Curve(points, label, run.color, dash, across) for run, points in series]
 
 
 def _measured(runs: list[RunEntry]) -> list[str]:
-    """The values of the results table that any run has."""
+    """Return the names of the metrics in the results table that any run has."""
     return [name for name in columns() if any(points_of(run.records, name) for run in runs)]
 
 

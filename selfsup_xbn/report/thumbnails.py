@@ -1,4 +1,4 @@
-"""What a run's encoder makes of test images, as thumbnails for a page: a gallery of nearest images, and a map."""
+"""Thumbnails for the page: nearest test images according to the encoder of a run, and a map of the embeddings."""
 
 from __future__ import annotations
 
@@ -19,14 +19,22 @@ from selfsup_xbn.report.map import first_of_each, plane_of, spread_classes
 from selfsup_xbn.runs.load import TrainedRun
 from selfsup_xbn.utils.device import device_of
 
-SEARCHED, A_CLASS = 2000, 20
-"""Images that a gallery is searched in, about; images of a class that are taken at least, if there are so many."""
-MAP_CLASSES, MAP_IMAGES = 12, 25
-SIDE = 48  # pixels of a thumbnail
+SEARCHED, SEARCHED_PER_CLASS = 2000, 20
+"""Approximate number of images to search, and minimum number of images per class, if the class has as many."""
+MAP_CLASSES, MAP_PER_CLASS = 12, 25
+"""Number of classes on the map, and number of images per class."""
+SIDE = 48
+"""Height and width of a thumbnail in pixels."""
 
 
 class Thumbnail(NamedTuple):
-    """An image as a data URI, the name of its class, and whether that is the query's."""
+    """An image of the gallery.
+
+    Attributes:
+        source: Image as a data URI.
+        label: Name of its class.
+        right: Whether its class is that of the query.
+    """
 
     source: str
     label: str
@@ -34,7 +42,14 @@ class Thumbnail(NamedTuple):
 
 
 class Dot(NamedTuple):
-    """An image on the map: its place, in units of the map's longer side, and which of the map's classes it is of."""
+    """An image on the map.
+
+    Attributes:
+        x: Horizontal position in units of the longer side of the map.
+        y: Vertical position in the same units.
+        source: Image as a data URI.
+        group: Index of its class among the classes of the map.
+    """
 
     x: float
     y: float
@@ -43,7 +58,15 @@ class Dot(NamedTuple):
 
 
 class Pictures(NamedTuple):
-    """Rows of a gallery, the query first in each; images searched, and images in all; the map, and its classes."""
+    """Gallery and map of a run.
+
+    Attributes:
+        gallery: Rows of images, each with the query first.
+        searched: Number of images that were searched.
+        images: Number of images in the data set to search.
+        dots: Images on the map.
+        classes: Names of the classes on the map.
+    """
 
     gallery: list[list[Thumbnail]]
     searched: int
@@ -53,25 +76,34 @@ class Pictures(NamedTuple):
 
 
 def draw_pictures(run: TrainedRun, data: ImageData) -> Pictures:
-    """Pictures of a run's encoder on the test images of its data set. The choice of images depends on the data alone.
+    """Return the gallery and the map of a run on a subset of its test images.
+
+    The subset depends on the data set only, so that runs on the same data set are comparable.
+
+    Args:
+        run: Run with its encoder.
+        data: Data set of the run.
 
     Raises:
-        UserError: the data are not those that the network was made for, or an embedding is not finite.
+        UserError: The number of channels does not fit the network, or an embedding is not finite.
     """
     if data.channels != run.channels:
-        raise UserError(f"{data.name} has {data.channels} channels, and the run's network takes {run.channels}")
-    few, device = _some(data), device_of("auto")
-    evaluator = RetrievalEvaluator(few, device=device, workers=run.config.workers)
-    embeddings = [part.cpu() for part in evaluator.embeddings(run.trained.to(device))]
-    dots, classes = _map(embeddings[0], few)
-    searched = few.gallery or few.test
-    return Pictures(_gallery(embeddings, few), len(searched), len(data.gallery or data.test), dots, classes)
+        raise UserError(f"{data.name}: expected images of {run.channels} channels, got {data.channels}")
+    subset, device = _subset(data), device_of("auto")
+    evaluator = RetrievalEvaluator(subset, device=device, workers=run.config.workers)
+    embeddings = [rows.cpu() for rows in evaluator.embeddings(run.trained.to(device))]
+    dots, classes = _map(embeddings[0], subset)
+    searched = subset.gallery or subset.test
+    return Pictures(_gallery(embeddings, subset), len(searched), len(data.gallery or data.test), dots, classes)
 
 
-def _some(data: ImageData) -> ImageData:
-    """About ``SEARCHED`` images: as many classes as that allows, of each the same number in test set and gallery."""
-    classes = spread_classes(data.test.labels, SEARCHED // A_CLASS)
-    count = max(A_CLASS, SEARCHED // len(classes))
+def _subset(data: ImageData) -> ImageData:
+    """Return the data set with about ``SEARCHED`` test images, and as many gallery images.
+
+    The classes are spread evenly over the labels. Each keeps at most the same number of images in both splits.
+    """
+    classes = spread_classes(data.test.labels, SEARCHED // SEARCHED_PER_CLASS)
+    count = max(SEARCHED_PER_CLASS, SEARCHED // len(classes))
     test, gallery = (
         split and split.subset(first_of_each(split.labels, classes, count)) for split in (data.test, data.gallery)
     )
@@ -90,12 +122,12 @@ def _gallery(embeddings: list[Float[Tensor, "_ D"]], data: ImageData) -> list[li
 
 def _map(embeddings: Float[Tensor, "N D"], data: ImageData) -> tuple[list[Dot], list[str]]:
     classes = spread_classes(data.test.labels, MAP_CLASSES)
-    chosen = first_of_each(data.test.labels, classes, MAP_IMAGES)
+    selected = first_of_each(data.test.labels, classes, MAP_PER_CLASS)
     groups = {name: group for group, name in enumerate(classes.tolist())}
-    places = zip(chosen.tolist(), plane_of(embeddings[chosen]).tolist(), strict=True)
+    positions = zip(selected.tolist(), plane_of(embeddings[selected]).tolist(), strict=True)
     dots = [
         Dot(round(x, 4), round(y, 4), _source(image_pixels(data.test, i, data)), groups[int(data.test.labels[i])])
-        for i, (x, y) in places
+        for i, (x, y) in positions
     ]
     return dots, [_name(data, label) for label in groups]
 
@@ -109,7 +141,7 @@ def _name(data: ImageData, label: int) -> str:
 
 
 def _source(pixels: UInt8[Tensor, "C H W"]) -> str:
-    """A data URI: PNG of what is small or grey, JPEG of photographs, which PNG would make four times as large."""
+    """Return a thumbnail as a data URI: JPEG for photographs, PNG for small or gray images."""
     image = to_pil_image(pixels)
     image.thumbnail((SIDE, SIDE))
     kind = "jpeg" if len(pixels) == 3 and image.width > 32 else "png"

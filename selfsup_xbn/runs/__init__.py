@@ -1,1 +1,1 @@
-"""Runs."""
+"""Run folders and checkpoints."""

@@ -1,8 +1,8 @@
-"""Checkpoints: written whole or not at all, known when damaged, read without running code.
+"""Checkpoints that are written atomically, verified by a checksum, and loaded without executing code.
 
-The newest is ``checkpoint.pt``; the ones before it are ``checkpoint-1.pt``, ``checkpoint-2.pt`` and so on. Each is what
-``torch.save`` writes, a zip archive, with a SHA-256 of all that comes before as the archive's comment. So any program
-reads them with ``torch.load``, which itself does not look at the checksums of a zip archive.
+The newest checkpoint is ``checkpoint.pt``; previous ones are ``checkpoint-1.pt``, ``checkpoint-2.pt`` and so on. A
+checkpoint is a zip archive of ``torch.save`` whose comment is the SHA-256 of all bytes before the comment. Any program
+can read it with ``torch.load``, which does not verify the checksums of a zip archive itself.
 """
 
 from __future__ import annotations
@@ -20,83 +20,96 @@ from selfsup_xbn.utils.safe_loading import read_values
 
 NAME, BEST = "checkpoint.pt", "best.pt"
 OLDER = re.compile(r"checkpoint-([1-9]\d{0,5})\.pt")
-ASIDE = ".damaged"
+DAMAGED = ".damaged"
 
-COMMENT_LENGTH = hashlib.sha256().digest_size.to_bytes(2, "little")  # the last field of a zip archive, then the comment
-SEAL_BYTES = len(COMMENT_LENGTH) + hashlib.sha256().digest_size
+COMMENT_LENGTH = hashlib.sha256().digest_size.to_bytes(2, "little")  # last field of a zip archive before the comment
+CHECKSUM_BYTES = len(COMMENT_LENGTH) + hashlib.sha256().digest_size
 BLOCK = 2**20
 
 
 def save(state: dict[str, Any], folder: Path, name: str = NAME, keep: int = 1) -> None:
-    """Writes a checkpoint to a temporary file, flushes it to the disk, and renames it.
+    """Write a checkpoint atomically.
 
-    With ``keep`` above 1 the checkpoint of that name becomes the one before, and so on. At each moment at least one
-    whole checkpoint is there, if there was one.
+    The previous ``checkpoint.pt`` is renamed to ``checkpoint-1.pt`` and so on. If the folder has an intact checkpoint,
+    it has one at any moment of the call.
+
+    Args:
+        state: State of the run.
+        folder: Run folder.
+        name: File name. Only ``checkpoint.pt`` keeps previous checkpoints.
+        keep: Number of checkpoints to keep, including the new one.
 
     Raises:
-        UserError: it cannot be written, because the disk is full for example; the old ones are as they were.
+        UserError: The file could not be written, for example because the disk is full. Existing checkpoints are kept.
     """
     with atomic.replacing(folder / name) as file:
         atomic.save(state, file)
         end = file.tell() - len(COMMENT_LENGTH)
-        seal = _seal(file, end)
+        checksum = _checksum(file, end)
         file.seek(end)
-        file.write(seal)
+        file.write(checksum)
         atomic.sync(file)
         if name == NAME:
-            _make_room(folder, keep)
+            _rotate(folder, keep)
 
 
 def exists(folder: Path) -> bool:
-    """Whether the folder holds a checkpoint to go on from, whole or damaged."""
+    """Return whether the folder has a checkpoint to resume from, intact or damaged."""
     return bool(_newest_first(folder))
 
 
 def load(folder: Path, name: str = NAME) -> dict[str, Any]:
-    """The state in a run's checkpoint, on the CPU; a pickle that would run code is refused.
+    """Load the state of a checkpoint to the CPU without executing code.
 
-    Where ``checkpoint.pt`` is damaged or missing the newest whole one before it is taken, with a warning.
+    If ``checkpoint.pt`` is missing or damaged, the newest intact checkpoint is loaded. Damaged ones cause a warning.
+
+    Args:
+        folder: Run folder.
+        name: File name.
 
     Raises:
-        UserError: there is none that is whole, or it is none of this package's.
+        UserError: There is no intact checkpoint, or the file was not written by this package.
     """
     paths = _newest_first(folder) if name == NAME else [folder / name]
-    path = next((path for path in paths if is_whole(path)), None)
+    path = next((path for path in paths if is_intact(path)), None)
     if path is None and paths:
         raise UserError(
-            f"{paths[0]} is damaged, or none of this program's (its checksum is wrong), and no whole one is beside it: "
-            "restore it, or start over with --overwrite"
+            f"{paths[0]} is damaged or not a checkpoint of this program (the checksum does not match), and there is no "
+            "other checkpoint: restore it, or start a new run with --overwrite"
         )
     if path is None:
-        raise UserError(f"no checkpoint {folder / name}; give the folder of a run")
+        raise UserError(f"expected a run folder, but there is no checkpoint {folder / name}")
     if path != paths[0]:
-        warnings.warn(f"{paths[0]} is damaged (its checksum is wrong): {path.name} is used in its place", stacklevel=2)
+        warnings.warn(f"{paths[0]} is damaged (the checksum does not match): using {path.name} instead", stacklevel=2)
     return _read(path)
 
 
-def set_damaged_aside(folder: Path) -> None:
-    """Renames damaged checkpoints newer than the newest whole one, so that no whole one is dropped to keep them."""
+def rename_damaged(folder: Path) -> None:
+    """Rename the damaged checkpoints that are newer than the newest intact one.
+
+    Otherwise ``save`` would delete the intact checkpoint and keep the damaged ones.
+    """
     for path in _newest_first(folder):
-        if is_whole(path):
+        if is_intact(path):
             return
-        os.replace(path, path.with_name(path.name + ASIDE))
+        os.replace(path, path.with_name(path.name + DAMAGED))
 
 
-def is_whole(path: Path) -> bool:
-    """Whether the checkpoint is as it was written, to the last bit.
+def is_intact(path: Path) -> bool:
+    """Return whether the checksum of a checkpoint matches.
 
     Raises:
-        UserError: there is no such file, or it cannot be read.
+        UserError: The file does not exist or cannot be read.
     """
     try:
         with open(path, "rb") as file:
-            end = file.seek(0, os.SEEK_END) - SEAL_BYTES
+            end = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
             if end < 0:
                 return False
             file.seek(end)
-            return file.read() == _seal(file, end)
+            return file.read() == _checksum(file, end)
     except FileNotFoundError:
-        raise UserError(f"no checkpoint {path}; give the folder of a run") from None
+        raise UserError(f"expected a run folder, but there is no checkpoint {path}") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
@@ -104,27 +117,29 @@ def is_whole(path: Path) -> bool:
 def _read(path: Path) -> dict[str, Any]:
     try:
         state = read_values(path)
-    except Exception as error:  # what is no pickle of tensors can make the reader raise nearly anything
+    except Exception as error:  # invalid files make torch.load raise exceptions of many types
         kind = type(error).__name__
-        raise UserError(f"cannot read {path} ({kind}): it holds more than tensors and plain values") from None
+        raise UserError(f"cannot read {path} ({kind}): expected tensors and plain values only") from None
     known = isinstance(state, dict) and "method" in state and "config" in state
     if not known or type(state.get("log_bytes", 0)) is not int:
-        raise UserError(f"{path} is no checkpoint of this program: give the folder of a run, or --weights FILE")
+        raise UserError(
+            f"{path} is not a checkpoint of this program: expected a run folder, or a file as --weights FILE"
+        )
     return state
 
 
-def _seal(file: BinaryIO, end: int) -> bytes:
-    """The archive's comment for its first ``end`` bytes, and before it the comment's length."""
-    digest, left = hashlib.sha256(), end
+def _checksum(file: BinaryIO, end: int) -> bytes:
+    """Return the length field and the comment of the archive: the SHA-256 of its first ``end`` bytes."""
+    digest, remaining = hashlib.sha256(), end
     file.seek(0)
-    while left and (block := file.read(min(left, BLOCK))):
+    while remaining and (block := file.read(min(remaining, BLOCK))):
         digest.update(block)
-        left -= len(block)
+        remaining -= len(block)
     return COMMENT_LENGTH + digest.digest()
 
 
 def _older(folder: Path) -> dict[int, Path]:
-    """The checkpoints before the newest by their numbers, which grow with age."""
+    """Return the previous checkpoints by number, newest first."""
     matches = {path: OLDER.fullmatch(path.name) for path in folder.glob("checkpoint-*.pt")}
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
@@ -134,8 +149,8 @@ def _newest_first(folder: Path) -> list[Path]:
     return [newest] * newest.exists() + list(_older(folder).values())
 
 
-def _make_room(folder: Path, keep: int) -> None:
-    """Each of the last ``keep`` - 1 checkpoints takes the place of the one before it; older ones are removed."""
+def _rotate(folder: Path, keep: int) -> None:
+    """Increment the numbers of the last ``keep`` - 1 checkpoints, and delete older ones."""
     for number in range(keep - 1, 0, -1):
         newer = folder / (f"checkpoint-{number - 1}.pt" if number > 1 else NAME)
         if newer.exists():

@@ -1,4 +1,4 @@
-"""The machine and the versions that a result may depend on."""
+"""Machine and package versions that the results of a run may depend on."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PACKAGES = (
 
 
 def environment() -> dict[str, str]:
-    """Return versions, machine, number of processes and commit, on which a result may depend."""
-    import torch  # here, as reading a run's folder needs no torch
+    """Return the versions, the machine, the number of processes and the commit by name."""
+    import torch  # not needed to read a run folder
 
     from selfsup_xbn.utils.distributed import world
 
@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """Return the name of the processor by Linux, or else by Python."""
+    """Return the name of the processor, from ``/proc/cpuinfo`` if available."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -54,12 +54,12 @@ def processor() -> str:
 
 
 def git_commit() -> str:
-    """Return the commit of the package's checkout, with ``+`` if files differ; ``"none"`` outside of a checkout."""
-    here = Path(__file__).resolve().parents[1]
+    """Return the Git commit of the package, with ``+`` if files were modified, or ``"none"`` outside of a checkout."""
+    package = Path(__file__).resolve().parents[1]
     try:
-        if not (here.parent / ".git").exists():
+        if not (package.parent / ".git").exists():
             return "none"
-        command = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        command = ["git", "-C", str(package), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return "none"

@@ -1,4 +1,4 @@
-"""The folder of a run: ``config.json``, ``metrics.jsonl`` (one object a line), ``checkpoint.pt``, pictures."""
+"""Run folder: ``config.json``, ``metrics.jsonl`` (one JSON object per line), ``checkpoint.pt`` and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from selfsup_xbn.runs.tensorboard import EVENTS, ScalarLog
 from selfsup_xbn.utils import atomic
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
-LARGEST = 1e300  # no measurement is larger; whole numbers in JSON can be, and then are no floats
+LARGEST = 1e300  # bound of valid values; larger integers in JSON do not fit a float
 OWN_FILES = (
     CONFIG,
     METRICS,
@@ -30,27 +30,27 @@ OWN_FILES = (
 
 
 def read_config(folder: Path) -> Config:
-    """The config of a run.
+    """Return the configuration of a run.
 
     Raises:
-        UserError: the folder holds no run, or its ``config.json`` is damaged.
+        UserError: The folder has no run, or its ``config.json`` is damaged.
     """
     path = folder / CONFIG
     try:
         return from_resolved(json.loads(path.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"no run in {folder}: found no {CONFIG} there") from None
+        raise UserError(f"no run in {folder}: expected a file {CONFIG} there") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, RecursionError, OSError) as error:
-        raise UserError(f"cannot read {path} ({error}): restore it, or start over with --overwrite") from None
+        raise UserError(f"cannot read {path} ({error}): restore it, or start a new run with --overwrite") from None
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The objects of ``metrics.jsonl``, oldest first.
+    """Return the records of ``metrics.jsonl``, oldest first.
 
     Raises:
-        UserError: there is no such file, or a line is damaged.
+        UserError: The file does not exist, or a line is damaged.
     """
     path = folder / METRICS
     try:
@@ -70,79 +70,93 @@ def _record(line: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: expected a JSON object with an epoch, got {line[:60]!r}")
     for key, value in record.items():
         if value is not None and not (type(value) in (int, float) and abs(value) < LARGEST):
-            raise UserError(f"{where}: expected a number or null as {key[:60]!r}, got {str(value)[:60]!r}")
+            raise UserError(f"{where}: expected a number or null for {key[:60]!r}, got {str(value)[:60]!r}")
     return record
 
 
 def own_files(folder: Path) -> list[Path]:
-    """The files in the folder that a run writes, with what killed ones left over."""
-    names = {path: path.name.removesuffix(atomic.TEMPORARY).removesuffix(checkpoint.ASIDE) for path in folder.glob("*")}
+    """Return the files of a run in the folder, including temporary files of killed runs."""
+    names = {
+        path: path.name.removesuffix(atomic.TEMPORARY).removesuffix(checkpoint.DAMAGED) for path in folder.glob("*")
+    }
     own = {path for path, name in names.items() if name in OWN_FILES or checkpoint.OLDER.fullmatch(name)}
     return sorted(own | set(folder.glob(EVENTS)))
 
 
 def read_environment(folder: Path) -> dict[str, str]:
-    """Versions, machine and commit of a run whose config can be read."""
-    found = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("environment")
-    return {name: str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    """Return the versions, machine and commit that the valid ``config.json`` of a run records."""
+    values = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("environment")
+    return {name: str(value) for name, value in values.items()} if isinstance(values, dict) else {}
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a run was started in the folder."""
+    """Return whether the folder has a run."""
     return (folder / CONFIG).exists()
 
 
 def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool) -> None:
-    """Refuses a folder that the run may not use, before anything is written.
+    """Check that a run may write to a folder. Nothing is written.
+
+    Args:
+        folder: Run folder.
+        config: Configuration of the run.
+        resume: Whether to continue an existing run.
+        overwrite: Whether to replace an existing run.
 
     Raises:
-        UserError: a run is there and neither ``resume`` nor ``overwrite`` was asked for, it was made with another
-            configuration, or the path is no folder.
+        UserError: The folder has a run and neither ``resume`` nor ``overwrite`` is set, the run has another
+            configuration, or the path is not a directory.
     """
     if config.tensorboard:
         require_package("tensorboard", "--tensorboard", "tensorboard")
     if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: give another --out")
+        raise UserError(f"{folder} is a file: choose another --out")
     if overwrite:
         return
     if not holds_run(folder):
-        if found := [path.name for path in own_files(folder) if path.suffix != atomic.TEMPORARY]:
-            raise UserError(f"{folder} holds no run, but a file {found[0]} of something else: give another --out")
+        if names := [path.name for path in own_files(folder) if path.suffix != atomic.TEMPORARY]:
+            raise UserError(f"{folder} has a file {names[0]} that belongs to no run: choose another --out")
         return
     if not resume:
         raise UserError(
-            f"{folder} already holds a run: go on with --resume, replace it with --overwrite, or give --out"
+            f"{folder} already has a run: continue with --resume, replace it with --overwrite, or choose another --out"
         )
     saved = read_config(folder)
     if saved.mode != config.mode:
-        raise UserError(f"{folder} holds a run of mode {saved.mode}, not {config.mode}: give another --out")
-    if found := differences(saved, config):
         raise UserError(
-            f"{folder} holds a run with other settings ({found[0]}): drop the option, or give another --out"
+            f"{folder}: expected a run of mode {config.mode}, got a run of mode {saved.mode}: choose another --out"
+        )
+    if changes := differences(saved, config):
+        raise UserError(
+            f"{folder} has a run with another configuration ({changes[0]}): remove the option, or choose another --out"
         )
 
 
 class RunFolder:
-    """A run's files, open for writing.
+    """The files of a run, open for writing.
 
     Args:
-        folder: made if it is not there.
-        config: written to ``config.json`` with versions, machine and git commit.
-        keep_bytes: what of ``metrics.jsonl`` is kept when the run goes on; 0 for a new run, for which an earlier run's
-            files are removed.
+        folder: Run folder, which is created if needed.
+        config: Configuration, which is written to ``config.json`` with versions, machine and commit.
+        keep_bytes: Number of bytes of ``metrics.jsonl`` to keep when a run is resumed. With 0 the files of an earlier
+            run are deleted.
+
+    Raises:
+        UserError: ``metrics.jsonl`` is shorter than ``keep_bytes``, or a file could not be written.
     """
 
     def __init__(self, folder: Path, config: Config, keep_bytes: int = 0) -> None:
         self.folder = folder
         if keep_bytes and (not (folder / METRICS).is_file() or (folder / METRICS).stat().st_size < keep_bytes):
             raise UserError(
-                f"{folder / METRICS} is shorter than at the checkpoint: restore it, or start with --overwrite"
+                f"{folder / METRICS}: expected at least the {keep_bytes} bytes that the checkpoint refers to: "
+                "restore it, or start a new run with --overwrite"
             )
         folder.mkdir(parents=True, exist_ok=True)
         for path in own_files(folder):
             if not keep_bytes or path.suffix == atomic.TEMPORARY:
                 path.unlink()
-        checkpoint.set_damaged_aside(folder)
+        checkpoint.rename_damaged(folder)
         text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
         with atomic.replacing(folder / CONFIG) as file:
             file.write(text.encode() + b"\n")
@@ -151,10 +165,12 @@ class RunFolder:
         self._scalars = ScalarLog(folder, read_metrics(folder)) if config.tensorboard else None
 
     def log(self, record: dict[str, Any]) -> None:
-        """Adds one line to ``metrics.jsonl``; numbers keep six digits, and what is not finite becomes null.
+        """Append a record to ``metrics.jsonl``.
+
+        Numbers are rounded to six significant digits, and numbers that are not finite are written as null.
 
         Raises:
-            UserError: it cannot be written.
+            UserError: The file could not be written.
         """
         rounded = {key: _rounded(value) for key, value in record.items()}
         with atomic.writing(self.folder / METRICS):
@@ -165,14 +181,18 @@ class RunFolder:
 
     @property
     def position(self) -> int:
-        """Return the bytes of ``metrics.jsonl`` so far, flushed to the disk: a checkpoint holds their number."""
+        """Current size of ``metrics.jsonl`` in bytes, after a flush to the disk.
+
+        Raises:
+            UserError: The file could not be written.
+        """
         with atomic.writing(self.folder / METRICS):
             os.fsync(self._metrics.fileno())
         return os.fstat(self._metrics.fileno()).st_size
 
     def close(self) -> None:
-        """Closes the files."""
-        with contextlib.suppress(OSError):  # what could not be written was said by ``log``
+        """Close the files."""
+        with contextlib.suppress(OSError):  # ``log`` has already reported write errors
             self._metrics.close()
             if self._scalars:
                 self._scalars.close()

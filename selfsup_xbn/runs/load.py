@@ -1,4 +1,4 @@
-"""The encoder of a finished run."""
+"""Encoder of a run folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,15 @@ from selfsup_xbn.runs.folder import read_config
 
 
 class TrainedRun(NamedTuple):
-    """A run's config, the images that its network takes, and its encoder after and before training."""
+    """Configuration and encoder of a run.
+
+    Attributes:
+        config: Configuration of the run.
+        image_size: Height and width in pixels of the images that the network takes.
+        channels: Number of channels of the images.
+        trained: Encoder after training.
+        untrained: Encoder before training.
+    """
 
     config: Config
     image_size: int
@@ -27,23 +35,29 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(folder: Path, best: bool = False) -> TrainedRun:
-    """Return the encoder of a run's last or best checkpoint, and the same encoder before training.
+    """Load a run with its encoder after and before training.
+
+    Args:
+        folder: Run folder.
+        best: Whether to load the best model by Recall@1 instead of the last one.
 
     Raises:
-        UserError: no run there, or its checkpoint cannot be read.
+        UserError: The folder has no run, or the checkpoint cannot be read.
     """
     read_config(folder)
     state = checkpoint.load(folder, checkpoint.BEST if best else checkpoint.NAME)
     config, network = from_resolved(state["config"]), state.get("network")
     if not isinstance(network, dict) or network.keys() != {"channels", "image_size"}:
-        raise UserError(f"the checkpoint in {folder} does not say what network it is of: it is damaged")
+        raise UserError(f"the checkpoint in {folder} is damaged: expected channels and image_size of the network")
     torch.manual_seed(config.seed)
     untrained = random_encoder(config, **network)
     trained = copy.deepcopy(untrained)
     prefix = method_class(config).encoder_name + "."
-    own = {name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)}
+    state_dict = {
+        name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)
+    }
     try:
-        trained.load_state_dict(own)
+        trained.load_state_dict(state_dict)
     except RuntimeError:
-        raise UserError(f"the checkpoint in {folder} does not fit the network that its config names") from None
+        raise UserError(f"the checkpoint in {folder} does not fit the network of its configuration") from None
     return TrainedRun(config, network["image_size"], network["channels"], trained, untrained)

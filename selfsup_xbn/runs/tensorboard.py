@@ -1,4 +1,4 @@
-"""The records of ``metrics.jsonl`` once more, as TensorBoard scalars."""
+"""Log of the records of ``metrics.jsonl`` as TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ EVENTS = "events.out.tfevents.*"
 
 
 class ScalarLog:
-    """Writes each number of a record under its name (TensorBoard makes ``recall_1`` of ``recall@1``), by step.
+    """A TensorBoard log with one scalar per metric. TensorBoard shows the name ``recall@1`` as ``recall_1``.
 
     Args:
-        folder: the run's, so that ``tensorboard --logdir runs`` names it by its folder.
-        records: those of the run so far. They are written again in place of earlier event files, which may hold steps
-            that a resumed run repeats.
+        folder: Run folder, so that ``tensorboard --logdir runs`` shows the name of the folder.
+        records: Existing records of the run. They are written again and replace earlier event files, which may have
+            steps that a resumed run repeats.
     """
 
     def __init__(self, folder: Path, records: Iterable[Mapping[str, Any]]) -> None:
@@ -23,12 +23,12 @@ class ScalarLog:
 
         for path in folder.glob(EVENTS):
             path.unlink()
-        self._writer = SummaryWriter(str(folder), purge_step=0)  # a TensorBoard that looks on forgets what it read
+        self._writer = SummaryWriter(str(folder), purge_step=0)  # a running TensorBoard discards what it has read
         for record in records:
             self.log(record)
 
     def log(self, record: Mapping[str, Any]) -> None:
-        """Adds a record; what is not a number is left out. The baselines, which have no step, stand at step 0."""
+        """Log the numbers of a record, at step 0 if the record has no step (as the baselines)."""
         step = record.get("step", 0)
         for name, value in record.items():
             if name != "step" and isinstance(value, int | float):
@@ -36,5 +36,5 @@ class ScalarLog:
         self._writer.flush()
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._writer.close()

@@ -1,1 +1,1 @@
-"""Training."""
+"""Training of runs."""

@@ -1,7 +1,7 @@
-"""A training step as one CUDA graph: the host launches one graph in place of some thousand kernels.
+"""Training step that is captured as a CUDA graph, which replaces some thousand kernel launches by one launch.
 
-A graph repeats the recorded kernels on the recorded addresses. So the views live in tensors of this module, which each
-step fills, and the learning rate is a tensor that the trainer writes.
+A graph replays the captured kernels on the captured addresses. Each call therefore copies the batch to static tensors,
+and the learning rate is a tensor that the trainer updates.
 """
 
 from __future__ import annotations
@@ -11,23 +11,24 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-WARM_UP = 3  # eager steps before the capture: libraries choose kernels, the optimiser makes its state
+WARM_UP = 3  # eager steps before the capture, in which libraries select kernels and the optimizer creates its state
 
 
 class GraphedStep:
-    """A step that runs eagerly ``WARM_UP`` times, is captured, and is replayed from then on.
+    """A step that runs eagerly ``WARM_UP`` times and is then captured and replayed.
 
-    Every call trains: the warm-up steps are steps of the run, and the capture itself executes nothing.
+    Each call is a step of the training. The capture itself executes no kernels and is followed by a replay.
 
     Args:
-        step: forward, backward and optimiser step of (views, labels); returns the loss. It must not wait for the
-            device, and it must read and write tensors that stay where they are.
+        step: Function of (views, labels) that performs the forward pass, the backward pass and the optimizer step, and
+            returns the loss. It must not synchronize the host with the device, and the addresses of the tensors that
+            it reads and writes must not change.
 
     Attributes:
-        replays: replays of the graph; the owner may set it to 0.
+        replays: Number of replays of the graph. The caller may reset it to 0.
 
     Raises:
-        RuntimeError: at the call that captures, if the step does something that a graph cannot hold.
+        RuntimeError: The call that captures the step encounters an operation that a graph does not support.
     """
 
     def __init__(self, step: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> None:
@@ -37,21 +38,21 @@ class GraphedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Run one step and return its loss. Batches must have the shapes of the first call."""
+        """Perform one step and return its loss. The shapes of all batches must be equal."""
         if self.graph is None and self.calls < WARM_UP:
             self.calls += 1
             return self._eager(views, labels)
         if self.graph is None:
             self._capture(views, labels)
         assert self.graph is not None
-        for own, given in zip((*self.views, self.labels), (*views, labels), strict=True):
-            own.copy_(given)
+        for static, value in zip((*self.views, self.labels), (*views, labels), strict=True):
+            static.copy_(value)
         self.graph.replay()
         self.replays += 1
         return self.loss.clone()
 
     def _eager(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Run the step on the stream of the capture, as torch asks for before a capture."""
+        """Run the step on the stream of the capture, which torch requires for the warm-up."""
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             loss = self.step(views, labels)

@@ -1,4 +1,4 @@
-"""Means over an epoch, kept on the device until they are asked for."""
+"""Means and maxima over an epoch, accumulated on the device."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch import Tensor
 
 
 class MetricAccumulator:
-    """Sums, counts and maxima of named values over an epoch, and the seconds that its training took."""
+    """Accumulator of named values over an epoch, and of the training time in seconds.
+
+    Args:
+        device: Device of the values.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -21,35 +25,41 @@ class MetricAccumulator:
         self._since: float | None = None
 
     def start(self) -> None:
-        """Start the clock: the caller begins, or goes on, to train."""
+        """Start the clock, at the start of the training or after it was resumed."""
         self._since = time.perf_counter()
 
     def add(self, name: str, value: Tensor) -> None:
-        """Count a value towards the mean of that name."""
+        """Add a value to the mean of a name. Does not synchronize the host with the device."""
         self.sums[name] = self.sums.get(name, 0) + value.detach().double()
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def add_maximum(self, name: str, value: Tensor) -> None:
-        """Keep the largest value of that name."""
+        """Update the maximum of a name. Does not synchronize the host with the device."""
         self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
 
     def mean(self, name: str) -> float:
-        """Return the mean of the values so far; waits for the device."""
+        """Return the mean of the values of a name. Synchronizes the host with the device."""
         return (self.sums[name] / self.counts[name]).item()
 
     def record(self, batch_size: int) -> dict[str, float]:
-        """Return all means and maxima, and images a second of training; waits for the device."""
+        """Return all means and maxima, and the training speed in images per second.
+
+        Synchronizes the host with the device.
+
+        Args:
+            batch_size: Number of images per step.
+        """
         values = {name: self.mean(name) for name in self.sums} | {name: m.item() for name, m in self.maxima.items()}
         if seconds := self._elapsed():
             values["images_per_second"] = self.counts["loss"] * batch_size / seconds
         return values
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what a checkpoint in the middle of an epoch needs."""
+        """Return the state, for a checkpoint within an epoch."""
         return {"sums": self.sums, "counts": self.counts, "maxima": self.maxima, "seconds": self._elapsed()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the sums of a checkpoint."""
+        """Restore the state of a checkpoint."""
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         self.maxima = {name: value.to(self.device) for name, value in state["maxima"].items()}
         self.counts, self.seconds = dict(state["counts"]), state["seconds"]

@@ -1,4 +1,4 @@
-"""The optimizer, and the learning rate as a function of the position in a run, without state."""
+"""Optimizer, and the learning rate as a function of the position in a run."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from selfsup_xbn.config.schema import Config
 
 
 def learning_rate(config: Config, epoch: int, fraction: float) -> float:
-    """Learning rate in an epoch counted from 0, ``fraction`` of it done.
+    """Return the learning rate of a step.
 
-    It changes from epoch to epoch (cosine to 0 over the run, or a step every ``step_epochs``), and from step to
-    step while it warms up.
+    The learning rate increases with every step during the warm-up and is constant within an epoch afterwards.
+
+    Args:
+        config: Configuration of the run.
+        epoch: Index of the epoch, from 0.
+        fraction: Completed fraction of the epoch, in [0, 1).
     """
     if epoch + fraction < config.warmup_epochs:
         return config.lr * (epoch + fraction) / config.warmup_epochs
@@ -27,9 +31,13 @@ def learning_rate(config: Config, epoch: int, fraction: float) -> float:
 
 
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
-    """Return SGD or AdamW over the parameters that are trained.
+    """Return the SGD or AdamW optimizer of the parameters that require gradients.
 
-    On CUDA one kernel updates all parameters, and the learning rate is a tensor, which a CUDA graph can follow.
+    On CUDA the optimizer is fused, and the learning rate is a tensor, so that a CUDA graph can capture the step.
+
+    Args:
+        config: Configuration of the run.
+        module: Module to train.
     """
     parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
     cuda = parameters[0].is_cuda

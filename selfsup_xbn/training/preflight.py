@@ -1,6 +1,6 @@
-"""What a queue may not be: larger than the memory that is free; and what is worth a word about its size.
+"""Checks of the sizes of batch and queue before the training.
 
-Axis legend: M queue rows, D dimensions, N training images, B batch.
+Axis legend: M queue rows, D embedding dimension, N training images, B batch.
 """
 
 from __future__ import annotations
@@ -15,52 +15,66 @@ from selfsup_xbn.utils.distributed import world
 
 
 def check_sizes(config: Config, images: int) -> None:
-    """Check that batch and queue fit the training set, and that the processes can share a batch.
+    """Check that batch and queue fit the training set, and that a batch can be split over the processes.
+
+    Args:
+        config: Configuration of the run.
+        images: Number of training images.
 
     Raises:
-        UserError: naming the option, its value and the limit.
+        UserError: A size is invalid. The message states the option, its value and the limit.
     """
     if config.batch_size < 2 * world():
         raise UserError(
-            f"--batch-size {config.batch_size} leaves some of {world()} processes fewer than 2 images; "
-            f"give at least {2 * world()}"
+            f"--batch-size: expected at least {2 * world()}, 2 images for each of {world()} processes, "
+            f"got {config.batch_size}"
         )
     if config.bn_splits > 1 and config.bn_splits % world():
         raise UserError(
-            f"--bn-splits {config.bn_splits} cannot be shared by {world()} processes; give a multiple of them, or 1"
+            f"--bn-splits: expected 1 or a multiple of the number of processes, {world()}, got {config.bn_splits}"
         )
     if config.batch_size > images:
         raise UserError(
-            f"--batch-size {config.batch_size} is more than the {images} training images; give at most {images}"
+            f"--batch-size: expected at most the number of training images, {images}, got {config.batch_size}"
         )
     queue_size = queue_rows(config, images)
     if queue_size > images:
-        raise UserError(f"--queue-size {queue_size} is more than the {images} training images; give at most {images}")
+        raise UserError(f"--queue-size: expected at most the number of training images, {images}, got {queue_size}")
 
 
 def check_memory(config: Config, images: int, device: torch.device) -> None:
-    """Refuses, before it is allocated, a queue that does not fit into the device's free memory.
+    """Check that the queue fits into the free memory of the device.
+
+    Args:
+        config: Configuration of the run.
+        images: Number of training images.
+        device: Device of the queue.
 
     Raises:
-        UserError: naming the bytes that it takes, those that are free, and what to change.
+        UserError: The queue does not fit. The message states the required and the free bytes.
     """
     needed, free = queue_bytes(config, images), free_bytes(device)
     if needed > free:
         raise UserError(
-            f"--queue-size: {queue_rows(config, images):,} rows of {config.dim:,} dimensions take {needed:,} bytes and "
-            f"{device} has {free:,} free: give a smaller --queue-size or --dim, or --queue-dtype bfloat16"
+            f"--queue-size: {queue_rows(config, images):,} rows of {config.dim:,} dimensions require {needed:,} bytes, "
+            f"but {device} has {free:,} free: reduce --queue-size or --dim, or use --queue-dtype bfloat16"
         )
 
 
 def queue_bytes(config: Config, images: int) -> int:
-    """Bytes of the rows, their labels, and the moments of a queue for so many training images."""
+    """Return the size in bytes of the rows, the labels and the moments of the queue.
+
+    Args:
+        config: Configuration of the run.
+        images: Number of training images.
+    """
     rows, itemsize = queue_rows(config, images), getattr(torch, config.queue_dtype).itemsize
     labels = 8 * rows if config.labelled else 0
     return rows * config.dim * itemsize + labels + 4 * 8 * config.dim if rows else 0
 
 
 def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated on a CUDA device, or in this machine's memory."""
+    """Return the free memory in bytes of a CUDA device, or of the machine for any other device."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -72,26 +86,41 @@ def free_bytes(device: torch.device) -> int:
 
 
 def queue_note(config: Config, images: int) -> str:
-    """A line on a queue of more than N - B rows, "" for a smaller one.
+    """Return a note on a queue of more than N - B rows, or ``""`` for a smaller queue.
 
-    In no step of a later epoch is such a queue free of rows of the epoch before, so that anchors meet themselves.
+    At every step after the first epoch such a queue has rows of the previous epoch, some of which are embeddings of the
+    images in the batch.
+
+    Args:
+        config: Configuration of the run.
+        images: Number of training images N.
     """
     rows = queue_rows(config, images)
     if rows <= images - config.batch_size:
         return ""
-    share = self_meetings(rows, images, config.batch_size)
-    itself = "as a positive" if config.labelled else "as a negative"
+    share = self_match_fraction(rows, images, config.batch_size)
+    role = "positive" if config.labelled else "negative"
     return (
-        f"note: a queue of {rows:,} rows is more than the {images:,} training images less a batch: from the second "
-        f"epoch on about {share:.0%} of the anchors meet their own image's last row {itself}; half the --queue-size "
-        "makes it a quarter of that"
+        f"note: a queue of {rows:,} rows is larger than the {images:,} training images minus one batch: from the "
+        f"second epoch on, about {share:.0%} of the anchors have their own image from the previous epoch as a {role}; "
+        "half the --queue-size reduces this to a quarter"
     )
 
 
-def self_meetings(rows: int, images: int, batch_size: int) -> float:
-    """Share of the anchors of an epoch, the first one apart, whose image's row of the epoch before is in the queue.
+def self_match_fraction(rows: int, images: int, batch_size: int) -> float:
+    """Return the fraction of anchors whose own image is in the queue with an embedding of the previous epoch.
 
-    Step t has (t + 1) B rows of its own epoch, and of the last one M - (t + 1) B, drawn from all N images.
+    At step t of any epoch after the first one, the queue has (t + 1) B rows of the current epoch. The other
+    M - (t + 1) B rows are of the previous epoch and belong to a random subset of the N images.
+
+    Args:
+        rows: Number of rows M in the queue.
+        images: Number of training images N.
+        batch_size: Number of images B per step.
+
+    Example:
+        >>> self_match_fraction(rows=8, images=8, batch_size=4)
+        0.25
     """
     steps = images // batch_size
     return sum(max(0, rows - (step + 1) * batch_size) for step in range(steps)) / (images * steps)

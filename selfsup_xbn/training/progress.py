@@ -1,4 +1,4 @@
-"""What a person sees of a run: a bar on a terminal, a line an epoch in a pipe."""
+"""Progress of a run: a bar on a terminal, and a line per epoch."""
 
 from __future__ import annotations
 
@@ -12,37 +12,48 @@ from selfsup_xbn.evaluation.summary import progress_text
 
 
 class Progress:
-    """Shows ``total`` steps of which ``done`` were made by an earlier process."""
+    """A progress bar on a terminal, and a line per epoch on standard output.
+
+    Args:
+        total: Number of steps of the run.
+        done: Number of steps that were done before this process started.
+    """
 
     def __init__(self, total: int, done: int) -> None:
-        self.total, self.done, self.first = total, done, done
-        self.started = self.shown = time.monotonic()
+        self.total, self.done, self.initial = total, done, done
+        self.started = self.updated = time.monotonic()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
 
     def step(self) -> bool:
-        """Counts a step. True about once a second: the time to look at what the device has made."""
+        """Count a step. Return whether the values beside the bar are due for an update, about once per second."""
         self.done += 1
         self.bar.update()
         now = time.monotonic()
-        due = now - self.shown >= 1
+        due = now - self.updated >= 1
         if due:
-            self.shown = now
+            self.updated = now
         return due
 
-    def look(self, **values: Any) -> None:
-        """Shows values beside the bar."""
+    def show(self, **values: Any) -> None:
+        """Show values beside the bar."""
         self.bar.set_postfix(values)
 
     def epoch(self, epoch: int, epochs: int, record: dict[str, Any]) -> None:
-        """One line for a finished epoch."""
+        """Print the line of a completed epoch, with its metrics and the estimated time left.
+
+        Args:
+            epoch: Number of the epoch, from 1.
+            epochs: Number of epochs of the run.
+            record: Record of the epoch.
+        """
         parts = progress_text(record)
-        seconds_a_step = (time.monotonic() - self.started) / max(1, self.done - self.first)
-        parts.append(_duration(seconds_a_step * (self.total - self.done)))
+        seconds_per_step = (time.monotonic() - self.started) / max(1, self.done - self.initial)
+        parts.append(_duration(seconds_per_step * (self.total - self.done)))
         tqdm.write(f"epoch {epoch:>{len(str(epochs))}}/{epochs}   " + "   ".join(parts) + " left", file=sys.stdout)
         sys.stdout.flush()
 
     def close(self) -> None:
-        """Takes the bar away."""
+        """Close the bar."""
         self.bar.close()
 
 

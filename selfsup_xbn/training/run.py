@@ -1,4 +1,4 @@
-"""A run in memory: its parts, its position, and one step of training."""
+"""State of a run, and one step of its training."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import Method, method_class
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.training import preflight as limits
 from selfsup_xbn.training.cuda_graph import GraphedStep
 from selfsup_xbn.training.metrics import MetricAccumulator
 from selfsup_xbn.training.optimisation import learning_rate, make_optimizer
+from selfsup_xbn.training.preflight import check_memory, check_sizes
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.device import device_of
 from selfsup_xbn.utils.distributed import rank, world
@@ -36,14 +36,26 @@ DRIFT_IMAGES = 128
 
 
 class Run:
-    """All that a run is made of, and its position: ``epoch`` epochs and ``step`` steps of the next one are done."""
+    """Data, method, optimizer and evaluators of a run, and its position.
+
+    Args:
+        config: Configuration of the run.
+
+    Attributes:
+        epoch: Number of completed epochs, including the head epochs.
+        step: Number of completed steps of the current epoch.
+        best: Largest value of the main metric.
+
+    Raises:
+        UserError: The configuration or the data is invalid, or the queue does not fit into the memory.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, device_of(config.device)
-        with distributed.first_goes_first():
+        with distributed.main_process_first():
             self.data = data_of(config)
-        limits.check_sizes(config, len(self.data.train))
-        limits.check_memory(config, len(self.data.train), self.device)
+        check_sizes(config, len(self.data.train))
+        check_memory(config, len(self.data.train), self.device)
         torch.manual_seed(config.seed)
         encoder = initial_encoder(config, self.data.channels, self.data.image_size)
         self.method: Method = method_class(config).from_config(config, encoder, len(self.data.train)).to(self.device)
@@ -76,7 +88,7 @@ class Run:
 
     @property
     def head_stage(self) -> bool:
-        """Whether this epoch trains the head alone."""
+        """Whether the current epoch trains the head only."""
         return self.epoch < self.head_epochs
 
     @property
@@ -87,8 +99,12 @@ class Run:
         return learning_rate(self.config, self.epoch - self.head_epochs, self.step / self.steps)
 
     def train_step(self, batch: Batch) -> None:
-        """One step; nothing here waits for the device."""
-        if rank() > 0:  # other dropout on each; process 0 draws from the stream that the checkpoint holds
+        """Perform one training step. Does not synchronize the host with the device.
+
+        Args:
+            batch: Views and labels of the batch, or of the shard of this process.
+        """
+        if rank() > 0:  # for different dropout masks; rank 0 uses the state of the checkpoint
             torch.manual_seed(seed_for(self.config.seed, rank(), self.epoch, self.step))
         for group in self.optimizer.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -108,7 +124,7 @@ class Run:
             self._measure()
 
     def _step(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """Forward pass, backward pass and optimiser step of one batch; returns the loss."""
+        """Perform the forward pass, the backward pass and the optimizer step, and return the loss."""
         self.optimizer.zero_grad()
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
@@ -116,27 +132,30 @@ class Run:
             loss = self._loss(views, labels)
         loss.backward()
         if world() > 1:
-            self._share()
+            self._reduce_gradients()
         self.optimizer.step()
         return loss.detach()
 
     def _graphed(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        """``_step`` from a CUDA graph; eagerly from then on, with a warning, if the step cannot be captured."""
+        """Perform ``_step`` as a CUDA graph. If the capture fails, warn and run all further steps eagerly."""
         assert self.graphed is not None
         try:
             loss = self.graphed(views, labels)
         except RuntimeError as error:
             self.graphed = None
-            warnings.warn(f"the step runs without a CUDA graph: {str(error).splitlines()[0]}", stacklevel=2)
+            warnings.warn(
+                f"cannot capture the training step as a CUDA graph, continuing without: {str(error).splitlines()[0]}",
+                stacklevel=2,
+            )
             return self._step(views, labels)
         queue = self.method.queue
         if queue is not None and self.graphed.replays * len(labels) >= queue.size:
-            queue.refresh()  # a graph cannot decide to
+            queue.refresh()  # a graph has no control flow
             self.graphed.replays = 0
         return loss
 
     def _graph(self) -> GraphedStep | None:
-        """The step as a CUDA graph, where the device, the method and the settings allow one."""
+        """Return the step as a CUDA graph, or ``None`` if device, method or configuration rule it out."""
         allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1
         return GraphedStep(self._step) if allowed and self.method.capturable else None
 
@@ -146,19 +165,19 @@ class Run:
         step = (self.epoch - self.head_epochs) * self.steps + self.step
         return self.method(views, labels, step, self.config.epochs * self.steps)
 
-    def _share(self) -> None:
-        """Makes the gradients those of the whole batch, and running statistics the mean over the processes."""
+    def _reduce_gradients(self) -> None:
+        """Sum the gradients over the processes, and average the running statistics of BatchNorm."""
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         distributed.reduce_([parameter.grad for parameter in trained if parameter.grad is not None], self.statistics)
 
     def _measure(self) -> None:
-        """Drift over the last step (Eq. 5), and what adapting made of the gap between queue and batch."""
+        """Record the drift of the last step (Eq. 5), and the moment gaps before and after the adaptation."""
         drift = self.drift.update()
         assert drift is not None
         self.meter.add("drift", drift.mean)
         self.meter.add_maximum("drift_max", drift.maximum)
         record = None if self.method.queue is None else self.method.queue.record
-        if record is not None and self.epoch + self.step > 1:  # the very first step meets an empty queue
+        if record is not None and self.epoch + self.step > 1:  # the queue is empty at the first step of the run
             for when, moments in (("before", record.before), ("after", record.after)):
                 gap = moment_gap(moments, record.batch)
                 self.meter.add(f"gap_mean_{when}", gap.mean)
@@ -171,24 +190,29 @@ class Run:
         return make_optimizer(self.config, self.method)
 
     def mean_loss(self) -> float:
-        """Return the mean loss of the epoch so far. Waits for the device.
+        """Return the mean loss of the current epoch. Synchronizes the host with the device.
 
         Raises:
-            Diverged: it is not finite, or a weight is not (a mined loss of NaN embeddings has no pairs, and is 0).
+            Diverged: The loss or a weight is not finite. With a miner the loss of NaN embeddings is 0.
         """
         loss = self.meter.mean("loss")
         if not math.isfinite(loss) or not all(weight.isfinite().all() for weight in self.method.encoder.parameters()):
             last = Path(self.config.run_folder) / checkpoint.NAME
-            kept = f"the last good state is {last}" if last.exists() else "no checkpoint was written yet"
+            saved = f"the last checkpoint is {last}" if last.exists() else "there is no checkpoint"
             raise Diverged(
-                f"loss {loss}, or weights that are not finite, at epoch {self.epoch}, step {self.step}, "
-                f"learning rate {self.lr:.3g}; {kept}; "
-                "try a smaller --lr, --warmup-epochs, or --precision fp32"
+                f"expected a finite loss and finite weights, got loss {loss} at epoch {self.epoch}, step {self.step}, "
+                f"learning rate {self.lr:.3g}; {saved}; try a smaller --lr, --warmup-epochs, or --precision fp32"
             )
         return loss
 
     def end_epoch(self) -> dict[str, Any]:
-        """The record of the epoch that is done: means, the queue's state, and an evaluation where one is due."""
+        """Complete the epoch and return its record.
+
+        The record has the means of the epoch, the state of the queue and, if it is due, an evaluation.
+
+        Raises:
+            Diverged: The loss or a weight is not finite, or the encoder cannot be evaluated.
+        """
         self.mean_loss()
         record: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": self.lr}
         record |= self.meter.record(self.config.batch_size) | _queue_record(self.method.queue)
@@ -200,12 +224,12 @@ class Run:
         if self.epoch == self.epochs or (every and self.epoch % every == 0):
             try:
                 record |= self._evaluate()
-            except UserError as error:  # the same evaluation went well before training
+            except UserError as error:  # the same evaluation succeeded before the training
                 raise Diverged(f"the encoder cannot be evaluated after epoch {self.epoch}: {error}") from error
         return record
 
     def is_best(self, record: dict[str, Any]) -> bool:
-        """Whether the record's evaluation, if it has one, is the best so far; remember it."""
+        """Return whether the record has a new best value of the main metric, and store that value."""
         main = self.evaluator.main if self.validator is None else f"{self.evaluator.main}_validation"
         value = record.get(main, -math.inf)
         better = value > self.best
@@ -213,19 +237,19 @@ class Run:
         return better
 
     def baselines(self) -> dict[str, float]:
-        """Return the values of raw pixels and of the untrained encoder."""
+        """Return the metrics of raw pixels and of the untrained encoder, in percent."""
         return baselines(self.evaluator, self.method.encoder) | self._validate()
 
     def _evaluate(self) -> dict[str, float]:
         return self.evaluator.encoder(self.method.encoder) | self._validate()
 
     def _validate(self) -> dict[str, float]:
-        """Return the values on the held-out training classes, as ``NAME_validation``, if there are any."""
+        """Return the metrics on the held-out training classes, if there are any, as ``NAME_validation``."""
         values = {} if self.validator is None else self.validator.encoder(self.method.encoder)
         return {f"{name}_validation": value for name, value in values.items()}
 
     def state_dict(self) -> dict[str, Any]:
-        """All that going on needs."""
+        """Return the state of a checkpoint."""
         return {
             "config": resolved(self.config),
             "network": {"channels": self.data.channels, "image_size": self.data.image_size},
@@ -240,25 +264,23 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from there.
+        """Restore the state of a checkpoint.
 
         Raises:
-            UserError: the checkpoint is of another configuration.
+            UserError: The checkpoint has another configuration or does not fit the run.
         """
-        if found := differences(from_resolved(state["config"]), self.config):
-            raise UserError(f"the checkpoint is of another configuration ({found[0]}): drop the option")
+        if changes := differences(from_resolved(state["config"]), self.config):
+            raise UserError(f"the checkpoint has another configuration ({changes[0]}): remove the option")
         try:
             self._restore(state)
-        except Exception as error:  # values of another version make torch raise nearly anything
+        except Exception as error:  # invalid states make torch raise exceptions of many types
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(
-                f"the checkpoint does not fit this run, it is damaged or of another version: {reason}"
-            ) from None
+            raise UserError(f"the checkpoint does not fit this run (damaged or of another version): {reason}") from None
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.epoch, self.step, self.best = index(state["epoch"]), index(state["step"]), float(state["best"])
         if not (0 <= self.epoch <= self.epochs and 0 <= self.step <= self.steps):
-            raise ValueError(f"epoch {self.epoch}, step {self.step}")
+            raise ValueError(f"got epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}")
         self.method.load_state_dict(state["method"])
         self.optimizer = self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])

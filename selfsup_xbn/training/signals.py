@@ -1,4 +1,4 @@
-"""Stop on a signal, after the current step."""
+"""Handling of the signals that stop a run after the current step."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """A list that gets the number of a SIGTERM or SIGINT; a second one ends the process at once."""
+    """Collect the first SIGTERM or SIGINT instead of ending the process. A second signal ends the process.
+
+    Outside of the main thread no signal is handled.
+
+    Yields:
+        List that receives the number of the signal.
+    """
     received: list[int] = []
 
-    def note(number: int, frame: object) -> None:
+    def handle(number: int, frame: object) -> None:
         if received:
             signal.signal(number, signal.SIG_DFL)
             signal.raise_signal(number)
@@ -22,9 +28,9 @@ def stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield received
     finally:
-        for number, handler in before.items():
+        for number, handler in previous.items():
             signal.signal(number, handler)

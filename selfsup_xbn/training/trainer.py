@@ -1,4 +1,4 @@
-"""The training loop, the same for every method: data, step, measurement, checkpoint."""
+"""Training loop of all methods."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, check_folder
-from selfsup_xbn.training import preflight as limits
+from selfsup_xbn.training.preflight import queue_note
 from selfsup_xbn.training.progress import Progress
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
@@ -22,17 +22,25 @@ from selfsup_xbn.utils.distributed import rank
 
 
 def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Run | None:
-    """Train as ``config`` says. Return the run that is done; None on all processes but the first.
+    """Train a run.
 
-    Nothing is written before folder, data and sizes were found in order. A resumed run goes on from its last
-    checkpoint and ends, on a CPU, bit for bit where it would have ended without the interruption. Of several
-    processes that torchrun started, all must see the folder, which the first of them writes.
+    Folder, data and sizes are checked before anything is written. A resumed run continues from its last checkpoint. On
+    a CPU its results are bitwise equal to those of an uninterrupted run. All processes of a distributed run must have
+    access to the run folder, which the first process writes.
+
+    Args:
+        config: Configuration of the run.
+        resume: Whether to continue from the last checkpoint in the run folder, if there is one.
+        overwrite: Whether to replace an existing run.
+
+    Returns:
+        The completed run, or ``None`` on all processes but the first.
 
     Raises:
-        UserError: the input is wrong.
-        Diverged: the loss is no longer finite.
-        ProcessLost: another process of the run ended, or did not answer in time.
-        Interrupted: SIGTERM or SIGINT came; the run saved itself and can be resumed.
+        UserError: The configuration, the data or the run folder is invalid.
+        Diverged: The loss or a weight is not finite.
+        ProcessLost: Another process of the run ended or timed out.
+        Interrupted: The run received SIGTERM or SIGINT and wrote a checkpoint.
     """
     folder = Path(config.run_folder)
     with distributed.process_group(config.timeout) as first:
@@ -46,23 +54,23 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Ru
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
         run.load_state_dict(state)
-    notes = [*run.data.notes, limits.queue_note(config, len(run.data.train))]
+    notes = [*run.data.notes, queue_note(config, len(run.data.train))]
     print(*filter(None, notes), sep="\n", end="\n" * any(notes))
-    before = {} if state else run.baselines()  # what cannot be evaluated is found here, before anything is replaced
-    distributed.wait_for_all()  # all have read the folder
-    with stop_signals() as asked_to_stop, contextlib.ExitStack() as stack:
+    baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
+    distributed.wait_for_all()  # until all processes have read the folder
+    with stop_signals() as signals, contextlib.ExitStack() as stack:
         log = None
         if rank() == 0:
             log = RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)
             stack.callback(log.close)
             if not state:
-                log.log({"epoch": 0, **before})
-        _fit(run, log, asked_to_stop)
+                log.log({"epoch": 0, **baselines})
+        _fit(run, log, signals)
     return run
 
 
-def _fit(run: Run, log: RunFolder | None, asked_to_stop: list[int]) -> None:
-    """Trains to the end. The process that is given a log keeps it and the checkpoints."""
+def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
+    """Train until the last epoch. The process that has a log writes the log and the checkpoints."""
     config, any_process = run.config, distributed.AnyProcess()
     save_epochs, save_seconds = parse_save_interval(config.save_every)
     saved = time.monotonic()
@@ -73,14 +81,14 @@ def _fit(run: Run, log: RunFolder | None, asked_to_stop: list[int]) -> None:
             for batch in run.batches.epoch(run.epoch, start=run.step):
                 run.train_step(batch)
                 if progress.step():
-                    progress.look(loss=f"{run.mean_loss():.3f}", lr=f"{run.lr:.2g}")
+                    progress.show(loss=f"{run.mean_loss():.3f}", lr=f"{run.lr:.2g}")
                 if save_seconds and time.monotonic() - saved >= save_seconds:
-                    _save_good(run, log)
+                    _save_if_finite(run, log)
                     saved = time.monotonic()
-                if any_process(bool(asked_to_stop)):
-                    _save_good(run, log)
+                if any_process(bool(signals)):
+                    _save_if_finite(run, log)
                     distributed.wait_for_all()
-                    raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; go on with --resume")
+                    raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; continue with --resume")
             record = run.end_epoch()
             if not log:
                 continue
@@ -94,8 +102,12 @@ def _fit(run: Run, log: RunFolder | None, asked_to_stop: list[int]) -> None:
                 _save(run, log)
 
 
-def _save_good(run: Run, log: RunFolder | None) -> None:
-    """Saves in the middle of an epoch, unless the run has diverged: the last good checkpoint stays."""
+def _save_if_finite(run: Run, log: RunFolder | None) -> None:
+    """Save a checkpoint within an epoch, unless the run has diverged.
+
+    Raises:
+        Diverged: The loss or a weight is not finite. The last checkpoint is kept.
+    """
     if log:
         run.mean_loss()
         _save(run, log)

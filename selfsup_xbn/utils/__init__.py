@@ -1,1 +1,1 @@
-"""Utils."""
+"""Utilities without dependencies on other subpackages."""

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: a process may be killed, or the disk be full, at any moment."""
+"""Atomic replacement of files, which is safe if the process is killed or the disk is full."""
 
 from __future__ import annotations
 
@@ -11,21 +11,28 @@ from typing import Any, BinaryIO
 from selfsup_xbn.errors import UserError
 
 TEMPORARY = ".tmp"
-RESUME = "make room there, and go on with --resume"
-"""What to do about a file of a run that cannot be written."""
+RESUME = "free disk space, and continue with --resume"
+"""Remedy in the error message for a file of a run that could not be written."""
 
 
 @contextmanager
-def replacing(path: Path, cure: str = RESUME) -> Iterator[BinaryIO]:
-    """A new file, open for writing and reading, that takes the place of ``path`` once all of it is on the disk.
+def replacing(path: Path, remedy: str = RESUME) -> Iterator[BinaryIO]:
+    """Open a new file that replaces ``path`` when the block ends without an exception.
 
-    A reader of ``path`` finds the old file or the new one, even after the writing process was killed.
+    Readers of ``path`` always see the complete old file or the complete new file.
+
+    Args:
+        path: File to replace.
+        remedy: How to mend an error, for the error message.
+
+    Yields:
+        New file, open for writing and reading.
 
     Raises:
-        UserError: it cannot be written, with the cure; the old file is as it was, and nothing is left beside it.
+        UserError: The file could not be written. The old file is unchanged, and the new file is deleted.
     """
     temporary = path.with_name(path.name + TEMPORARY)
-    with writing(path, cure):
+    with writing(path, remedy):
         try:
             with open(temporary, "w+b") as file:
                 yield file
@@ -38,10 +45,14 @@ def replacing(path: Path, cure: str = RESUME) -> Iterator[BinaryIO]:
 
 
 def save(state: Any, file: BinaryIO) -> None:
-    """``torch.save``, whose writer hides the file's own complaint.
+    """Save a state with ``torch.save``, and raise the ``OSError`` that ``torch.save`` hides in a ``RuntimeError``.
+
+    Args:
+        state: Object to save.
+        file: File to write to.
 
     Raises:
-        OSError: the file's.
+        OSError: The file could not be written.
     """
     import torch
 
@@ -52,26 +63,30 @@ def save(state: Any, file: BinaryIO) -> None:
 
 
 @contextmanager
-def writing(path: Path, cure: str = RESUME) -> Iterator[None]:
-    """Within, an error of the file system is a fault of one line that names ``path`` and the cure.
+def writing(path: Path, remedy: str = RESUME) -> Iterator[None]:
+    """Convert an ``OSError`` of the block to a ``UserError`` of one line.
+
+    Args:
+        path: File that the block writes.
+        remedy: How to mend an error, for the error message.
 
     Raises:
-        UserError: there was one.
+        UserError: The block raised an ``OSError``.
     """
     try:
         yield
     except OSError as error:
-        raise UserError(f"cannot write {path} ({error.strerror or error}): {cure}") from None
+        raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}") from None
 
 
 def sync(file: BinaryIO) -> None:
-    """Waits until what was written is on the disk."""
+    """Flush a file to the disk."""
     file.flush()
     os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Waits until new names in the folder are on the disk; a system that cannot do that is left alone."""
+    """Flush the entries of a directory to the disk, if the system supports it."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
         try:

@@ -1,4 +1,4 @@
-"""The device that a run computes on."""
+"""Selection of the device."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from selfsup_xbn.utils.distributed import launched, local_rank
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name; ``"auto"`` is CUDA where there is one, else the CPU.
+    """Return the device with a name.
 
-    Of several processes that torchrun started on a machine, each has the CUDA device of its local rank, which becomes
-    torch's current one.
+    In a distributed run each process gets the CUDA device of its local rank, which becomes the current device.
+
+    Args:
+        name: ``"cpu"``, ``"cuda"``, ``"cuda:N"``, or ``"auto"`` for CUDA if available and the CPU otherwise.
 
     Raises:
-        UserError: no such device, or not on this machine, or one without float64, which the queue's moments need.
+        UserError: The name is invalid, the device does not exist, or it is neither a CPU nor a CUDA device. The moments
+            of the queue require float64, which other devices lack.
     """
     try:
         device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
@@ -25,10 +28,12 @@ def device_of(name: str) -> torch.device:
         raise UserError(f"--device: expected auto, cpu, cuda or cuda:N, got {name!r}")
     if device.type == "cuda" and launched() > 1:
         if device.index is not None:
-            raise UserError(f"--device {name}: each of {launched()} processes takes its own device; give cuda")
+            raise UserError(
+                f"--device: expected cuda in a run of {launched()} processes, which use one device each, got {name}"
+            )
         device = torch.device("cuda", local_rank())
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; try --device cpu")
+        raise UserError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices: use --device cpu")
     if device.type == "cuda" and launched() > 1:
         torch.cuda.set_device(device)
     return device

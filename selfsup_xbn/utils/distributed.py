@@ -1,19 +1,19 @@
-"""Several processes that train as one: torch.distributed, under torchrun, as far as a run needs it.
+"""Distributed training with torch.distributed under torchrun.
 
-Each process embeds its shard of a batch. The embeddings are gathered in the order of the ranks, with the gradient of a
-process's own rows, and every process computes the queue's step and the loss of the whole batch. So queue, loss and
-log are the same on all, whatever the loss is and however it counts its pairs. The price is that each process scores
-B anchors and not B / n, which is little beside an encoder. What is exchanged are embeddings, gradients and, for MoCo's
-shuffle, one view of each image; labels follow from the sampler's plan, which all know.
+Each process embeds its shard of a batch. The embeddings are gathered in the order of the ranks, with the gradient of
+the rows of the process itself, and every process computes the queue update and the loss of the whole batch. Queue,
+loss and log are therefore the same on all processes for every loss. The cost is that each process scores B instead of
+B / n anchors, which is small compared with the encoder. Embeddings and gradients are exchanged and, for the shuffle of
+MoCo, one view of each image. Labels follow from the sampler, which is the same on all processes.
 
-Gradients are summed in one all-reduce of one flat tensor, which carries BatchNorm's running statistics too.
-DistributedDataParallel would overlap it with the backward pass, but takes the mean where a sum is meant, needs other
-flags for the stage that trains the head alone and for parameters without gradient, and rebuilds its buckets after the
-first step, so that a run that resumes would add floats in another order.
+Gradients are summed by one all-reduce of one flat tensor, which includes the running statistics of BatchNorm.
+DistributedDataParallel is not used although it overlaps communication with the backward pass: it averages instead of
+summing, requires different flags for the head epochs and for parameters without gradients, and rebuilds its buckets
+after the first step, which changes the order of summation in a resumed run.
 
-In one process nothing here does anything.
+In a single process the functions of this module have no effect.
 
-Axis legend: b rows of one process, B rows of all.
+Axis legend: b rows of one process, B rows of all processes.
 """
 
 from __future__ import annotations
@@ -32,45 +32,64 @@ from selfsup_xbn.errors import ProcessLost
 
 
 def world() -> int:
-    """Number of processes."""
+    """Return the number of processes."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
-    """Number of this process, from 0; 0 alone writes and prints."""
+    """Return the rank of this process. Only rank 0 writes files and prints."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
 def launched() -> int:
-    """Number of processes that torchrun started, whether or not they have met."""
+    """Return the number of processes that torchrun started. No process group is required."""
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
 def local_rank() -> int:
-    """Number of this process among those of its machine."""
+    """Return the rank of this process on its machine."""
     return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def shard_slice(total: int, shard: tuple[int, int] | None = None) -> slice:
-    """Return this process's shard of ``total`` rows, or that of process ``r`` of ``n``.
+    """Return the slice of the rows that belong to a process.
 
-    Shards are contiguous, in the order of the ranks, and differ by one row at most.
+    Shards are contiguous, in the order of the ranks, and their sizes differ by at most one row.
+
+    Args:
+        total: Number of rows B of all processes.
+        shard: Rank and number of processes, by default those of this process.
+
+    Example:
+        >>> shard_slice(10, (1, 4))
+        slice(2, 5, None)
     """
     r, n = shard or (rank(), world())
     return slice(r * total // n, (r + 1) * total // n)
 
 
 def gather(rows: Shaped[Tensor, "b *rest"], total: int) -> Shaped[Tensor, "B *rest"]:
-    """The ``total`` rows of which each process has its shard, on every process; gradient flows to its own rows."""
+    """Gather the rows of all processes, in the order of the ranks.
+
+    Args:
+        rows: Rows of this process, the shard of ``shard_slice(total)``, [b, ...].
+        total: Number of rows B of all processes.
+
+    Returns:
+        Rows of all processes, [B, ...]. Gradients flow to the rows of this process only.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
     if world() == 1:
         return rows
     shards = [shard_slice(total, (r, world())) for r in range(world())]
     counts = [shard.stop - shard.start for shard in shards]
-    longest = max(counts)  # gloo takes equal numbers of rows
+    longest = max(counts)  # gloo requires equal numbers of rows
     padded = rows.new_zeros(longest, *rows.shape[1:])
     padded[: len(rows)] = rows.detach()
     gathered = rows.new_empty(world() * longest, *rows.shape[1:])
-    # torch 2.14 has a new name for it, and warns of the old one
+    # torch 2.14 renamed the function and deprecated the old name
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     with _peers():
         getattr(dist, name)(gathered, padded)
@@ -80,7 +99,11 @@ def gather(rows: Shaped[Tensor, "b *rest"], total: int) -> Shaped[Tensor, "B *re
 
 
 def from_first(tensor: Tensor) -> Tensor:
-    """The tensor of process 0, in place of this one's."""
+    """Replace a tensor by that of rank 0, in place, and return it.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
     if world() > 1:
         with _peers():
             dist.broadcast(tensor, src=0)
@@ -89,7 +112,15 @@ def from_first(tensor: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reduce_(sums: list[Tensor], means: list[Tensor]) -> None:
-    """Sums some tensors over the processes, averages others, in place."""
+    """Sum and average tensors over the processes, in place.
+
+    Args:
+        sums: Tensors to sum, of any shapes.
+        means: Tensors to average, of any shapes.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
     tensors = [*sums, *means]
     flat = torch.cat([tensor.flatten() for tensor in tensors])
     with _peers():
@@ -100,38 +131,51 @@ def reduce_(sums: list[Tensor], means: list[Tensor]) -> None:
 
 
 class AnyProcess:
-    """Whether any process said yes, which all hear at the same call.
+    """A flag that is true on all processes at the same call if any process has set it.
 
-    What is said at one call is heard at the next: the answers travel on the CPU while a step is computed, so that no
-    device is waited for, and another process only where it is a whole step behind.
+    With several processes a call returns the flags of the previous call. The flags are exchanged on the CPU while a
+    step is computed, so that no process waits for a device, or for a process that is less than one step behind.
     """
 
     def __init__(self) -> None:
-        self._said = torch.zeros(())
-        self._sent: dist.Work | None = None
+        self._flags = torch.zeros(())
+        self._work: dist.Work | None = None
 
-    def __call__(self, yes: bool) -> bool:
+    def __call__(self, flag: bool) -> bool:
+        """Set the flag of this process, and return whether any process has set its flag.
+
+        Raises:
+            ProcessLost: Another process ended or timed out.
+        """
         if world() == 1:
-            return yes
+            return flag
         with _peers():
-            if self._sent:
-                self._sent.wait()
-            heard = bool(self._said)
-            self._said = torch.tensor(float(yes))
-            self._sent = dist.all_reduce(self._said, async_op=True)
-        return heard
+            if self._work:
+                self._work.wait()
+            any_set = bool(self._flags)
+            self._flags = torch.tensor(float(flag))
+            self._work = dist.all_reduce(self._flags, async_op=True)
+        return any_set
 
 
 def wait_for_all() -> None:
-    """Returns when all processes have come here."""
+    """Wait until all processes have called this function.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
     if world() > 1:
         with _peers():
             dist.all_reduce(torch.zeros(()))
 
 
 @contextlib.contextmanager
-def first_goes_first() -> Iterator[None]:
-    """A machine's first process does the block before the others begin: it downloads, they find what they need."""
+def main_process_first() -> Iterator[None]:
+    """Execute the block on the first process of a machine before the others, so that only one process downloads files.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
     if local_rank() > 0:
         wait_for_all()
     yield
@@ -141,40 +185,46 @@ def first_goes_first() -> Iterator[None]:
 
 @contextlib.contextmanager
 def process_group(timeout: int) -> Iterator[bool]:
-    """Brings together the processes that torchrun started; yields whether this is the first of them.
+    """Create the process group of the processes that torchrun started.
 
-    Gloo carries what lies on the CPU, nccl what lies on CUDA devices. An error that leaves the block gets an attribute
-    ``already_reported``: whether another process has reported an error.
+    The backend is gloo for CPU tensors and nccl for CUDA tensors. An exception of the block gets an attribute
+    ``already_reported``: whether another process has raised an exception before.
 
     Args:
-        timeout: seconds that a process waits for the others before it gives up.
+        timeout: Seconds that a process waits for the others.
+
+    Yields:
+        Whether this is the first process.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
     """
     if launched() == 1:
         yield True
         return
-    patience = timedelta(seconds=timeout)
+    limit = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _peers():
-        store, rank, world = next(dist.rendezvous("env://", timeout=patience))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
         yield rank == 0
     except Exception as error:
-        with contextlib.suppress(RuntimeError):  # the store may have gone with its process
+        with contextlib.suppress(RuntimeError):  # the process of the store may have ended
             error.already_reported = store.add("reported", 1) > 1  # type: ignore[attr-defined]
-        raise  # and no farewell: processes that are lost would be waited for
+        raise  # the process group is not destroyed, as this would wait for lost processes
     wait_for_all()
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
 def _peers() -> Iterator[None]:
-    """Raise ProcessLost in place of torch's error when another process is gone."""
+    """Convert the ``RuntimeError`` that torch raises for a lost process to a ``ProcessLost`` of one line."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise ProcessLost(
-            f"another process of the run ended, or did not answer within --timeout ({reason}); "
-            "go on from the last checkpoint with --resume"
+            f"another process of the run ended or did not respond within --timeout ({reason}); "
+            "continue from the last checkpoint with --resume"
         ) from error

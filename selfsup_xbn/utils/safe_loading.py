@@ -1,4 +1,4 @@
-"""Files of ``torch.save``, read without running code."""
+"""Loading of files of ``torch.save`` without executing code."""
 
 from __future__ import annotations
 
@@ -10,11 +10,16 @@ import torch
 
 
 def read_values(path: Path) -> Any:
-    """What ``torch.save`` wrote, on the CPU, as long as it is tensors and plain values; no code in the file is run.
+    """Load a file of ``torch.save`` that has tensors and plain values only, to the CPU.
+
+    Code in the file is not executed.
+
+    Args:
+        path: File to load.
 
     Raises:
-        Exception: nearly any, if the file holds something else.
+        Exception: The file has other content. The type of the exception depends on the content.
     """
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Detected pickle protocol")  # a refusal follows, and is one line
+        warnings.filterwarnings("ignore", "Detected pickle protocol")  # an error follows
         return torch.load(path, map_location="cpu", weights_only=True)

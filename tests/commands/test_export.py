@@ -54,13 +54,15 @@ def test_resnet18_loads_into_torchvisions_as_it_is(tmp_path, capsys):
     close(model(images), encoder.features(images))
     printed = capsys.readouterr().out
     assert "fc.weight [1000, 512], fc.bias [1000]" in printed
-    assert "not the plain" not in printed
+    assert "differs from the plain" not in printed
 
 
 @torch.no_grad()
 def test_resnet_for_small_images_loads_after_the_printed_change(tmp_path):
     encoder = made_run(tmp_path, channels=1, backbone="resnet18-cifar", bn_splits=2)
-    (change,) = [line for line in export_run(tmp_path, "torchvision") if line.startswith("not the plain resnet18")]
+    (change,) = [
+        line for line in export_run(tmp_path, "torchvision") if line.startswith("differs from the plain resnet18")
+    ]
     model = torchvision.models.resnet18()
     exec(change.partition(": ")[2], {"model": model, "torch": torch})
     model.load_state_dict(torch.load(tmp_path / "backbone.pt", weights_only=True))
@@ -71,8 +73,8 @@ def test_resnet_for_small_images_loads_after_the_printed_change(tmp_path):
 
 def test_what_differs_from_torchvisions_model_is_named(tmp_path):
     made_run(tmp_path, channels=1, backbone="shufflenet_v2_x0_5")
-    (difference,) = [line for line in export_run(tmp_path, "torchvision") if "not the plain" in line]
-    assert "conv1.0.weight is [24, 1, 3, 3] in place of [24, 3, 3, 3]" in difference
+    (difference,) = [line for line in export_run(tmp_path, "torchvision") if "differs from the plain" in line]
+    assert "conv1.0.weight is [24, 1, 3, 3] instead of [24, 3, 3, 3]" in difference
 
 
 @torch.no_grad()

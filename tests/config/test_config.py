@@ -54,7 +54,7 @@ def test_missing_option_is_an_error_only_if_it_changes_results(config):
     saved = resolved(config)
     for item in fields(config):
         rest = {name: value for name, value in saved.items() if name != item.name}
-        if item.metadata["affects_results"] and not item.metadata["later"]:
+        if item.metadata["affects_results"] and not item.metadata["added_later"]:
             with pytest.raises(UserError, match=f"'{item.name}'"):
                 from_resolved(rest)
         else:
@@ -111,5 +111,7 @@ def test_save_every_is_epochs_or_minutes():
     "text", ["0", "-1", "1.5", "m", "0m", "-2m", "nanm", "infm", "1e999m", "10 minutes", "", "1h", "9" * 5000]
 )
 def test_save_every_refuses_anything_else(text):
-    with pytest.raises(UserError, match=r"^--save-every: expected epochs from 1 on, or minutes such as 10m, got '"):
+    with pytest.raises(
+        UserError, match=r"^--save-every: expected a positive number of epochs, or of minutes as in 10m, got '"
+    ):
         parse_save_interval(text)

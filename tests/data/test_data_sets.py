@@ -47,7 +47,8 @@ def test_raw_digits_neighbours_are_about_98_percent_right():
 @pytest.mark.parametrize(("spec", "nearest"), [("digit", "digits"), ("cifar-10", "cifar10"), ("foldr:/x", "folder")])
 def test_unknown_data_set_is_refused_with_the_nearest_name(spec, nearest):
     with pytest.raises(
-        UserError, match=rf"no data set '{spec.split(':')[0]}' \(choose from digits, .*cifar10.*did you mean {nearest}"
+        UserError,
+        match=rf"unknown data set '{spec.split(':')[0]}': expected one of digits, .*cifar10.*did you mean {nearest}",
     ):
         load_data(spec)
 

@@ -107,7 +107,7 @@ def test_names_and_instances():
     own = AXBN(r=3.0)
     assert make_adaptation(own).r == 3.0
     with pytest.raises(
-        UserError, match=r"no adaptation 'axbm' \(choose from xbm, xbn, axbn\); did you mean (axbn|xbm)"
+        UserError, match=r"unknown adaptation 'axbm': expected one of xbm, xbn, axbn; did you mean (axbn|xbm)"
     ):
         make_adaptation("axbm")
 

@@ -186,7 +186,7 @@ def test_run_stopped_before_its_first_epoch_has_a_page(runs, tmp_path):
         path.unlink()
     (tmp_path / "run" / "metrics.jsonl").write_text("")
     assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page")]) == 0
-    assert "Nothing was logged as yet" in Page(tmp_path / "page" / "index.html").source
+    assert "No metrics have been logged" in Page(tmp_path / "page" / "index.html").source
 
 
 @pytest.mark.parametrize(

@@ -171,7 +171,9 @@ def count_options(folder: Path) -> int:
     """Return the number of all options if the file has those that every version wrote and that change results."""
     config = RECIPES["sop"]
     names = json.loads((folder / "config.json").read_bytes()).keys()
-    needed = {item.name for item in fields(config) if item.metadata["affects_results"] and not item.metadata["later"]}
+    needed = {
+        item.name for item in fields(config) if item.metadata["affects_results"] and not item.metadata["added_later"]
+    }
     return len(resolved(config)) if needed <= names else 0
 
 

@@ -49,17 +49,17 @@ def test_torch_and_zip_read_checkpoints(tmp_path):
 def test_every_flipped_bit_and_every_cut_is_detected(tmp_path):
     path = saved(tmp_path, 1)
     content, rng = path.read_bytes(), random.Random(0)
-    assert checkpoint.is_whole(path)
+    assert checkpoint.is_intact(path)
     places = [*range(40), *range(len(content) - 120, len(content)), *(rng.randrange(len(content)) for _ in range(300))]
     for place in places:
         damaged = bytearray(content)
         damaged[place] ^= 1 << rng.randrange(8)
         path.write_bytes(damaged)
-        assert not checkpoint.is_whole(path), place
+        assert not checkpoint.is_intact(path), place
         path.write_bytes(content[:place])
-        assert not checkpoint.is_whole(path), place
+        assert not checkpoint.is_intact(path), place
     path.write_bytes(content + b"\0")
-    assert not checkpoint.is_whole(path)
+    assert not checkpoint.is_intact(path)
 
 
 def test_torch_itself_does_not_detect_a_flipped_bit(tmp_path):
@@ -75,10 +75,12 @@ def test_torch_itself_does_not_detect_a_flipped_bit(tmp_path):
 def test_damaged_newest_checkpoint_is_named_and_skipped(tmp_path, how):
     path = saved(tmp_path, 1, 2)
     path.write_bytes(faults.damage(path.read_bytes(), how, random.Random(1))[0])
-    with pytest.warns(UserWarning, match=rf"^{re.escape(str(path))} is damaged .*checkpoint-1.pt is used") as caught:
+    with pytest.warns(
+        UserWarning, match=rf"^{re.escape(str(path))} is damaged .*using checkpoint-1.pt instead$"
+    ) as caught:
         assert checkpoint.load(tmp_path)["epoch"] == 1
     assert len(caught) == 1
-    checkpoint.set_damaged_aside(tmp_path)
+    checkpoint.rename_damaged(tmp_path)
     saved(tmp_path, 3)
     assert names(tmp_path) == ["checkpoint-1.pt", "checkpoint.pt", "checkpoint.pt.damaged"]
     assert [torch.load(tmp_path / name)["epoch"] for name in names(tmp_path)[:2]] == [1, 3]
@@ -93,7 +95,7 @@ def test_missing_newest_checkpoint_is_no_loss(tmp_path):
 
 def test_no_usable_checkpoint_is_an_error(tmp_path):
     (tmp_path / "checkpoint-1.pt").write_bytes(b"")
-    with pytest.raises(UserError, match=r"checkpoint-1.pt is damaged, .*--overwrite$"):
+    with pytest.raises(UserError, match=r"checkpoint-1.pt is damaged .*--overwrite$"):
         checkpoint.load(tmp_path)
     (tmp_path / "checkpoint-1.pt").unlink()
     assert not checkpoint.exists(tmp_path)
@@ -139,7 +141,7 @@ def test_run_with_damaged_checkpoints_only_is_refused(finished_run, capsys):
         (finished_run / name).write_bytes(b"PK")
     before = contents(finished_run)
     message = refused(capsys, ["pretrain", "--resume", "--out", str(finished_run)])
-    assert re.fullmatch(r"error: \S*checkpoint.pt is damaged, .*\n", message)
+    assert re.fullmatch(r"error: \S*checkpoint.pt is damaged or not a checkpoint .*\n", message)
     assert contents(finished_run) == before
 
 

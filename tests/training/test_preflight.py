@@ -53,11 +53,11 @@ def test_queue_in_which_anchors_meet_themselves_is_noted(tmp_path, capsys, rows,
     assert main([*SMALL, "--queue-size", str(rows), "--out", str(tmp_path)]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: a queue of")]
     assert len(notes) == said
-    assert all("of the anchors meet their own image's last row as a negative" in note for note in notes)
+    assert all("of the anchors have their own image from the previous epoch as a negative" in note for note in notes)
 
 
 @pytest.mark.parametrize("rows", [8, 12, 21, 24])
-def test_share_of_self_meetings_is_that_of_a_simulated_queue(rows):
+def test_self_match_fraction_is_that_of_a_simulated_queue(rows):
     images, batch, epochs = 24, 4, 1500
     queue, met, generator = deque(maxlen=rows), 0, random.Random(0)
     for epoch in range(epochs + 1):
@@ -66,7 +66,7 @@ def test_share_of_self_meetings_is_that_of_a_simulated_queue(rows):
             for image in order[start : start + batch]:
                 queue.append((epoch, image))
             met += sum((epoch - 1, image) in queue for image in order[start : start + batch])
-    assert limits.self_meetings(rows, images, batch) == pytest.approx(met / (epochs * images), abs=0.01)
+    assert limits.self_match_fraction(rows, images, batch) == pytest.approx(met / (epochs * images), abs=0.01)
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def test_traps_run_when_pickles_are_trusted(tmp_path):
     for name, content in traps(tmp_path / "sprung").items():
         (tmp_path / "sprung").unlink(missing_ok=True)
         (tmp_path / "trap.pt").write_bytes(content)
-        assert checkpoint.is_whole(tmp_path / "trap.pt") == name.startswith("sealed"), name
+        assert checkpoint.is_intact(tmp_path / "trap.pt") == name.startswith("sealed"), name
         with contextlib.suppress(Exception):
             torch.load(tmp_path / "trap.pt", weights_only=False)
         assert (tmp_path / "sprung").exists(), name
