@@ -184,10 +184,10 @@ def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
         )
     config = replace(recipe, **overrides)
     if options.resume and not options.recipe:
-        from selfsup_xbn.runs.folder import holds_run, read_config
+        from selfsup_xbn.runs.folder import has_run, read_config
 
         folder = Path(config.run_folder)
-        if holds_run(folder) and type(saved := read_config(folder)) is kind:
+        if has_run(folder) and type(saved := read_config(folder)) is kind:
             return replace(saved, **overrides)
     return config
 

@@ -18,7 +18,7 @@ from selfsup_xbn.utils import atomic
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 LARGEST = 1e300  # bound of valid values; larger integers in JSON do not fit a float
-OWN_FILES = (
+RUN_FILES = (
     CONFIG,
     METRICS,
     checkpoint.NAME,
@@ -74,13 +74,13 @@ def _record(line: str, where: str) -> dict[str, Any]:
     return record
 
 
-def own_files(folder: Path) -> list[Path]:
+def run_files(folder: Path) -> list[Path]:
     """Return the files of a run in the folder, including temporary files of killed runs."""
     names = {
         path: path.name.removesuffix(atomic.TEMPORARY).removesuffix(checkpoint.DAMAGED) for path in folder.glob("*")
     }
-    own = {path for path, name in names.items() if name in OWN_FILES or checkpoint.OLDER.fullmatch(name)}
-    return sorted(own | set(folder.glob(EVENTS)))
+    paths = {path for path, name in names.items() if name in RUN_FILES or checkpoint.OLDER.fullmatch(name)}
+    return sorted(paths | set(folder.glob(EVENTS)))
 
 
 def read_environment(folder: Path) -> dict[str, str]:
@@ -89,7 +89,7 @@ def read_environment(folder: Path) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()} if isinstance(values, dict) else {}
 
 
-def holds_run(folder: Path) -> bool:
+def has_run(folder: Path) -> bool:
     """Return whether the folder has a run."""
     return (folder / CONFIG).exists()
 
@@ -113,8 +113,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
         raise UserError(f"{folder} is a file: choose another --out")
     if overwrite:
         return
-    if not holds_run(folder):
-        if names := [path.name for path in own_files(folder) if path.suffix != atomic.TEMPORARY]:
+    if not has_run(folder):
+        if names := [path.name for path in run_files(folder) if path.suffix != atomic.TEMPORARY]:
             raise UserError(f"{folder} has a file {names[0]} that belongs to no run: choose another --out")
         return
     if not resume:
@@ -153,7 +153,7 @@ class RunFolder:
                 "restore it, or start a new run with --overwrite"
             )
         folder.mkdir(parents=True, exist_ok=True)
-        for path in own_files(folder):
+        for path in run_files(folder):
             if not keep_bytes or path.suffix == atomic.TEMPORARY:
                 path.unlink()
         checkpoint.rename_damaged(folder)

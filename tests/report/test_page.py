@@ -217,7 +217,7 @@ def test_files_of_something_else_are_kept(runs, tmp_path, capsys):
     (tmp_path / "file").write_text("precious")
     assert "is a file" in refused(capsys, ["report", str(runs / "xbm"), "--out", str(tmp_path / "file")])
     (tmp_path / "index.html").write_text("<p>precious")
-    assert "something else" in refused(capsys, ["report", str(runs / "xbm"), "--out", str(tmp_path)])
+    assert "not a page of this program" in refused(capsys, ["report", str(runs / "xbm"), "--out", str(tmp_path)])
     assert {path.read_text() for path in tmp_path.iterdir()} == {"precious", "<p>precious"}
 
 
