@@ -196,7 +196,10 @@ def memory_views(name: str, data: ImageData) -> Views:
         "none": PlainViews(size, mean, std),
     }
     if name not in families:
-        raise UserError(f"augmentation {name!r} is unknown for images in memory; choose from {', '.join(families)}")
+        raise UserError(f"unknown augmentation {name!r} for images in memory; choose from {', '.join(families)}")
     if isinstance(families[name], ColorViews) and data.channels != 3:
-        raise UserError(f"augmentation {name!r} needs colour and {data.name} is grey; choose digits or supervised")
+        raise UserError(
+            f"augmentation {name!r} needs colour images, but the images of {data.name} are grey; "
+            "choose digits or supervised"
+        )
     return families[name]

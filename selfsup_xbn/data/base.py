@@ -34,15 +34,17 @@ class Split:
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.paths is None):
-            raise ValueError("expected exactly one of images and paths")
+            count = "neither" if self.images is None else "both"
+            raise ValueError(f"expected exactly one of images and paths, got {count}")
         pixels = self.images if self.images is not None else self.paths
         assert pixels is not None
         if len(pixels) != len(self.labels):
-            raise ValueError(f"expected as many images as labels, got {len(pixels)} and {len(self.labels)}")
+            raise ValueError(f"expected one label per image, got {len(self.labels)} labels for {len(pixels)} images")
         if self.labels.dtype != torch.int64 or (len(self.labels) and int(self.labels.min()) < 0):
-            least = self.labels.min().item() if len(self.labels) else "none"
+            minimum = self.labels.min().item() if len(self.labels) else "none"
             raise UserError(
-                f"expected int64 labels from 0 on, got {self.labels.dtype} from {least} on: number the classes"
+                f"expected int64 labels of at least 0, got {self.labels.dtype} labels with minimum {minimum}; "
+                "number the classes from 0"
             )
 
     def __len__(self) -> int:
@@ -125,8 +127,8 @@ def hold_out_classes(split: Split, share: float, seed: int) -> tuple[Split, Spli
     count = math.ceil(len(classes) * share)
     if not 2 <= count <= len(classes) - 2:
         raise UserError(
-            f"--validation holds out {count} of {len(classes)} training classes: give a share that holds out at least "
-            "2 and leaves at least 2"
+            f"expected --validation to hold out at least 2 training classes and to keep at least 2, got {count} of "
+            f"{len(classes)} classes held out; change the share"
         )
     drawn = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))[:count]
     held_out = torch.isin(split.labels, classes[drawn])

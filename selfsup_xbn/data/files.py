@@ -109,7 +109,7 @@ def file_transform(name: str, data: ImageData) -> Callable[[Image.Image], Tensor
         )
     if name == "none":
         return Compose([partial(fit, size=data.image_size), ToTensor(), Normalize(data.mean, data.std)])
-    raise UserError(f"augmentation {name!r} does not exist for image files; choose from photo, cifar, supervised, none")
+    raise UserError(f"unknown augmentation {name!r} for image files; choose from photo, cifar, supervised, none")
 
 
 @contextmanager

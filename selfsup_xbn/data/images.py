@@ -32,7 +32,7 @@ def read_image(path: str, box: Box | None = None) -> Image.Image:
             image.load()
             image = _to_rgb(image)
         except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
-            raise UserError(f"{path}: the image is broken ({error}); repair or remove the file") from error
+            raise UserError(f"{path}: the image cannot be decoded ({error}); repair or remove the file") from error
     return image if box is None else image.crop(_clipped(path, box, image.size))
 
 
@@ -43,11 +43,13 @@ def open_image(path: str) -> Image.Image:
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: too large ({error}); shrink or remove the file") from error
+        raise UserError(f"{path}: the image is too large ({error}); shrink or remove the file") from error
     except Exception as error:
         raise UserError(f"{path}: not a readable image ({error}); repair or remove the file") from error
     if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"{path}: {image.width} x {image.height} pixels are more than {MAX_PIXELS}; shrink the file")
+        raise UserError(
+            f"{path}: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}; shrink the image"
+        )
     return image
 
 
@@ -64,7 +66,10 @@ def _clipped(path: str, box: Box, size: tuple[int, int]) -> tuple[int, int, int,
     x1, y1, x2, y2 = (int(value) for value in box)
     inside = max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        raise UserError(f"{path}: box {(x1, y1, x2, y2)} holds no pixel of the {size[0]} x {size[1]} image; correct it")
+        raise UserError(
+            f"{path}: expected a box that overlaps the {size[0]} x {size[1]} image, got {(x1, y1, x2, y2)}; "
+            "correct the annotation"
+        )
     return inside
 
 

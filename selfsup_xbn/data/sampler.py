@@ -73,12 +73,15 @@ class ClassBalancedBatches:
         order = values.argsort(kind="stable")
         self.members = np.split(order, np.flatnonzero(np.diff(values[order])) + 1)
         if per_class < 1 or batch_size % per_class:
-            raise UserError(f"batch size {batch_size} is no multiple of {per_class} images a class; change one of them")
+            raise UserError(
+                f"expected a batch size that is a multiple of the {per_class} images per class, got {batch_size}; "
+                "change one of the two"
+            )
         if batch_size // per_class > len(self.members):
             largest = len(self.members) * per_class
             raise UserError(
-                f"batch size {batch_size} with {per_class} images a class needs {batch_size // per_class} classes,"
-                f" there are {len(self.members)}; choose at most {largest}"
+                f"batch size {batch_size} with {per_class} images per class needs {batch_size // per_class} classes, "
+                f"but the data set has {len(self.members)}; choose a batch size of at most {largest}"
             )
 
     def __len__(self) -> int:
@@ -111,5 +114,5 @@ class ClassBalancedBatches:
 
 def _checked(batch_size: int, count: int) -> int:
     if not 1 <= batch_size <= count:
-        raise UserError(f"batch size {batch_size} does not fit the {count} training images; choose from 1 to {count}")
+        raise UserError(f"expected a batch size from 1 to {count}, the number of training images, got {batch_size}")
     return batch_size

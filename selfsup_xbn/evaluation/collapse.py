@@ -26,6 +26,6 @@ def collapse_warning(std: float, dim: int) -> str:
     if std >= COLLAPSED * sphere:
         return ""
     return (
-        f"the embedding has collapsed: its standard deviation over a batch is {std:.2g}, where {sphere:.2g} fills "
-        "the sphere; try a smaller --lr, a larger --temperature or another --seed"
+        f"the embedding has collapsed: its standard deviation over a batch is {std:.2g}, expected about {sphere:.2g} "
+        "for embeddings spread over the sphere; try a smaller --lr, a larger --temperature or another --seed"
     )

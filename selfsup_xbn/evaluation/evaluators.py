@@ -90,7 +90,7 @@ class KnnEvaluator:
         self.self_search = self.bank is data.test
         self.k = min(k, len(self.bank) - self.self_search)
         if self.k < k:
-            warnings.warn(f"k-NN: k {k} is more than the bank offers; k {self.k} is used", stacklevel=2)
+            warnings.warn(f"k-NN: k={k} exceeds the {self.k} neighbours in the bank; using k={self.k}", stacklevel=2)
 
     @classmethod
     def from_config(cls, config: Config, data: ImageData, device: torch.device) -> KnnEvaluator:

@@ -32,7 +32,7 @@ def extract_features(
     with torch.inference_mode(), evaluating(function):
         features = [function(images).float() for images in batches]
     if not features:
-        raise UserError("no images to extract features from; expected at least one batch")
+        raise UserError("expected at least one batch of images, got none")
     # outside of inference mode: the result may be used in training, for a linear probe say
     return torch.cat(features)
 

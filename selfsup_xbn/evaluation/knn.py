@@ -67,13 +67,18 @@ def _check(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, exclude_self: bool
 ) -> None:
     if queries.shape[1] != bank.shape[1]:
-        raise UserError(f"queries have {queries.shape[1]} dimensions and the bank {bank.shape[1]}; use one encoder")
+        raise UserError(
+            f"expected queries and bank with the same number of dimensions, got {queries.shape[1]} and "
+            f"{bank.shape[1]}; compute both with the same encoder"
+        )
     if len(labels) != len(bank):
-        raise UserError(f"expected a label for each of the {len(bank)} bank rows, got {len(labels)}")
+        raise UserError(f"expected one label per bank row, got {len(labels)} labels for {len(bank)} rows")
     if exclude_self and len(queries) != len(bank):
-        raise UserError(f"exclude_self: the queries must be the bank, got {len(queries)} and {len(bank)} rows")
+        raise UserError(
+            f"expected the bank as queries with exclude_self, got {len(queries)} queries and {len(bank)} bank rows"
+        )
     if len(bank) <= exclude_self:
-        raise UserError(f"bank: {len(bank)} rows leave no neighbour; expected more")
+        raise UserError(f"expected at least {1 + exclude_self} bank rows, got {len(bank)}")
     if not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < num_classes:
         raise UserError(f"expected labels in [0, {num_classes}), got {low if low < 0 else high}")
     if k < 1 or temperature <= 0:
@@ -82,5 +87,5 @@ def _check(
 
 def _clamp(k: int, neighbours: int) -> int:
     if k > neighbours:
-        warnings.warn(f"k={k} is more than the bank offers; using k={neighbours}", stacklevel=3)
+        warnings.warn(f"k={k} exceeds the {neighbours} neighbours in the bank; using k={neighbours}", stacklevel=3)
     return min(k, neighbours)

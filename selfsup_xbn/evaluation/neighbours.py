@@ -34,12 +34,15 @@ def normalize_features(features: Float[Tensor, "N D"], name: str) -> Float32[Ten
         UserError: there are no rows, or one is not finite (or its length overflows float32).
     """
     if not len(features):
-        raise UserError(f"{name}: no rows; expected at least one feature vector")
+        raise UserError(f"{name}: expected at least one row, got none")
     features = features.float()
     norms = torch.linalg.vector_norm(features, dim=1, keepdim=True)
     if not norms.isfinite().all():
         row = int((~norms.isfinite()).int().argmax())
-        raise UserError(f"{name}: row {row} is not finite; drop it, or look for a diverged encoder")
+        raise UserError(
+            f"{name}: expected rows with a finite norm, got norm {norms[row].item()} in row {row}; "
+            "remove the row, or check whether the encoder has diverged"
+        )
     return features / torch.where(norms > 0, norms, 1)
 
 

@@ -94,7 +94,7 @@ def _rankings(
     stop = torch.searchsorted(gallery_labels, labels, right=True)
     kept = (stop - first > own_copies).nonzero().flatten()
     if not len(kept):
-        raise UserError("no query has a match; expected a class with a second member, or one that the gallery holds")
+        raise UserError("expected at least one query with a match in the gallery, got none; check the labels")
     if len(kept) < len(labels):
         unit_queries = unit_queries[kept]
     for rows, similarities in similarity_blocks(unit_queries, unit_gallery):
@@ -127,13 +127,16 @@ def _gallery(
     """The gallery, or the queries in its place, checked against the queries."""
     if gallery is None or gallery_labels is None:
         if gallery is not None or gallery_labels is not None:
-            raise UserError("expected gallery and gallery_labels together, got one of them")
+            raise UserError("expected both gallery and gallery_labels or neither, got only one of the two")
         gallery, gallery_labels = queries, labels
     if queries.shape[1] != gallery.shape[1]:
-        raise UserError(f"queries have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}; use one encoder")
+        raise UserError(
+            f"expected queries and gallery with the same number of dimensions, got {queries.shape[1]} and "
+            f"{gallery.shape[1]}; compute both with the same encoder"
+        )
     for name, rows, classes in (("query", queries, labels), ("gallery row", gallery, gallery_labels)):
         if len(rows) != len(classes):
-            raise UserError(f"expected a label for each {name}, got {len(classes)} labels for {len(rows)}")
+            raise UserError(f"expected one label per {name}, got {len(classes)} labels for {len(rows)} rows")
     return gallery, gallery_labels
 
 

@@ -44,22 +44,22 @@ def home(name: str, path: str, root: str) -> Path:
     folder = Path(path) if path else Path(root) / name
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder; unpack {name} there, or write {name}:PATH for files that are elsewhere"
+            f"{folder} is not a folder; unpack {name} there, or write {name}:PATH to read the files from another folder"
         )
     return folder
 
 
-def find_file(file: str, places: Sequence[Path]) -> Path:
+def find_file(file: str, folders: Sequence[Path]) -> Path:
     """``file`` in the first of the ``places`` that has it.
 
     Raises:
         UserError: none has it.
     """
-    found = next((place / file for place in places if (place / file).is_file()), None)
-    if found is None:
-        looked = ", ".join(str(place) for place in places)
-        raise UserError(f"{file} is missing: looked in {looked}; name the folder that the official archive makes")
-    return found
+    path = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    if path is None:
+        searched = ", ".join(str(folder) for folder in folders)
+        raise UserError(f"{file} not found in {searched}; write the path of the unpacked official archive")
+    return path
 
 
 def shown(value: object) -> str:
@@ -78,16 +78,16 @@ def read_lines(file: Path) -> list[str]:
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); unpack the official archive anew") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); unpack the official archive again") from error
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{file}:{line}: byte {content[error.start]:#04x} is not UTF-8; save the file as text"
+            f"{file}:{line}: expected UTF-8 text, got byte {content[error.start]:#04x}; save the file as UTF-8"
         ) from error
     if not text.strip():
-        raise UserError(f"{file}:1: the file is empty; unpack the official archive anew")
+        raise UserError(f"{file}:1: the file is empty; unpack the official archive again")
     return text.rstrip().split("\n")
 
 
@@ -104,8 +104,8 @@ def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> It
     """
     lines, names = read_lines(file), columns.split()
     if header and (len(lines) < header or lines[header - 1].split() != names):
-        found = lines[header - 1] if len(lines) >= header else ""
-        raise UserError(f"{file}:{header}: expected the header {columns!r}, got {shown(found)}")
+        line = lines[header - 1] if len(lines) >= header else ""
+        raise UserError(f"{file}:{header}: expected the header {columns!r}, got {shown(line)}")
     if len(lines) == header:
         raise UserError(f"{file}:{header + 1}: expected rows of {columns!r}, got the end of the file")
     fields = [r"(\d{1,9})"] * numbers + [r"(\S+)"] * (len(names) - numbers)
@@ -113,8 +113,8 @@ def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> It
     for number, line in enumerate(lines[header:], header + 1):
         match = row.fullmatch(line)
         if not match:
-            kinds = f", the first {numbers} of them whole numbers" if numbers else ""
-            raise UserError(f"{file}:{number}: expected {columns!r}{kinds}; got {shown(line)}")
+            kinds = f" with integers in the first {numbers}" if numbers else ""
+            raise UserError(f"{file}:{number}: expected the columns {columns!r}{kinds}, got {shown(line)}")
         yield f"{file}:{number}", match.groups()
 
 
@@ -136,22 +136,22 @@ class ImageFolders:
         """
         first = self._mentioned.setdefault(path, where)
         if first is not where:
-            raise UserError(f"{where}: image {shown(path)} is already in {first}; remove one of the two")
+            raise UserError(f"{where}: image {shown(path)} is already listed in {first}; remove one of the two")
         name = path.rpartition("/")[2]
         folder = path[: len(path) - len(name)]
         if folder not in self._listed:
             self._listed[folder] = self._files(where, folder)
         file = self._listed[folder].get(name)
         if file is None:
-            looked = " or ".join(str(base) for base in self.bases)
-            raise UserError(f"{where}: image {shown(path)} is missing below {looked}; unpack the images there")
+            searched = " or ".join(str(base) for base in self.bases)
+            raise UserError(f"{where}: image {shown(path)} not found in {searched}; unpack the images there")
         return file
 
     def _files(self, where: str, folder: str) -> dict[str, str]:
         """The files in a folder ("a/b/"; "": a base itself) by name, each of the first base that has it."""
         parts = folder.split("/")[:-1]
         if any(part in ("", ".", "..") or "\\" in part or ":" in part for part in parts):
-            raise UserError(f"{where}: path {shown(folder)} leads elsewhere; expected one below {self.bases[0]}")
+            raise UserError(f"{where}: expected a path inside {self.bases[0]}, got {shown(folder)}")
         places = [os.path.join(base, folder) for base in reversed(self.bases)]
         return {name: place + name for place in places for name in file_names(place)}
 
@@ -181,7 +181,10 @@ def retrieval_data(
     """
     for part, samples in parts.items():
         if not samples:
-            raise UserError(f"{name}: the annotations name no {part} image; unpack the official archive anew")
+            raise UserError(
+                f"{name}: expected at least one {part} image in the annotations, got none; "
+                "unpack the official archive again"
+            )
     numbers = _numbered(*parts.values())
     train, test, *gallery = (_split(samples, numbers) for samples in parts.values())
     counts = [
@@ -206,7 +209,7 @@ def _numbered(train: Sequence[Sample], *rest: Sequence[Sample]) -> dict[int | st
     for sample in chain(*rest):
         if sample.label in known:
             raise UserError(
-                f"{sample.where}: class {sample.label} is a training class too; expected one of the test set"
+                f"{sample.where}: expected a class that the training set does not contain, got {sample.label}"
             )
     new = {sample.label for sample in chain(*rest)}
     return {label: number for number, label in enumerate([*sorted(known), *sorted(new)])}
@@ -229,7 +232,7 @@ def classes_in(labels: Int64[Tensor, "N"]) -> int:
 def count_note(part: str, split: Split, official: Count) -> str:
     """One line for the user: the images and classes found beside the ``official`` ones; a warning where they differ."""
     count = len(split), classes_in(split.labels)
-    found, expected = (f"{images:,} images of {classes:,} classes" for images, classes in (count, official))
+    actual, expected = (f"{images:,} images of {classes:,} classes" for images, classes in (count, official))
     if count == official:
-        return f"{part}: {found}, as it should be"
-    return f"warning: {part}: {found}, where the official set has {expected}"
+        return f"{part}: {actual}, as in the official data set"
+    return f"warning: {part}: {actual}, but the official data set has {expected}"

@@ -47,15 +47,18 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
             }
             return retrieval_data(f"{name}:{folder}", parts, OFFICIAL)
     if not (folder / "train").is_dir():
-        files = " nor ".join(layout[0][0] for layout in LAYOUTS)
-        raise UserError(f"{folder} holds neither {files} nor train/CLASS/; unpack Cars196 there")
+        files = ", ".join(layout[0][0] for layout in LAYOUTS)
+        raise UserError(f"{folder}: expected {files} or train/CLASS/, got none of them; unpack Cars196 there")
     return _from_folders(name, folder, cache_bytes, workers)
 
 
 def _from_folders(name: str, folder: Path, cache_bytes: int, workers: int) -> ImageData:
     data = image_folders.load(name, str(folder), root="", cache_bytes=cache_bytes, workers=workers)
     if not data.disjoint:
-        raise UserError(f"{folder}: train and test have classes in common; put classes 99 to 196 into test alone")
+        raise UserError(
+            f"{folder}: expected different classes in train and test, got common ones; "
+            "put classes 99 to 196 into test only"
+        )
     return replace(data, notes=tuple(count_note(part, getattr(data, part), OFFICIAL[part]) for part in OFFICIAL))
 
 
@@ -66,7 +69,10 @@ def _samples(file: Path, base: Path, key: str) -> list[Sample]:
         where = f"{file}: annotation {number}"
         image, label = (entry.get(field) if isinstance(entry, dict) else None for field in (key, "class"))
         if not isinstance(image, str) or not isinstance(label, int) or not 1 <= label <= CLASSES:
-            raise UserError(f"{where}: {key} {shown(image)}, class {shown(label)}; expected a name and 1 to {CLASSES}")
+            raise UserError(
+                f"{where}: expected {key} to be a string and class an integer from 1 to {CLASSES}, "
+                f"got {shown(image)} and {shown(label)}"
+            )
         samples.append(Sample(where, images.find(where, image), label))
     return samples
 
@@ -77,9 +83,9 @@ def _entries(file: Path) -> list[Any]:
         with ProcessPoolExecutor(1) as pool:
             return pool.submit(_annotations, file).result()
     except Exception as error:  # scipy raises nearly anything on broken bytes
-        raise UserError(f"{file}: no MATLAB file with annotations ({shown(str(error))}); unpack it anew") from error
+        raise UserError(f"{file}: not a MATLAB file with annotations ({shown(str(error))}); unpack it again") from error
 
 
 def _annotations(file: Path) -> list[Any]:
-    found = loadmat(file, simplify_cells=True)["annotations"]
-    return [found] if isinstance(found, dict) else list(found)
+    annotations = loadmat(file, simplify_cells=True)["annotations"]
+    return [annotations] if isinstance(annotations, dict) else list(annotations)

@@ -32,8 +32,8 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
         train, test = (make(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{name} is not in {Path(root) / folder} and its download failed ({error});"
-            f" put {archive} from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
+            f"{name} not found in {Path(root) / folder}, and the download failed ({error}); "
+            f"put {archive} from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
         ) from error
     return ImageData(
         name=name,

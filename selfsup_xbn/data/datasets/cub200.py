@@ -25,10 +25,11 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
     folder = home(name, path, root)
     file = find_file("images.txt", (folder, folder / "CUB_200_2011"))
     paths = _by_id(file, "image_id path", numbers=1)
-    classes = _by_id(file.with_name("image_class_labels.txt"), "image_id class_id", numbers=2)
-    for one, other in ((paths, classes), (classes, paths)):
-        for number in one.keys() - other.keys():
-            raise UserError(f"{one[number][0]}: image_id {number} is in this list only; complete the other one")
+    label_file = file.with_name("image_class_labels.txt")
+    classes = _by_id(label_file, "image_id class_id", numbers=2)
+    for rows, other_rows, other_file in ((paths, classes, label_file), (classes, paths, file)):
+        for number in rows.keys() - other_rows.keys():
+            raise UserError(f"{rows[number][0]}: image_id {number} is missing from {other_file}; add it there")
     images = ImageFolders(file.parent / "images")
     parts: dict[str, list[Sample]] = {part: [] for part in OFFICIAL}
     for number, (where, image) in paths.items():
@@ -44,11 +45,11 @@ def _by_id(file: Path, columns: str, numbers: int) -> dict[int, tuple[str, str]]
     for where, (number, value) in read_table(file, columns, numbers=numbers):
         first, _ = rows.setdefault(int(number), (where, value))
         if first is not where:
-            raise UserError(f"{where}: image_id {number} is already in {first}; remove one of the two")
+            raise UserError(f"{where}: image_id {number} is already listed in {first}; remove one of the two")
     return rows
 
 
 def _class(where: str, value: str) -> int:
     if not 1 <= int(value) <= CLASSES:
-        raise UserError(f"{where}: class_id is {int(value)}; expected 1 to {CLASSES}")
+        raise UserError(f"{where}: expected a class_id from 1 to {CLASSES}, got {int(value)}")
     return int(value)

@@ -104,13 +104,15 @@ def _read_part(folder: Path, workers: int) -> _Part:
             f"{folder / 'annos'}: cannot be listed ({error.strerror}); unpack DeepFashion2 there"
         ) from error
     if not files.names:
-        raise UserError(f"{folder / 'annos'}: holds no JSON file; unpack the annotations of DeepFashion2 there")
+        raise UserError(
+            f"{folder / 'annos'}: expected JSON files, got none; unpack the annotations of DeepFashion2 there"
+        )
     stems = _checked(files, folder / "image")
     table, note = cached(files, len(COLUMNS), lambda: _read_all(files, workers))
     filled = table[(table[:, 5] < table[:, 7]) & (table[:, 6] < table[:, 8])]
     notes = [note] if note else []
     if empty := len(table) - len(filled):
-        notes.append(f"warning: {folder}: {empty:,} boxes without a pixel are left out")
+        notes.append(f"warning: {folder}: {empty:,} empty boxes are ignored")
     return _Part(folder, stems, filled, notes)
 
 
@@ -119,9 +121,7 @@ def _checked(files: Source, images: Path) -> list[str]:
     stems, there = [name.removesuffix(".json") for name in files.names], file_names(images)
     for stem in stems:
         if f"{stem}.jpg" not in there:
-            raise UserError(
-                f"{files.folder / stem}.json: image {images / stem}.jpg is missing; unpack the images there"
-            )
+            raise UserError(f"{files.folder / stem}.json: image {images / stem}.jpg not found; unpack the images there")
     return stems
 
 
@@ -158,13 +158,13 @@ def read_items(file: Path) -> list[tuple[int, ...]]:
     """
     content = _parsed(file)
     if content.get("source") not in SOURCES:
-        raise UserError(f'{file}: source is {shown(content.get("source"))}; expected "user" or "shop"')
+        raise UserError(f'{file}: expected source "user" or "shop", got {shown(content.get("source"))}')
     shared = SOURCES.index(content["source"]), _integer(str(file), content, "pair_id")
     rows = []
     for key in filter(ITEM.fullmatch, content):
         where, item = f"{file}: {key}", content[key]
         if not isinstance(item, dict):
-            raise UserError(f"{where} is {shown(item)}; expected an object with bounding_box, category_id and style")
+            raise UserError(f"{where}: expected an object with bounding_box, category_id and style, got {shown(item)}")
         numbers = _integer(where, item, "category_id"), _integer(where, item, "style")
         rows.append((*shared, *numbers, *_box(where, item.get("bounding_box"))))
     return rows
@@ -174,24 +174,24 @@ def _parsed(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); unpack the annotations anew") from error
+        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); unpack the annotations again") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({shown(str(error))}); unpack the annotations anew") from error
+        raise UserError(f"{file}: cannot be read ({shown(str(error))}); unpack the annotations again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: holds {shown(content)}; expected an object with source, pair_id, item1, ...")
+        raise UserError(f"{file}: expected an object with source, pair_id, item1, ..., got {shown(content)}")
     return content
 
 
 def _integer(where: str, values: dict[str, Any], key: str) -> int:
     value = values.get(key)
     if type(value) is not int or not 0 <= value < LARGEST:
-        raise UserError(f"{where}: {key} is {shown(value)}; expected a whole number")
+        raise UserError(f"{where}: expected {key} to be an integer from 0 to {LARGEST - 1}, got {shown(value)}")
     return value
 
 
 def _box(where: str, box: Any) -> tuple[int, ...]:
     if not isinstance(box, list) or len(box) != 4 or not all(_is_coordinate(value) for value in box):
-        raise UserError(f"{where}: bounding_box is {shown(box)}; expected [x1, y1, x2, y2] in pixels")
+        raise UserError(f"{where}: expected bounding_box to be [x1, y1, x2, y2] in pixels, got {shown(box)}")
     return tuple(round(value) for value in box)
 
 

@@ -20,7 +20,7 @@ def load(name: str, path: str, **_: object) -> ImageData:
         UserError: a path is given.
     """
     if path:
-        raise UserError(f"{name}:{path}: {name} come with scikit-learn and have no path; write {name}")
+        raise UserError(f"{name}:{path}: expected no path, because scikit-learn provides the images; write {name}")
     digits = load_digits()
     # Grey levels 0..16 become bytes; one channel.
     images = torch.from_numpy((digits.images * 255 / 16).round()).to(torch.uint8)[:, None]

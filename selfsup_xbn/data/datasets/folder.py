@@ -33,7 +33,7 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
         UserError: a split or the images of a class are missing, or a file cannot be read.
     """
     if not path:
-        raise UserError("folder: names no path; write folder:PATH")
+        raise UserError("folder: expected a path, got none; write folder:PATH")
     train, test = (class_files(Path(path).expanduser() / part) for part in ("train", "test"))
     numbers = {label: number for number, label in enumerate([*train, *(label for label in test if label not in train)])}
     splits = [_split(part, numbers) for part in (train, test)]
@@ -59,10 +59,12 @@ def class_files(folder: Path) -> dict[str, list[str]]:
         UserError: there is no such folder, no class folder in it, or no image in one of these.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; an image-folder tree holds train/CLASS/ and test/CLASS/")
+        raise UserError(f"{folder} is not a folder; expected image folders train/CLASS/ and test/CLASS/")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder} holds no class folders; put each class's images into a folder of its own")
+        raise UserError(
+            f"{folder}: expected one folder per class, got none; put the images of each class into a separate folder"
+        )
     return {label: _image_files(folder / label) for label in classes}
 
 
@@ -74,7 +76,10 @@ def _image_files(folder: Path) -> list[str]:
         if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
     ]
     if not files:
-        raise UserError(f"class folder {folder} holds no images ({' '.join(IMG_EXTENSIONS)}); fill or remove it")
+        raise UserError(
+            f"{folder}: expected at least one image ({' '.join(IMG_EXTENSIONS)}), got none; "
+            "add images or remove the folder"
+        )
     return sorted(files)
 
 

@@ -38,7 +38,7 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
     parts: dict[str, list[Sample]] = {part: [] for part in OFFICIAL}
     for where, (image, item, status) in read_table(file, COLUMNS, numbers=0, header=2):
         if status not in parts:
-            raise UserError(f"{where}: evaluation_status is {shown(status)}; expected {', '.join(parts)}")
+            raise UserError(f"{where}: expected evaluation_status to be one of {', '.join(parts)}, got {shown(status)}")
         parts[status].append(Sample(where, images.find(where, image), item))
     _check_count(file, sum(map(len, parts.values())))
     return retrieval_data(f"{name}:{folder}", parts, OFFICIAL)
@@ -47,4 +47,4 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
 def _check_count(file: Path, rows: int) -> None:
     count = read_lines(file)[0].strip()
     if count != str(rows):
-        raise UserError(f"{file}:1: the number of images is {shown(count)}, but {rows} rows follow; correct it")
+        raise UserError(f"{file}:1: expected {rows}, the number of rows, got {shown(count)}; correct the number")

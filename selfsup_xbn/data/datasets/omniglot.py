@@ -39,7 +39,7 @@ def load(name: str, path: str, *, root: str, workers: int, **_: object) -> Image
     folder = home(name, path, root)
     train, test = (_characters(place) for place in _parts(folder))
     if common := train.keys() & test.keys():
-        raise UserError(f"{folder}: {min(common)} is in the training and in the test set; remove one of the two")
+        raise UserError(f"{folder}: {min(common)} is in both the training set and the test set; remove one of the two")
     splits = _turned(train, 0, workers), _turned(test, len(train) * TURNS, workers)
     return ImageData(
         name=f"{name}:{folder}",
@@ -67,7 +67,7 @@ def _characters(folder: Path) -> dict[str, list[str]]:
     if folder.name not in ("images_background", "images_evaluation"):
         return class_files(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; unpack images_background and images_evaluation side by side")
+        raise UserError(f"{folder} is not a folder; unpack images_background and images_evaluation into one folder")
     alphabets = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return {
         f"{alphabet}/{character}": files

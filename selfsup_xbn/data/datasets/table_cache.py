@@ -54,20 +54,21 @@ def cached(
 
     The cache is beside the folder of the files, or in the user's cache folder where that cannot be written.
     """
-    places = _places(files.folder)
-    table = next((found for place in places if (found := _load(place, files, width)) is not None), None)
-    if table is not None:
-        return table, ""
-    stale = [str(place) for place in places if place.exists()]
+    paths = _cache_paths(files.folder)
+    for path in paths:
+        table = _load(path, files, width)
+        if table is not None:
+            return table, ""
+    stale = [str(path) for path in paths if path.exists()]
     table = read()
-    kept = next(
-        (f"kept in {place}" for place in places if _store(place, files, table)), "not kept: no folder is writable"
+    cache = next(
+        (f"cached in {path}" for path in paths if _store(path, files, table)), "not cached: no folder is writable"
     )
-    why = f"{stale[0]} is damaged or older than the files; " if stale else ""
-    return table, f"{why}{files.folder}: {len(files.names):,} files read, {kept}"
+    reason = f"the cache {stale[0]} is damaged or out of date; " if stale else ""
+    return table, f"{reason}read {len(files.names):,} files of {files.folder}, {cache}"
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
+def _cache_paths(folder: Path) -> tuple[Path, Path]:
     """Beside the folder; in the user's cache."""
     user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "selfsup_xbn")
     own_name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
