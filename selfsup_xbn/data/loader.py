@@ -166,7 +166,7 @@ class _MemoryViews:
             yield torch.cat([self.family(*inputs) for inputs in chunks]).chunk(self.views)
 
     def _uniform(self, generator: torch.Generator) -> Float[Tensor, "rows P"]:
-        """Return the shard's rows of the random numbers of the whole batch, so that they do not depend on the shards."""
+        """Draw the random numbers of the whole batch, so that they do not depend on the shards; return the shard's."""
         shape = self.views, self.batch_size, self.family.numbers
         return torch.rand(shape, generator=generator, device=generator.device)[:, self.shard].flatten(0, 1)
 

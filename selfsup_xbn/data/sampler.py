@@ -127,7 +127,7 @@ class ClassBalancedBatches:
         return rng.choice(members, self.per_class, replace=len(members) < self.per_class)
 
     def _classes(self, rng: np.random.Generator) -> np.ndarray:
-        """Return class numbers of shape [steps, B / K] from shuffled cycles of all classes, without duplicates in a row."""
+        """Return class numbers [steps, B / K] from shuffled cycles of all classes, without duplicates in a row."""
         width = self.batch_size // self.per_class
         rows, waiting = [], np.empty(0, np.int64)
         for _ in range(len(self)):

@@ -27,7 +27,7 @@ CHUNK_BYTES = 2**23
 class _Calls(Dataset):
     """Apply ``function`` to each key of a batch and collate the results.
 
-    A ``UserError`` is returned, not raised, because ``DataLoader`` would add the traceback of the worker to its message.
+    A ``UserError`` is returned, because ``DataLoader`` would add the worker's traceback to the message of a raised one.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
@@ -169,7 +169,7 @@ class _Size:
 def _chunks(
     function: Callable[[int], Tensor], count: int, chunk: int, workers: int, verb: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """Yield the results for 0 to count - 1 in chunks, each with its first number, and show a progress bar on a terminal."""
+    """Yield the first number and the stacked results of each chunk of 0 to count - 1, with a bar on a terminal."""
     starts = range(0, count, chunk)
     batches = [range(start, min(start + chunk, count)) for start in starts]
     results = ParallelReader(function, min(workers, len(batches) - 1))(batches)

@@ -1,7 +1,7 @@
 """Caltech-UCSD Birds-200-2011 (Wah et al., 2011) for retrieval (Song et al., 2016): the first 100 species train.
 
-https://www.vision.caltech.edu/datasets/cub_200_2011/. Whole images, without the bounding boxes. The split in
-``train_test_split.txt`` is for classification and not used. Test images are searched among themselves.
+https://www.vision.caltech.edu/datasets/cub_200_2011/. The bounding boxes are not used, and neither is the split in
+``train_test_split.txt``, which is for classification. Each test image is a query against the other test images.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfsup_xbn.data.base import ImageData
-from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, find_file, home, read_table, retrieval_data
+from selfsup_xbn.data.datasets.annotations import (
+    ImageFolders,
+    Sample,
+    data_folder,
+    find_file,
+    read_table,
+    retrieval_data,
+)
 from selfsup_xbn.errors import UserError
 
 TRAINING_CLASSES, CLASSES = 100, 200
@@ -17,12 +24,18 @@ OFFICIAL = {"train": (5_864, 100), "test": (5_924, 100)}
 
 
 def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
-    """``images.txt``, ``image_class_labels.txt`` and ``images`` are in the folder, or in ``CUB_200_2011`` in it.
+    """Load CUB-200-2011 from ``images.txt``, ``image_class_labels.txt`` and ``images``.
+
+    Args:
+        name: The name of the data set.
+        path: The folder that contains these files or the folder ``CUB_200_2011`` with them, or "" for the folder
+            ``name`` in ``root``.
+        root: The folder of all data sets.
 
     Raises:
-        UserError: a list is missing or malformed, an image has no class, or an image is missing.
+        UserError: If a list is missing or malformed, an image has no class, or an image is missing.
     """
-    folder = home(name, path, root)
+    folder = data_folder(name, path, root)
     file = find_file("images.txt", (folder, folder / "CUB_200_2011"))
     paths = _by_id(file, "image_id path", numbers=1)
     label_file = file.with_name("image_class_labels.txt")
@@ -40,7 +53,7 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
 
 
 def _by_id(file: Path, columns: str, numbers: int) -> dict[int, tuple[str, str]]:
-    """Where each image_id is, and the value beside it."""
+    """Return the position FILE:LINE and the second field of the row of each image_id."""
     rows: dict[int, tuple[str, str]] = {}
     for where, (number, value) in read_table(file, columns, numbers=numbers):
         first, _ = rows.setdefault(int(number), (where, value))
