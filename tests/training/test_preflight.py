@@ -75,7 +75,8 @@ def test_share_of_self_meetings_is_that_of_a_simulated_queue(rows):
 def test_labels_that_are_no_class_numbers_are_refused(labels, unchecked):
     with pytest.raises(
         UserError,
-        match=r"^expected int64 labels of at least 0, got torch.\w+ labels with minimum \S+; number the classes from 0$",
+        match=r"^expected int64 labels of at least 0, got torch.\w+ labels with minimum \S+; "
+        r"number the classes from 0$",
     ):
         Split(labels, paths=["a", "b"])
 
