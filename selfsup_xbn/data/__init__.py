@@ -1,4 +1,4 @@
-"""Image data sets, one file each, and the way from their files to batches of views."""
+"""Image data sets, one module each, and the loaders that turn them into batches of views."""
 
 from __future__ import annotations
 
@@ -33,13 +33,21 @@ def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, wo
     """Return the data set that ``spec`` names: ``"digits"``, ``"cifar10"``, ``"folder:PATH"``...
 
     Args:
-        spec: a name, or ``name:PATH`` for files that are elsewhere than under ``root``.
-        root: folder of the data sets that have their own files; downloads go there.
-        cache_bytes: images of one size are kept in memory if all of them take no more than this.
-        workers: processes that read files; ``None``: one a core, at most 8.
+        spec: A name, or ``name:PATH`` to read the files from another folder than ``root``.
+        root: The folder of the data sets that are read from files. Downloads are stored there.
+        cache_bytes: The most bytes that decoded images of one size may take in memory. Larger data sets stay on disk.
+        workers: The number of processes that read files. ``None`` stands for one per core, at most 8.
+
+    Returns:
+        The splits, the names of the classes and the normalization.
 
     Raises:
-        UserError: no such data set, or its files are missing or broken.
+        UserError: If the data set does not exist, or its files are missing or broken.
+
+    Example:
+        >>> data = load_data("digits")
+        >>> len(data.train), len(data.test), data.num_classes
+        (1437, 360, 10)
     """
     name, _, path = spec.partition(":")
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
@@ -48,7 +56,15 @@ def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, wo
 
 
 def data_of(config: Config) -> ImageData:
-    """Return the config's data set, cut to ``limit_train`` images, at ``image_size``, some classes held out."""
+    """Return the data set of a run.
+
+    Args:
+        config: The settings. ``limit_train`` limits the number of training images, ``validation`` holds out some of
+            the training classes, and ``image_size`` sets the side of the views in pixels.
+
+    Raises:
+        UserError: If the data set cannot be loaded, or too few classes are held out or kept.
+    """
     data = load_data(config.data, root=config.data_root, workers=config.workers or 1)
     if config.limit_train:
         data = replace(data, train=limit(data.train, config.limit_train, config.seed))

@@ -1,9 +1,9 @@
-"""Random views of a batch of in-memory images, on their device, with parameters drawn anew for every view.
+"""Random views of batches of images in memory, computed on the device of the images.
 
-A family of views is a function of the images and of a matrix of uniform random numbers, one row a view: all that is
-random is in that matrix.
+A family of views is a deterministic function of the images and of a matrix of uniform random numbers with one row per
+view. Each view has independent random parameters.
 
-Axis legend: B views, C channels, H, W the image's sides, S the view's side, P uniform numbers a view.
+Axis legend: B views, C channels, H height, W width, S side of a view, P uniform numbers per view.
 """
 
 from __future__ import annotations
@@ -34,20 +34,28 @@ TRIES = 10
 CROP_NUMBERS = 2 * TRIES + 3
 JITTER_NUMBERS = 9
 ASPECT = 4 / 3
-"""Boxes are between 1 / ASPECT and ASPECT times as wide as high."""
+"""Maximum aspect ratio of a box. The minimum is 1 / ASPECT."""
 
 
 def random_crop(
     uniform: Float[Tensor, "B P"], height: int, width: int, scale: tuple[float, float], flip: float
 ) -> Crop:
-    """Torchvision's ``RandomResizedCrop``: the first of ten random boxes that fits into the image.
+    """Return random boxes like those of torchvision's ``RandomResizedCrop``.
 
-    Where none fits (a very long image) it is the largest box of an allowed aspect, at random, not in the middle.
+    A box is the first of ten random boxes that fits into the image. If none fits, as in a very long image, it is the
+    largest box of an allowed aspect ratio, at a random position; torchvision returns a central box.
 
     Args:
-        uniform: ``CROP_NUMBERS`` numbers in [0, 1) a view.
-        scale: smallest and largest share of the image's area.
-        flip: probability of a flip.
+        uniform: ``CROP_NUMBERS`` numbers in [0, 1) per view.
+        height: The height H of the images in pixels.
+        width: The width W of the images in pixels.
+        scale: The minimum and maximum area of a box, as a fraction of the area of the image.
+        flip: The probability of a horizontal flip.
+
+    Example:
+        >>> crop = random_crop(torch.rand(5, CROP_NUMBERS), 32, 32, (0.2, 1.0), 0.5)
+        >>> bool((crop.left + crop.width <= 32).all())
+        True
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
     aspect = torch.exp((2 * uniform[:, TRIES : 2 * TRIES] - 1) * math.log(ASPECT))
@@ -63,11 +71,17 @@ def random_crop(
 def random_jitter(
     uniform: Float[Tensor, "B P"], strength: tuple[float, float, float, float], probability: float
 ) -> Jitter:
-    """Torchvision's ``ColorJitter``, applied with ``probability``; where it is not, its parameters change nothing.
+    """Return random parameters like those of torchvision's ``ColorJitter``.
 
     Args:
-        uniform: ``JITTER_NUMBERS`` numbers in [0, 1) a view.
-        strength: of brightness, contrast, saturation and hue; factors lie in 1 +- strength, the hue in 0 +- strength.
+        uniform: ``JITTER_NUMBERS`` numbers in [0, 1) per view.
+        strength: The strength s of brightness, contrast, saturation and hue. The factors of the first three are in
+            [1 - s, 1 + s], and the shift of the hue is in [-s, s].
+        probability: The probability that a view is jittered. The other views get parameters without effect.
+
+    Example:
+        >>> random_jitter(torch.rand(5, JITTER_NUMBERS), (0.4, 0.4, 0.4, 0.1), probability=0.0).factors.unique()
+        tensor([1.])
     """
     applied = uniform[:, 0] < probability
     brightness, contrast, saturation, hue = (
@@ -78,7 +92,13 @@ def random_jitter(
 
 @dataclass(frozen=True)
 class PlainViews:
-    """The image as an evaluation sees it: nothing is random."""
+    """Return the evaluation views, without randomness.
+
+    Args:
+        size: The side S of a view in pixels.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
+    """
 
     size: int
     mean: tuple[float, ...]
@@ -86,12 +106,21 @@ class PlainViews:
     numbers: ClassVar[int] = 0
 
     def __call__(self, images: UInt8[Tensor, "B C H W"], uniform: Float[Tensor, "B 0"]) -> Float[Tensor, "B C S S"]:
+        """Return one view of each image."""
         return normalize(fit(images.float() / 255, self.size), self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class CropViews:
-    """Crop, flip: light views for supervised learning."""
+    """Crop and flip the images, for supervised learning.
+
+    Args:
+        size: The side S of a view in pixels.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
+        scale: The minimum and maximum area of a crop, as a fraction of the area of the image.
+        flip: The probability of a horizontal flip.
+    """
 
     size: int
     mean: tuple[float, ...]
@@ -101,16 +130,28 @@ class CropViews:
     numbers: ClassVar[int] = CROP_NUMBERS
 
     def __call__(self, images: UInt8[Tensor, "B C H W"], uniform: Float[Tensor, "B P"]) -> Float[Tensor, "B C S S"]:
+        """Return one view of each image, given ``numbers`` uniform random numbers in [0, 1) per view."""
         crop = random_crop(uniform, images.shape[2], images.shape[3], self.scale, self.flip)
         return normalize(crop_resize(images, crop, self.size), self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class ColorViews:
-    """Crop, flip, colour jitter, greyscale: the views of the MoCo notebook for CIFAR-10; with blur, those of MoCo v2.
+    """Crop, flip, jitter, grey and blur colour images, for contrastive learning.
+
+    Without blur the views are those of the MoCo notebook for CIFAR-10; with blur they are those of MoCo v2 (Chen et
+    al., "Improved Baselines with Momentum Contrastive Learning", 2020).
 
     Args:
-        blur: probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels.
+        size: The side S of a view in pixels.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
+        scale: The minimum and maximum area of a crop, as a fraction of the area of the image.
+        flip: The probability of a horizontal flip.
+        jitter: The strength of brightness, contrast, saturation and hue, as in ``random_jitter``.
+        jitter_probability: The probability of a colour jitter.
+        gray: The probability of a conversion to grey.
+        blur: The probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels.
     """
 
     size: int
@@ -125,6 +166,7 @@ class ColorViews:
     numbers: ClassVar[int] = CROP_NUMBERS + JITTER_NUMBERS + 3
 
     def __call__(self, images: UInt8[Tensor, "B 3 H W"], uniform: Float[Tensor, "B P"]) -> Float[Tensor, "B 3 S S"]:
+        """Return one view of each image, given ``numbers`` uniform random numbers in [0, 1) per view."""
         for_crop, for_jitter, rest = uniform.split([CROP_NUMBERS, JITTER_NUMBERS, 3], 1)
         crop = random_crop(for_crop, images.shape[2], images.shape[3], self.scale, self.flip)
         pixels = crop_resize(images, crop, self.size).flatten(2)
@@ -133,18 +175,21 @@ class ColorViews:
         views = pixels.view(len(images), 3, self.size, self.size)
         if not self.blur:
             return views
-        # The blur's weights sum to 1, so it may come after the normalisation.
+        # The blur commutes with the normalization because its weights sum to 1.
         return gaussian_blur(views, torch.where(rest[:, 1] < self.blur, 0.1 + 1.9 * rest[:, 2], 0.01))
 
 
 @dataclass(frozen=True)
 class AffineViews:
-    """Rotations, shears, scalings and shifts on a black ground, no flip: for digits and drawings.
+    """Rotate, shear, scale and shift the images on a black background, for digits and drawings.
 
     Args:
-        degrees: largest rotation and largest shear to either side.
-        zoom: smallest and largest scale.
-        shift: largest shift to either side, as a share of the side.
+        size: The side S of a view in pixels.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
+        degrees: The maximum angle of rotation and the maximum angle of shear, in either direction.
+        zoom: The minimum and maximum scale.
+        shift: The maximum shift in either direction, as a fraction of the side.
     """
 
     size: int
@@ -156,12 +201,16 @@ class AffineViews:
     numbers: ClassVar[int] = 5
 
     def __call__(self, images: UInt8[Tensor, "B C H W"], uniform: Float[Tensor, "B P"]) -> Float[Tensor, "B C S S"]:
+        """Return one view of each image, given ``numbers`` uniform random numbers in [0, 1) per view."""
         shape = [len(images), images.shape[1], self.size, self.size]
         grid = F.affine_grid(self.matrix(uniform), shape, align_corners=False)
         return normalize(F.grid_sample(images.float() / 255, grid, align_corners=False), self.mean, self.std)
 
     def matrix(self, uniform: Float[Tensor, "B P"]) -> Float[Tensor, "B 2 3"]:
-        """Where a view's pixels come from, in coordinates from -1 to 1: rotation x shear / scale, then the shift."""
+        """Return the affine maps from the pixels of a view to those of the image, in coordinates from -1 to 1.
+
+        The linear part is rotation x shear / scale.
+        """
         signed = 2 * uniform - 1
         angle, shear = (signed[:, :2] * math.radians(self.degrees)).unbind(1)
         x, y = (signed[:, 2:4] * 2 * self.shift).unbind(1)
@@ -171,20 +220,29 @@ class AffineViews:
 
 
 Views = PlainViews | CropViews | ColorViews | AffineViews
-"""A family: ``numbers`` uniform random numbers in [0, 1) decide one view."""
+"""A family of views. Its ``numbers`` is the number P of uniform random numbers in [0, 1) per view."""
 
 
 def memory_views(name: str, data: ImageData) -> Views:
-    """The family ``name`` for images in memory.
+    """Return a family of views for images in memory.
 
-    - "digits": rotated, sheared, scaled and shifted, for contrastive learning on grey drawings.
-    - "cifar": MoCo's views; "photo": the same with blur.
-    - "supervised": light views that keep the class plain; crop and flip in colour; in grey a gentler "digits", for
-      letters must not be mirrored.
-    - "none": the image as it is.
+    - ``"digits"`` rotates, shears, scales and shifts, for contrastive learning on grey drawings.
+    - ``"cifar"`` is the family of MoCo, and ``"photo"`` is the same with blur.
+    - ``"supervised"`` crops and flips colour images. Grey images, which may show letters, are not flipped but get a
+      weaker form of ``"digits"``.
+    - ``"none"`` is the evaluation view.
+
+    Args:
+        name: The name of the family.
+        data: The data set, with the side and the normalization of the views.
 
     Raises:
-        UserError: no such family, or one that works on colours and images that have none.
+        UserError: If the family does not exist, or needs colour and the images are grey.
+
+    Example:
+        >>> from selfsup_xbn.data import load_data
+        >>> memory_views("digits", load_data("digits")).numbers
+        5
     """
     size, mean, std = data.image_size, data.mean, data.std
     light = AffineViews(size, mean, std, degrees=10.0, zoom=(0.85, 1.15), shift=0.05)
@@ -196,7 +254,10 @@ def memory_views(name: str, data: ImageData) -> Views:
         "none": PlainViews(size, mean, std),
     }
     if name not in families:
-        raise UserError(f"augmentation {name!r} is unknown for images in memory; choose from {', '.join(families)}")
+        raise UserError(f"unknown augmentation {name!r} for images in memory; choose from {', '.join(families)}")
     if isinstance(families[name], ColorViews) and data.channels != 3:
-        raise UserError(f"augmentation {name!r} needs colour and {data.name} is grey; choose digits or supervised")
+        raise UserError(
+            f"augmentation {name!r} needs colour images, but the images of {data.name} are grey; "
+            "choose digits or supervised"
+        )
     return families[name]

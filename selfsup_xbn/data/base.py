@@ -1,4 +1,4 @@
-"""What a data set is to the rest of the package: splits of images with labels, and how to look at them.
+"""The common form of all data sets: splits of labelled images and their preprocessing.
 
 Axis legend: N samples, C channels, H height, W width.
 """
@@ -18,13 +18,18 @@ from selfsup_xbn.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """One part of a data set: either all images in memory, or the paths of their files.
+    """A labelled part of a data set, with either the images in memory or the paths of their files.
 
     Attributes:
-        labels: class index of each sample.
-        images: pixels in memory; ``None`` when the images stay on disk.
-        paths: file of each sample; ``None`` when the images are in memory.
-        boxes: crop of each file in pixels, (x1, y1, x2, y2), right and lower edge exclusive; ``None`` for whole images.
+        labels: The class index of each sample.
+        images: The pixels. ``None`` if the images are read from files.
+        paths: The file of each sample. ``None`` if the images are in memory.
+        boxes: The box (x1, y1, x2, y2) in pixels to crop from each file, with x2 and y2 exclusive. ``None`` for whole
+            images.
+
+    Raises:
+        ValueError: If not exactly one of ``images`` and ``paths`` is passed, or their number is not that of the labels.
+        UserError: If the labels are not int64 or one of them is negative.
     """
 
     labels: Int64[Tensor, "N"]
@@ -34,22 +39,24 @@ class Split:
 
     def __post_init__(self) -> None:
         if (self.images is None) == (self.paths is None):
-            raise ValueError("expected exactly one of images and paths")
+            count = "neither" if self.images is None else "both"
+            raise ValueError(f"expected exactly one of images and paths, got {count}")
         pixels = self.images if self.images is not None else self.paths
         assert pixels is not None
         if len(pixels) != len(self.labels):
-            raise ValueError(f"expected as many images as labels, got {len(pixels)} and {len(self.labels)}")
+            raise ValueError(f"expected one label per image, got {len(self.labels)} labels for {len(pixels)} images")
         if self.labels.dtype != torch.int64 or (len(self.labels) and int(self.labels.min()) < 0):
-            least = self.labels.min().item() if len(self.labels) else "none"
+            minimum = self.labels.min().item() if len(self.labels) else "none"
             raise UserError(
-                f"expected int64 labels from 0 on, got {self.labels.dtype} from {least} on: number the classes"
+                f"expected int64 labels of at least 0, got {self.labels.dtype} labels with minimum {minimum}; "
+                "number the classes from 0"
             )
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def subset(self, index: Int64[Tensor, "n"]) -> Split:
-        """The samples at ``index``, in that order."""
+        """Return the samples at the given indices, in that order."""
         return replace(
             self,
             labels=self.labels[index],
@@ -61,20 +68,22 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class ImageData:
-    """A data set as every mode sees it.
+    """A data set with all its splits.
 
     Attributes:
-        name: the specification that made it, e.g. ``"cifar10"`` or ``"folder:/photos"``.
-        train: images to learn from.
-        test: images to evaluate on; the queries where there is a ``gallery``.
-        validation: images of classes that were held out of ``train``, to choose a model on; searched in themselves.
-        gallery: images that the queries are searched in; ``None``: the test set is searched in itself, self left out.
-        classes: name of each label.
-        disjoint: the test classes are not among the training classes (retrieval benchmarks).
-        image_size: side S in pixels of the square that a network sees.
-        mean, std: per-channel normalisation of pixels in [0, 1].
-        augmentation: which family of random views suits the images: ``"digits"``, ``"cifar"``, ``"photo"``...
-        notes: lines to show the user: counts found beside the official ones, warnings.
+        name: The specification of the data set, e.g. ``"cifar10"`` or ``"folder:/photos"``.
+        train: The training images.
+        test: The test images. If there is a ``gallery``, they are the queries.
+        validation: Images of classes that are held out of ``train``, for model selection. Each image is a query
+            against the others.
+        gallery: The images to retrieve from. ``None`` if each test image is a query against the others.
+        classes: The name of each label.
+        disjoint: Whether no test class is a training class, as in retrieval benchmarks.
+        image_size: The side S in pixels of the network's square input.
+        mean: The mean of each channel for pixels in [0, 1], used for normalization.
+        std: The standard deviation of each channel for pixels in [0, 1], used for normalization.
+        augmentation: The default family of random views, e.g. ``"digits"``, ``"cifar"`` or ``"photo"``.
+        notes: Lines for the user, such as counts of images and warnings.
     """
 
     name: str
@@ -92,18 +101,27 @@ class ImageData:
 
     @property
     def num_classes(self) -> int:
-        """One more than the largest label of any split."""
+        """The number of classes: one more than the largest label of the splits."""
         splits = [self.train, self.test] + ([self.gallery] if self.gallery is not None else [])
         return 1 + max(int(split.labels.max()) for split in splits)
 
     @property
     def channels(self) -> int:
-        """Channels C of a batch: those in memory, or 3 for files (always read as RGB)."""
+        """The number of channels C of a batch. Files are always read as RGB, with 3 channels."""
         return 3 if self.train.images is None else self.train.images.shape[1]
 
 
 def limit(split: Split, count: int, seed: int) -> Split:
-    """``count`` samples drawn without replacement, the same for the same seed; all of them where there are fewer."""
+    """Return a random subset of a split.
+
+    Args:
+        split: The samples to draw from.
+        count: The number of samples to draw without replacement. A smaller split is returned unchanged.
+        seed: The seed of the draw.
+
+    Returns:
+        The drawn samples, in their original order.
+    """
     if count >= len(split):
         return split
     order = torch.randperm(len(split), generator=torch.Generator().manual_seed(seed))
@@ -111,22 +129,25 @@ def limit(split: Split, count: int, seed: int) -> Split:
 
 
 def hold_out_classes(split: Split, share: float, seed: int) -> tuple[Split, Split]:
-    """Return the samples of most classes and those of ``share`` of the classes, drawn with the seed.
+    """Split the samples by class into a kept and a held-out part.
 
     Args:
-        split: samples of C classes.
-        share: of the classes to hold out, above 0 and below 1; their number is rounded up.
-        seed: of the draw.
+        split: The samples to divide.
+        share: The fraction of the classes to hold out, in (0, 1). Their number is rounded up.
+        seed: The seed of the random choice of classes.
+
+    Returns:
+        The samples of the kept classes and the samples of the held-out classes.
 
     Raises:
-        UserError: fewer than two classes are held out, or fewer than two are left.
+        UserError: If fewer than two classes are held out or kept.
     """
     classes = split.labels.unique()
     count = math.ceil(len(classes) * share)
     if not 2 <= count <= len(classes) - 2:
         raise UserError(
-            f"--validation holds out {count} of {len(classes)} training classes: give a share that holds out at least "
-            "2 and leaves at least 2"
+            f"expected --validation to hold out at least 2 training classes and to keep at least 2, got {count} of "
+            f"{len(classes)} classes held out; change the share"
         )
     drawn = torch.randperm(len(classes), generator=torch.Generator().manual_seed(seed))[:count]
     held_out = torch.isin(split.labels, classes[drawn])

@@ -1,4 +1,4 @@
-"""What a worker process makes of one image file: random views, the evaluation's view, or a thumbnail."""
+"""Functions from an image file to tensors, for worker processes: random views, evaluation view and thumbnail."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from selfsup_xbn.data.images import read_image, to_bytes
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import UserError
 
-LONGEST = 16
-"""Times as long as wide an image may be before it is resized."""
+MAX_ASPECT_RATIO = 16
+"""Maximum ratio of the longer to the shorter side of an image that is resized. Longer images are cropped first."""
 
 Key = tuple[int, int, int, int]
 Pixels = TypeVar("Pixels", Image.Image, Tensor)
@@ -34,13 +34,27 @@ def _read(split: Split, sample: int) -> Image.Image:
 
 
 class RandomFile:
-    """Random views of a file. The key (sample, epoch, step, place) and the view's number seed every view anew."""
+    """Return random views of a file.
+
+    The seed of a view is a function of ``seed``, the epoch, the step, the position in the batch and the view's number.
+
+    Args:
+        split: The samples, with paths.
+        augmentation: The family of views, as in ``file_transform``.
+        data: The side and the normalization of the views.
+        seed: The seed of the run.
+        views: The number of views per sample.
+
+    Raises:
+        UserError: If the family does not exist.
+    """
 
     def __init__(self, split: Split, augmentation: str, data: ImageData, seed: int, views: int) -> None:
         self.split, self.seed, self.views = split, seed, views
         self.transform = file_transform(augmentation, data)
 
     def __call__(self, key: Key) -> tuple[Float[Tensor, "C S S"], ...]:
+        """Return the views for a key (sample, epoch, step, position in the batch)."""
         image = _read(self.split, key[0])
         return tuple(self._view(image, key, view) for view in range(self.views))
 
@@ -50,45 +64,70 @@ class RandomFile:
 
 
 def fit(image: Pixels, size: int) -> Pixels:
-    """The middle S x S pixels after the shorter side is resized to S / 0.875, torchvision's and timm's convention.
+    """Resize the shorter side to S / 0.875 and crop the central S x S pixels, as torchvision and timm do.
 
-    A square image of side S stays as it is. Of a very long one the ends, which are not seen, are cut off first: a file
-    of 100 bytes may hold 1 x 65,000 pixels, and resized these would fill any memory.
+    A square image of side S is returned unchanged. The ends of a very long image, which the crop would remove, are
+    removed before the resizing: a file of 100 bytes may contain 1 x 65,000 pixels, which would need too much memory
+    once they are resized.
+
+    Args:
+        image: A PIL image, or a tensor of shape [..., H, W].
+        size: The side S of the result in pixels.
     """
     width, height = TF.get_image_size(image)
     if width == height == size:
         return image
-    if max(width, height) > LONGEST * min(width, height):
-        image = TF.center_crop(image, [min(height, LONGEST * width), min(width, LONGEST * height)])
+    if max(width, height) > MAX_ASPECT_RATIO * min(width, height):
+        image = TF.center_crop(image, [min(height, MAX_ASPECT_RATIO * width), min(width, MAX_ASPECT_RATIO * height)])
     return TF.center_crop(TF.resize(image, [round(size / 0.875)], antialias=True), [size, size])
 
 
 class EvalFile:
-    """The image as an evaluation sees it."""
+    """Return the evaluation view of a file: the whole image or box, resized and cropped by ``fit``.
+
+    Args:
+        split: The samples, with paths.
+        size: The side S of the view in pixels.
+    """
 
     def __init__(self, split: Split, size: int) -> None:
         self.split, self.size = split, size
 
     def __call__(self, sample: int) -> UInt8[Tensor, "C S S"]:
+        """Return the view of a sample."""
         return to_bytes(fit(_read(self.split, sample), self.size))
 
 
 class SmallFile:
-    """The whole image, squeezed into a square of ``side``."""
+    """Return the whole image or box, resized to a square without regard to its aspect ratio.
+
+    Args:
+        split: The samples, with paths.
+        side: The side of the square in pixels.
+    """
 
     def __init__(self, split: Split, side: int) -> None:
         self.split, self.side = split, side
 
     def __call__(self, sample: int) -> UInt8[Tensor, "C s s"]:
+        """Return the thumbnail of a sample."""
         return to_bytes(_read(self.split, sample).resize((self.side, self.side), Image.Resampling.BILINEAR))
 
 
 def file_transform(name: str, data: ImageData) -> Callable[[Image.Image], Tensor]:
-    """The family ``name`` for files: lightly's MoCo v2 views ("photo"; "cifar" has no blur) or timm's RandAugment
-    ("supervised": rand-m9-mstd0.5, random erasing 0.2); "none" is the evaluation's view.
+    """Return the random transform of a family of views, for image files.
+
+    Args:
+        name: The family. ``"photo"`` is lightly's MoCo v2 transform, ``"cifar"`` the same without blur,
+            ``"supervised"`` timm's RandAugment (rand-m9-mstd0.5) with random erasing of probability 0.2, and
+            ``"none"`` the evaluation view.
+        data: The side and the normalization of the views.
+
+    Returns:
+        A function from an RGB image to a normalized tensor of shape [3, S, S].
 
     Raises:
-        UserError: no such family.
+        UserError: If the family does not exist.
     """
     if name in ("photo", "cifar"):
         from lightly.transforms import MoCoV2Transform
@@ -109,14 +148,15 @@ def file_transform(name: str, data: ImageData) -> Callable[[Image.Image], Tensor
         )
     if name == "none":
         return Compose([partial(fit, size=data.image_size), ToTensor(), Normalize(data.mean, data.std)])
-    raise UserError(f"augmentation {name!r} does not exist for image files; choose from photo, cifar, supervised, none")
+    raise UserError(f"unknown augmentation {name!r} for image files; choose from photo, cifar, supervised, none")
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Within, the CPU's global random states of torch, NumPy and Python start from ``seed``; afterwards they are back.
+    """Seed the global CPU generators of torch, NumPy and Python within the context, and restore them on exit.
 
-    The transforms draw from all three. The GPU's states are left alone (``torch.manual_seed`` would reseed them).
+    The transforms draw from all three generators. The generators of the GPUs do not change, as they would with
+    ``torch.manual_seed``.
     """
     states = torch.default_generator.get_state(), np.random.get_state(), random.getstate()
     torch.default_generator.manual_seed(seed)

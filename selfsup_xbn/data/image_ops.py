@@ -1,13 +1,13 @@
-"""What can be done to a batch of images on their device, each with parameters of its own.
+"""Operations on batches of images, with separate parameters for each image.
 
-Nothing here is random and nothing is read back from the device. Three facts keep it short and quick:
+The operations are deterministic and do not synchronize the host with the device:
 
-* crop, resize and flip are two matrix products, rows and columns, with the triangle filter of Pillow's and
-  torchvision's antialiased resize; so is a Gaussian blur, with another filter;
-* brightness, contrast, saturation, greyscale and normalisation are affine maps of a pixel's colour, x -> M x + b;
-* a hue shift leaves a pixel's largest and smallest channel alone.
+* Crop, resize and flip are two matrix products, one for rows and one for columns. Their filter is the triangle of the
+  antialiased resize of Pillow and torchvision. A Gaussian blur has the same form with another filter.
+* Brightness, contrast, saturation, greyscale and normalization are affine maps of a pixel's colour, x -> M x + b.
+* A hue shift does not change the maximum and the minimum over a pixel's channels.
 
-Axis legend: B images, C channels, H, W sides, S side of the result, N = S x S pixels in a row.
+Axis legend: B images, C channels, H height, W width, S side of the result, N = S x S flattened pixels.
 """
 
 from __future__ import annotations
@@ -21,20 +21,28 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in grey: torchvision's, after ITU-R 601."""
+"""Weights of red, green and blue in grey, as in torchvision and ITU-R 601."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 
 @cache
 def constant(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "n"]:
-    """``values`` on ``device``, copied there once: a copy at every step would make the host wait for the device."""
+    """Return the values as a cached tensor on the device, because a copy in each step would synchronize the host."""
     return torch.tensor(values, device=device)
 
 
 @dataclass(frozen=True, eq=False)
 class Crop:
-    """A box in pixels of each source image; ``flip`` mirrors what it holds left to right."""
+    """A box for each image.
+
+    Attributes:
+        top: The upper edge in pixels.
+        left: The left edge in pixels.
+        height: The height in pixels.
+        width: The width in pixels.
+        flip: Whether to flip the cropped image horizontally.
+    """
 
     top: Float[Tensor, "B"]
     left: Float[Tensor, "B"]
@@ -44,9 +52,14 @@ class Crop:
 
 
 def crop_resize(images: Shaped[Tensor, "B C H W"], crop: Crop, size: int) -> Float[Tensor, "B C S S"]:
-    """Each image's box, resized to ``size`` x ``size`` and flipped where asked; bytes come out in [0, 1].
+    """Crop, resize and flip each image.
 
-    Equals ``torchvision.transforms.functional.resized_crop(antialias=True)`` and ``hflip``.
+    Equal to ``torchvision.transforms.functional.resized_crop(antialias=True)`` followed by ``hflip``.
+
+    Args:
+        images: The images. Those of dtype uint8 are divided by 255.
+        crop: The boxes.
+        size: The side S of the result in pixels.
     """
     B, C, H, W = images.shape
     rows = _resize_matrix(crop.top, crop.height, H, size)
@@ -60,16 +73,16 @@ def crop_resize(images: Shaped[Tensor, "B C H W"], crop: Crop, size: int) -> Flo
 def _resize_matrix(
     start: Float[Tensor, "B"], length: Float[Tensor, "B"], side: int, size: int, flip: Bool[Tensor, "B"] | None = None
 ) -> Float[Tensor, "B S H"]:
-    """Weights of the ``side`` source pixels in each of ``size`` output pixels that cover [start, start + length).
+    """Return the weights of the ``side`` source pixels in each of ``size`` output pixels.
 
-    Pixels outside that range have weight 0, so the result is that of cropping first. The triangle is two pixels wide,
-    or two output pixels where the image shrinks.
+    The output covers [start, start + length). Pixels outside of this range have weight 0, as if the image was cropped
+    first. The triangle is two source pixels wide, or two output pixels if the image shrinks.
     """
     ratio = length / size
     output = torch.arange(0.5, size, device=start.device)
     pixel = torch.arange(0.5, side, device=start.device)
-    place = output.expand(len(start), size) if flip is None else torch.where(flip[:, None], size - output, output)
-    centre = torch.addcmul(start[:, None], ratio[:, None], place)
+    position = output.expand(len(start), size) if flip is None else torch.where(flip[:, None], size - output, output)
+    centre = torch.addcmul(start[:, None], ratio[:, None], position)
     inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
     weight = (pixel - centre[:, :, None]).abs_().div_(-ratio.clamp(min=1)[:, None, None]).add_(1).clamp_(min=0)
     weight.mul_(inside[:, None, :])
@@ -77,9 +90,13 @@ def _resize_matrix(
 
 
 def gaussian_blur(images: Float[Tensor, "B C S S"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B C S S"]:
-    """Each image blurred with its own standard deviation in pixels; a small one, below 0.05, leaves it as it is.
+    """Blur each image with a Gaussian.
 
-    The whole Gaussian is used, cut off at the image's edge and normalised.
+    The Gaussian is truncated at the edges of the image only, and its weights sum to 1.
+
+    Args:
+        images: The images.
+        sigma: The standard deviation in pixels. A value below 0.05 does not change the image.
     """
     pixel = torch.arange(images.shape[-1], device=images.device, dtype=torch.float32)
     exponent = ((pixel - pixel[:, None]) / sigma[:, None, None]).square_() / -2
@@ -92,9 +109,9 @@ class Jitter:
     """Parameters of a colour jitter.
 
     Attributes:
-        factors: of brightness, contrast and saturation; 1 changes nothing.
-        hue: shift as a share of the full circle; 0 changes nothing.
-        order: ``order[i, j]`` is the operation, BRIGHTNESS ... HUE, that image i gets j-th.
+        factors: The factors of brightness, contrast and saturation. A factor of 1 has no effect.
+        hue: The shift of the hue as a fraction of a full circle. A shift of 0 has no effect.
+        order: ``order[i, j]`` is the j-th operation of image i: BRIGHTNESS, CONTRAST, SATURATION or HUE.
     """
 
     factors: Float[Tensor, "B 3"]
@@ -103,28 +120,32 @@ class Jitter:
 
 
 def color_jitter(images: Float[Tensor, "B 3 N"], jitter: Jitter) -> Float[Tensor, "B 3 N"]:
-    """Brightness, contrast, saturation and hue in each image's own order; pixels in [0, 1].
+    """Change brightness, contrast, saturation and hue, in a separate order for each image.
 
-    An image's blends come before or after its hue shift; every image passes three on either side, with factor 1 where a
-    blend belongs to the other side. Six cheap blends and one hue shift then serve all 24 orders at once.
+    Each image passes three blends, a hue shift and three more blends. A blend that belongs on the other side of the hue
+    shift has factor 1. Six cheap blends and one hue shift thus implement all 24 orders in one batch.
+
+    Args:
+        images: Pixels in [0, 1].
+        jitter: The parameters.
     """
     factors = F.pad(jitter.factors, (0, 1), value=1.0).gather(1, jitter.order)
     before = (jitter.order == HUE).cumsum(1) == 0
     active = torch.cat([before[:, :3], ~before[:, 1:]], 1)
     factors = torch.where(active, torch.cat([factors[:, :3], factors[:, 1:]], 1), 1.0)
     pixel_maps, mean_maps = _blend_maps(factors, torch.cat([jitter.order[:, :3], jitter.order[:, 1:]], 1))
-    for place in range(6):
-        if place == 3:
+    for i in range(6):
+        if i == 3:
             images = shift_hue(images, jitter.hue)
-        offset = torch.bmm(mean_maps[:, place], images.mean(2, keepdim=True))
-        images = torch.bmm(pixel_maps[:, place], images).add_(offset).clamp_(0, 1)
+        offset = torch.bmm(mean_maps[:, i], images.mean(2, keepdim=True))
+        images = torch.bmm(pixel_maps[:, i], images).add_(offset).clamp_(0, 1)
     return images
 
 
 def _blend_maps(
     factors: Float[Tensor, "B n"], operations: Int64[Tensor, "B n"]
 ) -> tuple[Float[Tensor, "B n 3 3"], Float[Tensor, "B n 1 3"]]:
-    """``factor x + (1 - factor) reference`` as a map of the pixel's colour and a map of the image's mean colour.
+    """Return ``factor x + (1 - factor) reference`` as a map of the pixel's colour and a map of the image's mean colour.
 
     The reference is black for brightness, the image's mean grey for contrast and the pixel's grey for saturation.
     """
@@ -135,19 +156,24 @@ def _blend_maps(
 
 
 def shift_hue(images: Float[Tensor, "B 3 N"], hue: Float[Tensor, "B"]) -> Float[Tensor, "B 3 N"]:
-    """Turn the hue by ``hue`` of a full circle; equals ``torchvision.transforms.functional.adjust_hue``."""
+    """Shift the hue, as ``torchvision.transforms.functional.adjust_hue`` does.
+
+    Args:
+        images: Pixels in [0, 1].
+        hue: The shift as a fraction of a full circle.
+    """
     r, g, b = images.unbind(1)
     low = torch.minimum(torch.minimum(r, g), b)
     chroma = torch.maximum(torch.maximum(r, g), b).sub_(low)
     divisor = chroma.clamp(min=1e-12)
     r, g, b = ((channel - low).div_(divisor) for channel in (r, g, b))
-    # The largest channel is now exactly 1, so floor tells which it is. The angle is in sixths of the circle.
+    # The maximum channel is exactly 1, so its floor is 1. The angle is in sixths of a circle.
     angle = torch.lerp(torch.lerp(r - g + 4, b - r + 2, g.floor()), g - b, r.floor())
-    turn = angle.div_(6).add_(hue[:, None])
-    turn = turn.sub_(turn.floor()).mul_(6)
+    angle = angle.div_(6).add_(hue[:, None])
+    angle = angle.sub_(angle.floor()).mul_(6)
     result = torch.empty_like(images)
     for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        corner = (turn - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
+        corner = (angle - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
         result[:, channel] = corner.mul_(chroma).add_(low)
     return result
 
@@ -155,7 +181,14 @@ def shift_hue(images: Float[Tensor, "B 3 N"], hue: Float[Tensor, "B"]) -> Float[
 def gray_and_normalize(
     images: Float[Tensor, "B 3 N"], gray: Bool[Tensor, "B"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "B 3 N"]:
-    """Greyscale where asked, then (x - mean) / std, in one affine map."""
+    """Convert some of the images to grey and normalize all of them, in one affine map.
+
+    Args:
+        images: Pixels in [0, 1].
+        gray: Whether to convert the image to grey.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
+    """
     device = images.device
     deviation = constant(std, device)[:, None]
     colour = torch.where(gray[:, None, None], constant(LUMA, device).expand(3, 3), torch.eye(3, device=device))
@@ -165,6 +198,12 @@ def gray_and_normalize(
 def normalize(
     images: Float[Tensor, "B C S S"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "B C S S"]:
-    """(x - mean) / std for each channel."""
+    """Return (x - mean) / std for each channel.
+
+    Args:
+        images: The images.
+        mean: The mean of each channel.
+        std: The standard deviation of each channel.
+    """
     centre, deviation = constant(mean, images.device), constant(std, images.device)
     return (images - centre[:, None, None]) / deviation[:, None, None]

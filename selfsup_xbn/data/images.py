@@ -1,4 +1,4 @@
-"""Image files: one way to read a file, and one way to read many of them at once, with worker processes."""
+"""Reading of single image files."""
 
 from __future__ import annotations
 
@@ -12,47 +12,58 @@ from PIL import Image, ImageOps
 from selfsup_xbn.errors import UserError
 
 MAX_PIXELS = 2**27
-"""Larger images are refused: a small file can unpack to more memory than there is."""
+"""Maximum number of pixels of an image. Without it a small file could decode to more memory than is available."""
 
 Box = Sequence[int]
 
 
 def read_image(path: str, box: Box | None = None) -> Image.Image:
-    """The file's pixels as 8-bit RGB, upright as its EXIF orientation says; ``box`` (x1, y1, x2, y2) is cut out.
+    """Read an image file as 8-bit RGB, rotated according to its EXIF orientation.
 
-    16-bit grey is scaled to 8 bits; transparent pixels show a white ground; of several frames the first is taken.
+    Grey images of 16 bits are scaled to 8 bits. Transparent images are composed with a white background. Of an
+    animation the first frame is read.
+
+    Args:
+        path: The image file.
+        box: The box (x1, y1, x2, y2) in pixels to crop, with x2 and y2 exclusive. ``None`` for the whole image.
 
     Raises:
-        UserError: the file cannot be read, is no image, is broken, has more than ``MAX_PIXELS`` pixels, or does not
-            overlap with the box.
+        UserError: If the file cannot be read, is not an image, is broken or has more than ``MAX_PIXELS`` pixels, or if
+            the box does not overlap the image.
     """
     with open_image(path) as image:
         try:
             ImageOps.exif_transpose(image, in_place=True)
             image.load()
             image = _to_rgb(image)
-        except Exception as error:  # Pillow's decoders raise nearly anything on broken bytes
-            raise UserError(f"{path}: the image is broken ({error}); repair or remove the file") from error
-    return image if box is None else image.crop(_clipped(path, box, image.size))
+        except Exception as error:  # Pillow's decoders raise many types of exceptions for broken files
+            raise UserError(f"{path}: the image cannot be decoded ({error}); repair or remove the file") from error
+    return image if box is None else image.crop(_clip(path, box, image.size))
 
 
 def open_image(path: str) -> Image.Image:
-    """The file with its header read and its size checked, pixels not yet decoded."""
+    """Open an image file and check its size, without decoding the pixels.
+
+    Raises:
+        UserError: If the file cannot be read, is not an image or has more than ``MAX_PIXELS`` pixels.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(path)
     except Image.DecompressionBombError as error:
-        raise UserError(f"{path}: too large ({error}); shrink or remove the file") from error
+        raise UserError(f"{path}: the image is too large ({error}); shrink or remove the file") from error
     except Exception as error:
         raise UserError(f"{path}: not a readable image ({error}); repair or remove the file") from error
     if image.width * image.height > MAX_PIXELS:
-        raise UserError(f"{path}: {image.width} x {image.height} pixels are more than {MAX_PIXELS}; shrink the file")
+        raise UserError(
+            f"{path}: expected at most {MAX_PIXELS} pixels, got {image.width} x {image.height}; shrink the image"
+        )
     return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16 bits a pixel; Pillow's convert would clip them to 255
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Image.convert would clip to 255
         image = Image.fromarray((np.asarray(image).clip(0, 65535) // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -60,14 +71,17 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
-def _clipped(path: str, box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
+def _clip(path: str, box: Box, size: tuple[int, int]) -> tuple[int, int, int, int]:
     x1, y1, x2, y2 = (int(value) for value in box)
     inside = max(x1, 0), max(y1, 0), min(x2, size[0]), min(y2, size[1])
     if inside[0] >= inside[2] or inside[1] >= inside[3]:
-        raise UserError(f"{path}: box {(x1, y1, x2, y2)} holds no pixel of the {size[0]} x {size[1]} image; correct it")
+        raise UserError(
+            f"{path}: expected a box that overlaps the {size[0]} x {size[1]} image, got {(x1, y1, x2, y2)}; "
+            "correct the annotation"
+        )
     return inside
 
 
 def to_bytes(image: Image.Image) -> torch.Tensor:
-    """Pixels [3, H, W] uint8 of an RGB image."""
+    """Return the pixels of an RGB image as a uint8 tensor of shape [3, H, W]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)

@@ -1,9 +1,9 @@
-"""From a split to batches of views: on the device where images are in memory, by worker processes where they are files.
+"""Loaders of batches of views, from images in memory or, with worker processes, from files.
 
-Everything random in a batch is a pure function of (seed, epoch, step, position in the batch, view). So a run that
-resumes at any step, with any number of workers, sees the very same views.
+A random view is a pure function of (seed, epoch, step, position in the batch, view). A run that resumes at any step,
+with any number of workers, therefore draws the same views.
 
-Axis legend: B batch, b this process's shard of it, C channels, N samples, S the view's side, F features.
+Axis legend: B batch, b the shard of the process, C channels, N samples, S the view's side, F features.
 """
 
 from __future__ import annotations
@@ -26,13 +26,23 @@ from selfsup_xbn.data.workers import ParallelReader
 from selfsup_xbn.utils.distributed import shard_slice
 
 RAW_SIDE = 32
-PIECE = 128
+"""Maximum side in pixels of the images of ``raw_pixels``."""
+
+CPU_CHUNK = 128
+"""Number of views that are computed at a time on a CPU."""
+
+EVAL_BATCH = 256
+"""Number of images of a batch without randomness."""
 
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """One step's input, on the device: labels and numbers in the split of its B samples, and views of those b of them
-    that are this process's shard.
+    """The input of one step, on the device.
+
+    Attributes:
+        views: The normalized views of the samples of this process's shard.
+        labels: The labels of all samples of the batch.
+        index: The indices of all samples of the batch in the split.
     """
 
     views: tuple[Float[Tensor, "b C S S"], ...]
@@ -41,19 +51,22 @@ class Batch:
 
 
 class Batches:
-    """Batches of random views, epoch after epoch.
+    """Load batches of random views.
 
     Args:
-        split: the samples; in memory they are kept on ``device`` as bytes.
-        augmentation: family of views, see ``memory_views`` and for files ``file_transform``.
-        data: says the views' side and normalisation.
-        views: random views of each sample.
-        sampler: which samples make up each batch.
-        workers: processes that read files; in memory unused.
-        shard: (rank, world): views of the rank's shard of each batch only, the same as in the whole batch.
+        split: The samples. Images in memory are copied to ``device`` as uint8.
+        augmentation: The family of views, as in ``memory_views`` for images in memory and ``file_transform`` for files.
+        data: The side and the normalization of the views.
+        views: The number of random views per sample.
+        sampler: The sampler of the batches.
+        device: The device of the batches.
+        seed: The seed of the samples and the views.
+        workers: The number of processes that read files. It has no effect for images in memory.
+        shard: The rank and the number of processes. Each process computes the views of its shard of a batch; they are
+            those that one process would compute for the whole batch.
 
     Raises:
-        UserError: no such family.
+        UserError: If the family of views does not exist, or needs colour and the images are grey.
     """
 
     def __init__(
@@ -86,7 +99,17 @@ class Batches:
     def from_config(
         cls, config: Config, data: ImageData, device: torch.device, shard: tuple[int, int] = (0, 1)
     ) -> Batches:
-        """Return the batches that a run of ``config`` trains on: the mode's views of the training images."""
+        """Return the batches of the training images of a run.
+
+        Args:
+            config: The settings of the run.
+            data: The data set.
+            device: The device of the batches.
+            shard: The rank and the number of processes.
+
+        Raises:
+            UserError: If the batch size does not fit the data set, or the augmentation does not exist.
+        """
         sampler: Sampler = RandomBatches(len(data.train), config.batch_size)
         if config.images_per_class:
             sampler = ClassBalancedBatches(data.train.labels, config.batch_size, config.images_per_class)
@@ -106,7 +129,15 @@ class Batches:
         return len(self.sampler)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """The batches of an epoch, counted from 0, from step ``start`` on."""
+        """Yield the batches of an epoch.
+
+        Args:
+            epoch: The epoch, counted from 0.
+            start: The first step, counted from 0.
+
+        Raises:
+            UserError: If an image file cannot be read.
+        """
         plan = self.sampler.epoch(self.seed, epoch)
         index = plan.to(self.device)
         for step, views in enumerate(self._source.epoch(plan[:, self.shard], epoch, start), start):
@@ -115,7 +146,7 @@ class Batches:
 
 @dataclass(frozen=True, eq=False)
 class _MemoryViews:
-    """Views drawn on the device that holds the images."""
+    """Random views of images in memory, computed on the device of the images."""
 
     images: UInt8[Tensor, "N C H W"]
     family: Views
@@ -126,22 +157,22 @@ class _MemoryViews:
 
     def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         index, generator = plan.to(self.images.device), torch.Generator(self.images.device)
-        # On a CPU, pieces that fit its cache save a third of the time.
-        piece = PIECE if self.images.device.type == "cpu" else self.batch_size * self.views
+        # On a CPU, chunks that fit into its cache reduce the time by a third.
+        chunk = CPU_CHUNK if self.images.device.type == "cpu" else self.batch_size * self.views
         for step in range(start, len(index)):
             generator.manual_seed(seed_for(self.seed, epoch, step))
             images = self.images[index[step]].repeat(self.views, 1, 1, 1)
-            pieces = zip(images.split(piece), self._uniform(generator).split(piece), strict=True)
-            yield torch.cat([self.family(*part) for part in pieces]).chunk(self.views)
+            chunks = zip(images.split(chunk), self._uniform(generator).split(chunk), strict=True)
+            yield torch.cat([self.family(*inputs) for inputs in chunks]).chunk(self.views)
 
     def _uniform(self, generator: torch.Generator) -> Float[Tensor, "rows P"]:
-        """Random numbers for this shard of the batch: drawn for the whole of it, so that they are the same numbers."""
+        """Draw the random numbers of the whole batch, so that they do not depend on the shards; return the shard's."""
         shape = self.views, self.batch_size, self.family.numbers
         return torch.rand(shape, generator=generator, device=generator.device)[:, self.shard].flatten(0, 1)
 
 
 class _FileViews:
-    """Views made by worker processes."""
+    """Random views of image files, computed by worker processes."""
 
     def __init__(self, function: RandomFile, workers: int, device: torch.device, first: int) -> None:
         self.device, self.first = device, first
@@ -149,7 +180,7 @@ class _FileViews:
 
     def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         keys = (
-            [(sample, epoch, step, place) for place, sample in enumerate(plan[step].tolist(), self.first)]
+            [(sample, epoch, step, position) for position, sample in enumerate(plan[step].tolist(), self.first)]
             for step in range(start, len(plan))
         )
         for views in self.read(keys):
@@ -157,12 +188,28 @@ class _FileViews:
 
 
 def eval_batches(
-    split: Split, data: ImageData, *, device: torch.device | str = "cpu", batch_size: int = 256, workers: int = 0
+    split: Split, data: ImageData, *, device: torch.device | str = "cpu", batch_size: int = EVAL_BATCH, workers: int = 0
 ) -> Iterator[Float[Tensor, "B C S S"]]:
-    """All samples in order, without randomness, normalised; the last batch may be smaller.
+    """Yield the evaluation views of all samples, in order.
 
-    Images of another size than ``data.image_size`` have their shorter side resized to S / 0.875 and the middle S x S
-    cut out, torchvision's and timm's convention; boxes are cut out first.
+    The boxes of the split are cropped first. For images that are not S x S, the shorter side is resized to S / 0.875
+    and the central S x S pixels are cropped, as torchvision and timm do.
+
+    Args:
+        split: The samples.
+        data: The side S and the normalization of the views.
+        device: The device of the batches.
+        batch_size: The number of samples B of a batch. The last batch may be smaller.
+        workers: The number of processes that read files.
+
+    Raises:
+        UserError: If an image file cannot be read.
+
+    Example:
+        >>> from selfsup_xbn.data import load_data
+        >>> data = load_data("digits")
+        >>> next(eval_batches(data.test, data, batch_size=4)).shape
+        torch.Size([4, 1, 8, 8])
     """
     device = torch.device(device)
     ranges = [range(first, min(first + batch_size, len(split))) for first in range(0, len(split), batch_size)]
@@ -177,15 +224,34 @@ def eval_batches(
 
 
 def raw_pixels(split: Split, *, workers: int = 0) -> Float[Tensor, "N F"]:
-    """The pixels themselves in [0, 1] as features, at most 32 x 32 of them: what an encoder must beat."""
+    """Return the pixels of each image as a feature vector, for a baseline without an encoder.
+
+    Images that are larger than 32 x 32 pixels are resized to that size.
+
+    Args:
+        split: The samples.
+        workers: The number of processes that read files.
+
+    Returns:
+        The values of the pixels, in [0, 1].
+
+    Raises:
+        UserError: If an image file cannot be read.
+
+    Example:
+        >>> from selfsup_xbn.data import load_data
+        >>> raw_pixels(load_data("digits").test).shape
+        torch.Size([360, 64])
+    """
     if split.images is None:
-        keys = [range(first, min(first + 256, len(split))) for first in range(0, len(split), 256)]
+        keys = [range(first, min(first + EVAL_BATCH, len(split))) for first in range(0, len(split), EVAL_BATCH)]
         images = torch.cat(list(ParallelReader(SmallFile(split, RAW_SIDE), workers)(keys)))
         return images.flatten(1).float() / 255
     if max(split.images.shape[2:]) <= RAW_SIDE:
         return split.images.flatten(1).float() / 255
     side = [RAW_SIDE, RAW_SIDE]
     chunks = [
-        F.interpolate(part.float() / 255, side, mode="bilinear", antialias=True) for part in split.images.split(256)
+        F.interpolate(images.float() / 255, side, mode="bilinear", antialias=True)
+        for images in split.images.split(EVAL_BATCH)
     ]
     return torch.cat(chunks).flatten(1)

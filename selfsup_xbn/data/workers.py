@@ -1,4 +1,4 @@
-"""Many image files at once, by worker processes: decoded into one tensor, or only their sizes read.
+"""Reading of many image files with worker processes: their pixels, or only their sizes.
 
 Axis legend: N files, H, W sides in pixels.
 """
@@ -21,12 +21,13 @@ from selfsup_xbn.errors import UserError
 
 CHUNK = 250
 CHUNK_BYTES = 2**23
-"""Files, and bytes of pixels, that a worker hands over at a time when all files are read once."""
+"""Maximum number of files, and of bytes of pixels, that a worker returns at a time when it reads each file once."""
 
 
 class _Calls(Dataset):
-    """``function`` of each key of a batch, stacked. A ``UserError`` is a result: raised in a worker, it would reach the
-    user as a worker's traceback.
+    """Apply ``function`` to each key of a batch and collate the results.
+
+    A ``UserError`` is returned, because ``DataLoader`` would add the worker's traceback to the message of a raised one.
     """
 
     def __init__(self, function: Callable[[Any], Any]) -> None:
@@ -40,7 +41,7 @@ class _Calls(Dataset):
 
 
 class _Keys:
-    """The batches of keys still to be read: set anew for each pass, so that the worker processes live on."""
+    """A batch sampler whose batches can be replaced between two passes, while the worker processes persist."""
 
     batches: Iterable[Any] = ()
 
@@ -53,20 +54,23 @@ def _as_is(batch: Any) -> Any:
 
 
 def _leave_process_group(worker: int) -> None:
-    """A signal to stop, which a terminal or torchrun sends to the whole group, is for the process that trains: it
-    finishes its step, for which it needs the workers.
+    """Move the worker to a process group without the training process.
+
+    A terminal and torchrun send their signals to the whole group. The training process handles such a signal by
+    finishing its step, for which it needs the workers.
     """
     if hasattr(os, "setpgrp"):
         os.setpgrp()
 
 
 class ParallelReader:
-    """``reader(batches)`` yields ``function`` of the keys of each batch, collated, in order.
+    """Apply a function to batches of keys in worker processes.
 
     Args:
-        function: from a key to tensors; must be picklable.
-        workers: processes that call it; 0: this one. They live until the reader is dropped.
-        pin_memory: page-locked results, for copies to a GPU that do not wait.
+        function: A picklable function from a key to a tensor or to a tuple of tensors.
+        workers: The number of worker processes, which persist until the reader is deleted. 0 calls the function in
+            the calling process.
+        pin_memory: Whether to return tensors in page-locked memory, for asynchronous copies to a GPU.
     """
 
     def __init__(self, function: Callable[[Any], Any], workers: int, *, pin_memory: bool = False) -> None:
@@ -79,23 +83,36 @@ class ParallelReader:
             collate_fn=_as_is,
             worker_init_fn=_leave_process_group,
             pin_memory=pin_memory,
-            generator=torch.Generator(),  # else each pass would draw from the global one
+            generator=torch.Generator(),  # by default each pass would draw from the global generator
         )
 
     def __call__(self, batches: Iterable[Sequence[Any]]) -> Iterator[Any]:
+        """Yield the collated results of each batch of keys, in order.
+
+        Raises:
+            UserError: If the function raises it for one of the keys.
+        """
         self._keys.batches = batches
         for result in self._loader:
             if isinstance(result, UserError):
-                # A new one: raising ``result`` would tie it to this frame in a cycle, and the workers with it.
+                # A copy: raising ``result`` itself would create a reference cycle that keeps the workers alive.
                 raise type(result)(*result.args)
             yield result
 
 
 def decode_same_size(paths: Sequence[str], max_bytes: int, workers: int) -> UInt8[Tensor, "N 3 H W"] | None:
-    """All images in one tensor; ``None`` if their sizes differ or they take more than ``max_bytes``.
+    """Decode images of one size into one tensor.
+
+    Args:
+        paths: The image files; at least one.
+        max_bytes: The maximum size of the tensor in bytes.
+        workers: The number of worker processes.
+
+    Returns:
+        The pixels, or ``None`` if the sizes differ or the tensor would be larger than ``max_bytes``.
 
     Raises:
-        UserError: a file cannot be read.
+        UserError: If a file cannot be read.
     """
     first = to_bytes(read_image(paths[0]))
     if first.numel() * len(paths) > max_bytes:
@@ -111,16 +128,22 @@ def decode_same_size(paths: Sequence[str], max_bytes: int, workers: int) -> UInt
 
 
 def image_sizes(paths: Sequence[str], workers: int) -> Int64[Tensor, "N 2"]:
-    """Width and height that each file's header says.
+    """Return the width and height in pixels of each image, from the headers of the files.
+
+    The pixels are not decoded, so a file with broken pixels is not detected.
+
+    Args:
+        paths: The image files.
+        workers: The number of worker processes.
 
     Raises:
-        UserError: a file cannot be opened or is no image. Broken pixels are found when they are read.
+        UserError: If a file cannot be opened or is not an image.
     """
     return torch.cat([sizes for _, sizes in _chunks(_Size(paths), len(paths), CHUNK, workers, "checking")])
 
 
 class _OtherSizeError(UserError):
-    """Not the user's fault, but it takes the same way out of a worker."""
+    """An image whose size differs from the first one. A ``UserError``, so that the worker returns it."""
 
 
 class _Decode:
@@ -146,7 +169,7 @@ class _Size:
 def _chunks(
     function: Callable[[int], Tensor], count: int, chunk: int, workers: int, verb: str
 ) -> Iterator[tuple[int, Tensor]]:
-    """``function`` of 0 .. count - 1, stacked in chunks, each with its first number; a bar on a terminal."""
+    """Yield the first number and the stacked results of each chunk of 0 to count - 1, with a bar on a terminal."""
     starts = range(0, count, chunk)
     batches = [range(start, min(start + chunk, count)) for start in starts]
     results = ParallelReader(function, min(workers, len(batches) - 1))(batches)

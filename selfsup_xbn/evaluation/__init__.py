@@ -1,7 +1,7 @@
-"""What frozen features are worth: k-NN accuracy, retrieval metrics, and how they drift during training.
+"""Evaluation of frozen features: k-NN accuracy, retrieval metrics and feature drift during training.
 
-The functions are pure: features and labels in, numbers out. How features are computed, on one device or gathered from
-several, is the caller's choice.
+The metrics are pure functions of features and labels. The caller computes the features, on one device or gathered from
+several.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""How far embeddings move from one step to the next, and how far a queue's moments are from a batch's.
+"""Drift of embeddings between steps, and the gap between the moments of a queue and of a batch.
 
-Equations and figures are those of "Adaptive Cross Batch Normalization for Metric Learning" (arXiv 2303.17127). All
-results stay on the device, so neither measure makes a training step wait for it.
+Equations and figures are those of "Adaptive Cross Batch Normalization for Metric Learning" (arXiv 2303.17127). The
+results remain on the device, so the host does not wait for them.
 
 Axis legend: B batch, D dimensions, C channels, H height, W width.
 """
@@ -22,21 +22,36 @@ from selfsup_xbn.utils.distributed import gather, shard_slice
 
 
 class Drift(NamedTuple):
-    """Distances between two embeddings of the same images, over the batch: from 0 to 2, the diameter of the sphere."""
+    """Euclidean distances between two unit embeddings of each image of a batch, in [0, 2].
+
+    Attributes:
+        mean: The mean over the batch.
+        maximum: The maximum over the batch.
+    """
 
     mean: Float32[Tensor, ""]
     maximum: Float32[Tensor, ""]
 
 
 class FeatureDrift:
-    """Feature drift of a fixed batch (Eq. 5, Fig. 3): ||z_k - z_(k-1)||_2 of unit embeddings of consecutive steps.
+    """Measure the feature drift of a fixed batch (Eq. 5, Fig. 3).
 
-    The embeddings are taken in eval mode, without gradient; modes, weights and running statistics stay as they are.
+    The drift of an image is ||z_k - z_(k-1)||_2 for its unit embeddings z of consecutive steps. The embeddings are
+    computed in eval mode and without gradient. The encoder does not change.
+
+    With several processes, each of them embeds a shard of the batch.
 
     Args:
-        encoder: images to embeddings [B, D], normalised here; a module, a module's method, or any other callable.
-        images: the batch to watch, as the encoder takes it; it costs a forward pass per update. Several processes
-            embed a shard of it each, and all must call ``update``.
+        encoder: A function from images to embeddings [B, D] of any length: a module, a method of a module, or another
+            callable.
+        images: The batch. Each update costs a forward pass.
+
+    Example:
+        >>> encoder = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(48, 2))
+        >>> drift = FeatureDrift(encoder, torch.randn(8, 3, 4, 4))
+        >>> drift.update()
+        >>> drift.update()
+        Drift(mean=tensor(0.), maximum=tensor(0.))
     """
 
     def __init__(
@@ -48,7 +63,7 @@ class FeatureDrift:
 
     @torch.no_grad()
     def update(self) -> Drift | None:
-        """Drift since the last call; None at the first, which only looks. Call it after each step."""
+        """Return the drift since the last call, or ``None`` in the first call. All processes must call it."""
         current = self._embed()
         previous, self.previous = self.previous, current
         if previous is None:
@@ -58,7 +73,7 @@ class FeatureDrift:
 
     @torch.no_grad()
     def embeddings(self) -> Float[Tensor, "B D"]:
-        """Unit embeddings of the whole batch as the encoder is now; all processes must call it."""
+        """Return the current unit embeddings of the whole batch. All processes must call it."""
         return gather(self._embed(), self.count)
 
     def _embed(self) -> Float[Tensor, "b D"]:
@@ -67,11 +82,11 @@ class FeatureDrift:
 
 
 class MomentGap(NamedTuple):
-    """Root mean square over the dimensions; 0 and 0 where the moments agree.
+    """Differences between two sets of moments, as root mean squares over the dimensions. They are 0 for equal moments.
 
     Attributes:
-        mean: difference of the means in units of the batch's standard deviation.
-        std: natural logarithm of the ratio of the standard deviations: 0.69 is a factor of 2, either way.
+        mean: The difference of the means in units of the batch's standard deviation.
+        std: The natural logarithm of the ratio of the standard deviations. A ratio of 2 or 1 / 2 gives 0.69.
     """
 
     mean: Float[Tensor, ""]
@@ -79,10 +94,19 @@ class MomentGap(NamedTuple):
 
 
 def moment_gap(queue: Moments, batch: Moments) -> MomentGap:
-    """What XBN removes: the gap between the moments of a queue and those of the current batch, per dimension.
+    """Return the gap between the moments of a queue and those of the current batch, which XBN removes.
 
-    ``mean = sqrt(avg_d ((mean_q - mean_b) / std_b)^2)``, ``std = sqrt(avg_d log(std_q / std_b)^2)``. Dimensions that
-    are constant or not finite on either side, where neither is defined, are left out; NaN where all are.
+    ``mean = sqrt(avg_d ((mean_q - mean_b) / std_b)^2)`` and ``std = sqrt(avg_d log(std_q / std_b)^2)``. Dimensions that
+    are constant or not finite in the queue or in the batch are ignored. If all dimensions are ignored, the gap is NaN.
+
+    Args:
+        queue: The moments of the queue.
+        batch: The moments of the batch.
+
+    Example:
+        >>> batch = Moments(torch.zeros(2), torch.ones(2))
+        >>> moment_gap(Moments(torch.ones(2), torch.ones(2)), batch)
+        MomentGap(mean=tensor(1.), std=tensor(0.))
     """
     varies = ~(queue.constant() | batch.constant()) & (queue.std / batch.std).isfinite()
     return MomentGap(

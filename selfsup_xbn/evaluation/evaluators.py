@@ -1,12 +1,12 @@
-"""What an encoder is worth on a data set: k-NN or retrieval, beside what the pixels themselves give.
+"""Evaluators of an encoder on a data set, by k-NN or retrieval, with raw pixels as a baseline.
 
-Axis legend: N samples, F features.
+Axis legend: N samples, G gallery images, D dimensions.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -15,62 +15,84 @@ from torch import Tensor
 
 from selfsup_xbn.config.parsing import parse_numbers
 from selfsup_xbn.config.schema import Config
-from selfsup_xbn.data import ImageData, Split, eval_batches, raw_pixels
-from selfsup_xbn.evaluation.features import evaluating, extract_features
+from selfsup_xbn.data import ImageData, Split
+from selfsup_xbn.evaluation._split_features import CHUNK, backbone_features, pixel_features
+from selfsup_xbn.evaluation.features import extract_features
 from selfsup_xbn.evaluation.knn import knn_classify
 from selfsup_xbn.evaluation.retrieval import retrieval_metrics
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import gather, shard_slice, world
-
-CHUNK, CUDA_CHUNK = 256, 2000  # images of a batch
 
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """What is measured of an encoder on a data set: built once, then called after each epoch. Values are in percent.
+    """Evaluator of encoders on a data set. It is created once and called after each epoch. Its metrics are in percent.
 
     Attributes:
-        main: the name of the value by which two encoders are compared.
+        main: The name of the metric by which encoders are compared.
     """
 
     main: str
 
     @classmethod
     def from_config(cls, config: Config, data: ImageData, device: torch.device) -> Evaluator:
-        """Return the evaluator of a run."""
+        """Return the evaluator of a run.
+
+        Args:
+            config: The settings of the run.
+            data: The data set.
+            device: The device of the encoder.
+        """
         ...
 
     @classmethod
     def title(cls, config: Config) -> str:
-        """Return what is measured, on which data, for the head of a table."""
+        """Return the title of a table: the metric and the data set."""
         ...
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
-        """Return the values of an encoder."""
+        """Return the metrics of an encoder by name."""
         ...
 
     def raw_pixels(self) -> dict[str, float]:
-        """Return the same values of the pixels themselves."""
+        """Return the metrics of raw pixels by name."""
         ...
 
 
 def baselines(evaluator: Evaluator, untrained: Encoder) -> dict[str, float]:
-    """Return the values of raw pixels and of an untrained encoder, as ``NAME_raw_pixels`` and ``NAME_untrained``."""
+    """Return the metrics of raw pixels and of an untrained encoder, as ``NAME_raw_pixels`` and ``NAME_untrained``.
+
+    Args:
+        evaluator: The evaluator.
+        untrained: The encoder.
+
+    Example:
+        >>> from selfsup_xbn.data import load_data
+        >>> from selfsup_xbn.models.encoder import build_encoder
+        >>> evaluator = KnnEvaluator(load_data("digits"))
+        >>> sorted(baselines(evaluator, build_encoder("convnet4", 16, channels=1, image_size=8)))
+        ['knn_top1_backbone_untrained', 'knn_top1_raw_pixels', 'knn_top1_untrained']
+    """
     pixels = {f"{name}_raw_pixels": value for name, value in evaluator.raw_pixels().items()}
     return pixels | {f"{name}_untrained": value for name, value in evaluator.encoder(untrained).items()}
 
 
 class KnnEvaluator:
-    """Weighted k-NN top-1, in percent, of the test images.
+    """Measure the top-1 accuracy of weighted k-NN on the test images, in percent.
 
-    The bank is the training set. Where the test classes are not among the training classes it is the gallery, or, if
-    there is none, the test set itself with the query left out.
+    The bank is the training set. If the test classes are not among the training classes, the bank is the gallery. If
+    there is no gallery either, it is the test set without the query.
 
     Args:
-        data: the data set.
-        k, temperature: as in ``knn_classify``.
-        device: where the encoder runs.
-        workers: processes that decode images from disk.
+        data: The data set.
+        k: The number of neighbours, as in ``knn_classify``.
+        temperature: The temperature of the weights, as in ``knn_classify``.
+        device: The device of the encoder.
+        workers: The number of processes that read image files.
+
+    Example:
+        >>> from selfsup_xbn.data import load_data
+        >>> list(KnnEvaluator(load_data("digits"), k=20).raw_pixels())
+        ['knn_top1']
     """
 
     main = "knn_top1"
@@ -90,27 +112,27 @@ class KnnEvaluator:
         self.self_search = self.bank is data.test
         self.k = min(k, len(self.bank) - self.self_search)
         if self.k < k:
-            warnings.warn(f"k-NN: k {k} is more than the bank offers; k {self.k} is used", stacklevel=2)
+            warnings.warn(f"k-NN: k={k} exceeds the {self.k} neighbours in the bank; using k={self.k}", stacklevel=2)
 
     @classmethod
     def from_config(cls, config: Config, data: ImageData, device: torch.device) -> KnnEvaluator:
-        """Return the evaluator with the config's k and temperature."""
+        """Return the evaluator of a run, with ``knn_k`` and ``knn_temperature`` of the config."""
         return cls(data, k=config.knn_k, temperature=config.knn_temperature, device=device, workers=config.workers)
 
     @classmethod
     def title(cls, config: Config) -> str:
-        """Return what is measured, on which data."""
+        """Return the title of a table: the metric and the data set."""
         return f"k-NN on {config.data}, k {config.knn_k}, T {config.knn_temperature:g}"
 
     def raw_pixels(self) -> dict[str, float]:
-        """Return top-1 of the pixels themselves."""
+        """Return the accuracy of raw pixels."""
         pixels = [pixel_features(split, self.workers).to(self.device) for split in self._splits()]
         return {"knn_top1": self._top1(*pixels)}
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
-        """Return top-1 of the projection (``knn_top1``) and of the backbone's features (``knn_top1_backbone``)."""
+        """Return the accuracy of the projection (``knn_top1``) and of the backbone (``knn_top1_backbone``)."""
         features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
-        projections = [extract_features(encoder.head, iter(part.split(CHUNK))) for part in features]
+        projections = [extract_features(encoder.head, iter(rows.split(CHUNK))) for rows in features]
         return {"knn_top1": self._top1(*projections), "knn_top1_backbone": self._top1(*features)}
 
     def _splits(self) -> list[Split]:
@@ -131,15 +153,15 @@ class KnnEvaluator:
 
 
 class FeatureEvaluator:
-    """Base class of evaluators that measure the embeddings of the test images, in the gallery or among themselves.
+    """Base class of evaluators whose metrics are functions of the embeddings of the test images and the gallery.
 
-    A subclass names its ``main`` metric and defines ``measure``. Its metrics are shown in tables and curves once they
-    are in ``METRICS``.
+    A subclass sets ``main`` and implements ``measure``. Tables and plots show the metrics that are listed in
+    ``METRICS``.
 
     Args:
-        data: the data set.
-        device: where the encoder runs.
-        workers: processes that decode images from disk.
+        data: The data set.
+        device: The device of the encoder.
+        workers: The number of processes that read image files.
     """
 
     main: str
@@ -154,7 +176,7 @@ class FeatureEvaluator:
 
     @classmethod
     def title(cls, config: Config) -> str:
-        """Return what is measured, on which data."""
+        """Return the title of a table: the metric and the data set."""
         return f"{cls.main} on {config.data}"
 
     def measure(
@@ -164,11 +186,18 @@ class FeatureEvaluator:
         gallery: Float[Tensor, "G D"] | None = None,
         gallery_labels: Int64[Tensor, "G"] | None = None,
     ) -> dict[str, float]:
-        """Return the metrics of features of the test images; without a gallery they are searched among themselves."""
+        """Return the metrics of the features of the test images.
+
+        Args:
+            queries: The features of the test images.
+            labels: The class of each test image.
+            gallery: The features of the gallery. ``None`` to rank the test images against each other.
+            gallery_labels: The class of each gallery image; passed with ``gallery``.
+        """
         raise NotImplementedError
 
     def raw_pixels(self) -> dict[str, float]:
-        """Return the metrics of the pixels themselves."""
+        """Return the metrics of raw pixels."""
         return self._measure([pixel_features(split, self.workers) for split in self._splits()])
 
     def encoder(self, encoder: Encoder) -> dict[str, float]:
@@ -176,9 +205,9 @@ class FeatureEvaluator:
         return self._measure(self.embeddings(encoder))
 
     def embeddings(self, encoder: Encoder) -> list[Float[Tensor, "_ D"]]:
-        """Return embeddings of the queries and, where there is one, of the gallery."""
+        """Return the embeddings of the test images and, if there is one, of the gallery."""
         features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
-        return [extract_features(encoder.head, iter(part.split(CHUNK))) for part in features]
+        return [extract_features(encoder.head, iter(rows.split(CHUNK))) for rows in features]
 
     def _splits(self) -> list[Split]:
         return [self.data.test, *([] if self.data.gallery is None else [self.data.gallery])]
@@ -190,13 +219,18 @@ class FeatureEvaluator:
 
 
 class RetrievalEvaluator(FeatureEvaluator):
-    """Recall@K, R-precision and MAP@R, in percent, of the test images in the gallery, or among themselves.
+    """Measure Recall@K, R-precision and MAP@R of the test images, in percent.
 
     Args:
-        data: the data set.
-        ks: K of Recall@K.
-        device: where the encoder runs.
-        workers: processes that decode images from disk.
+        data: The data set. The test images are ranked against its gallery or, without a gallery, against each other.
+        ks: The values of K.
+        device: The device of the encoder.
+        workers: The number of processes that read image files.
+
+    Example:
+        >>> from selfsup_xbn.data import load_data
+        >>> list(RetrievalEvaluator(load_data("digits-disjoint"), ks=(1,)).raw_pixels())
+        ['recall@1', 'r_precision', 'map@r']
     """
 
     main = "recall@1"
@@ -209,13 +243,13 @@ class RetrievalEvaluator(FeatureEvaluator):
 
     @classmethod
     def from_config(cls, config: Config, data: ImageData, device: torch.device) -> RetrievalEvaluator:
-        """Return the evaluator with the config's K."""
+        """Return the evaluator of a run, with ``recall_ks`` of the config."""
         ks = parse_numbers(config.recall_ks, "--recall-ks")
         return cls(data, ks, device=device, workers=config.workers)
 
     @classmethod
     def title(cls, config: Config) -> str:
-        """Return what is measured, on which data."""
+        """Return the title of a table: the metric and the data set."""
         return f"retrieval on {config.data}"
 
     def measure(
@@ -225,38 +259,5 @@ class RetrievalEvaluator(FeatureEvaluator):
         gallery: Float[Tensor, "G D"] | None = None,
         gallery_labels: Int64[Tensor, "G"] | None = None,
     ) -> dict[str, float]:
-        """Return ``recall@K`` for each K, ``r_precision`` and ``map@r``."""
+        """Return ``recall@K`` for each K, ``r_precision`` and ``map@r``; the arguments are those of the base class."""
         return retrieval_metrics(queries, labels, gallery, gallery_labels, self.ks)
-
-
-def backbone_features(
-    encoder: Encoder, split: Split, data: ImageData, device: torch.device, workers: int
-) -> Float[Tensor, "N F"]:
-    """Return the backbone's features of a split, in order. On CUDA the network runs in bfloat16 and channels_last."""
-    cuda = device.type == "cuda"
-    batch_size = CUDA_CHUNK if cuda else CHUNK
-
-    def features(images: Float[Tensor, "B C H W"]) -> Float[Tensor, "B F"]:
-        with torch.autocast(device.type, torch.bfloat16, enabled=cuda):
-            return encoder.features(images.contiguous(memory_format=torch.channels_last) if cuda else images)
-
-    with evaluating(encoder):
-        return _in_parts(
-            split,
-            lambda own: extract_features(
-                features, eval_batches(own, data, device=device, batch_size=batch_size, workers=workers)
-            ),
-        )
-
-
-def pixel_features(split: Split, workers: int) -> Float[Tensor, "N F"]:
-    """Return the pixels of a split, in order."""
-    return _in_parts(split, lambda own: raw_pixels(own, workers=workers))
-
-
-def _in_parts(split: Split, function: Callable[[Split], Tensor]) -> Tensor:
-    """``function`` of all samples, a row each, in order: each process computes its part of them."""
-    if not 1 < world() <= len(split):
-        return function(split)
-    own = shard_slice(len(split))
-    return gather(function(split.subset(torch.arange(own.start, own.stop))), len(split))

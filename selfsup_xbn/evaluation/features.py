@@ -1,4 +1,4 @@
-"""Run a frozen network over images.
+"""Features of images from a frozen network.
 
 Axis legend: N samples, B batch, F features, C channels, H height, W width.
 """
@@ -19,33 +19,53 @@ def extract_features(
     function: Callable[[Float[Tensor, "B C H W"]], Float[Tensor, "B F"]],
     batches: Iterable[Float[Tensor, "_ C H W"]],
 ) -> Float32[Tensor, "N F"]:
-    """Features of all images, in order, on the device where ``function`` leaves them.
+    """Return the features of all images, in order, without gradient.
 
     Args:
-        function: a module, a module's method such as ``encoder.features``, or any other callable. A module is in
-            eval mode meanwhile; each part's own mode is restored.
-        batches: image batches, already on the device that ``function`` wants.
+        function: A function from images to features: a module, a method of a module such as ``encoder.features``, or
+            another callable. A module is in eval mode during the call, and the mode of each submodule is restored.
+        batches: Batches of images, on the device of ``function``.
+
+    Returns:
+        The features in float32, on the device of the results of ``function``.
 
     Raises:
-        UserError: there are no images.
+        UserError: If there are no batches.
+
+    Example:
+        >>> batches = torch.randn(10, 3, 4, 4).split(4)
+        >>> extract_features(nn.Flatten(), batches).shape
+        torch.Size([10, 48])
     """
     with torch.inference_mode(), evaluating(function):
         features = [function(images).float() for images in batches]
     if not features:
-        raise UserError("no images to extract features from; expected at least one batch")
-    # outside of inference mode: the result may be used in training, for a linear probe say
+        raise UserError("expected at least one batch of images, got none")
+    # Outside of inference mode, so that the result can be used in training, e.g. of a linear classifier.
     return torch.cat(features)
 
 
 @contextmanager
 def evaluating(function: Callable[..., Tensor]) -> Iterator[None]:
-    """Eval mode for ``function``, if it is a module or the method of one; each part's own mode comes back after it."""
+    """Set a module, or the module of a method, to eval mode within the context; restore all modes on exit.
+
+    Args:
+        function: A module, a method of a module, or another callable, which is not changed.
+
+    Example:
+        >>> module = nn.Dropout()
+        >>> with evaluating(module):
+        ...     module.training
+        False
+        >>> module.training
+        True
+    """
     module = getattr(function, "__self__", function)
-    modes = [(part, part.training) for part in module.modules()] if isinstance(module, nn.Module) else []
+    modes = [(submodule, submodule.training) for submodule in module.modules()] if isinstance(module, nn.Module) else []
     try:
-        for part, _ in modes:
-            part.training = False
+        for submodule, _ in modes:
+            submodule.training = False
         yield
     finally:
-        for part, mode in modes:
-            part.training = mode
+        for submodule, mode in modes:
+            submodule.training = mode

@@ -25,24 +25,32 @@ def knn_classify(
     temperature: float = 0.1,
     exclude_self: bool = False,
 ) -> Int64[Tensor, "N"]:
-    """Predict each query's class from its ``k`` most similar bank rows.
+    """Classify each query by a weighted vote of its ``k`` nearest neighbours in a bank.
 
-    A neighbour at cosine similarity s votes for its class with weight exp(s / temperature) (Wu et al., "Unsupervised
-    Feature Learning via Non-Parametric Instance Discrimination", 2018, section 3.4). Rows are normalised here. Memory
-    beyond normalised copies of the features does not grow with N or G. Of equal votes the lower class wins.
+    A neighbour with cosine similarity s has weight exp(s / temperature) (Wu et al., "Unsupervised Feature Learning via
+    Non-Parametric Instance Discrimination", 2018, section 3.4). Among classes with equal votes, the lowest is
+    predicted. The features are normalized here. Apart from the normalized copies, the memory does not grow with N or G.
 
     Args:
-        queries: features to classify.
-        bank: features of known class, on the same device.
-        labels: class of each bank row, in [0, num_classes).
-        num_classes: C.
-        k: neighbours that vote; as many as the bank has, with a warning, where it has fewer.
-        temperature: of the weights, in units of cosine similarity.
-        exclude_self: ``queries`` is the bank itself; no row votes for itself.
+        queries: The features to classify, of any length.
+        bank: The labelled features, of any length and on the same device.
+        labels: The class of each bank row, in [0, num_classes).
+        num_classes: The number of classes C.
+        k: The number of neighbours. If the bank has fewer, all of them are used, with a warning.
+        temperature: The temperature of the weights, in units of cosine similarity.
+        exclude_self: Whether ``queries`` is the bank and each row is excluded from its own neighbours.
+
+    Returns:
+        The predicted class of each query.
 
     Raises:
-        UserError: features that do not fit together or are not finite, a label outside the classes, k < 1 or
+        UserError: If the shapes do not match, a feature is not finite, a label is not in [0, num_classes), k < 1, or
             temperature <= 0.
+
+    Example:
+        >>> bank, labels = torch.eye(3), torch.tensor([0, 1, 2])
+        >>> knn_classify(torch.tensor([[0.1, 0.9, 0.2]]), bank, labels, num_classes=3, k=1)
+        tensor([1])
     """
     _check(queries, bank, labels, num_classes, k, temperature, exclude_self)
     k = _clamp(k, len(bank) - exclude_self)
@@ -56,7 +64,7 @@ def knn_classify(
         if exclude_self:
             similarities.diagonal(rows.start).fill_(-torch.inf)
         nearest = top_k(similarities, k)
-        # softmax: the weights up to a factor per query, which no vote depends on, and without overflow
+        # The softmax divides the weights of a query by a constant, which does not change the vote, and avoids overflow.
         weights = (nearest.values / temperature).softmax(dim=1)
         votes = weights.new_zeros(len(weights), num_classes).scatter_add_(1, labels[nearest.columns], weights)
         predicted[rows] = votes.argmax(dim=1)
@@ -67,13 +75,18 @@ def _check(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, exclude_self: bool
 ) -> None:
     if queries.shape[1] != bank.shape[1]:
-        raise UserError(f"queries have {queries.shape[1]} dimensions and the bank {bank.shape[1]}; use one encoder")
+        raise UserError(
+            f"expected queries and bank with the same number of dimensions, got {queries.shape[1]} and "
+            f"{bank.shape[1]}; compute both with the same encoder"
+        )
     if len(labels) != len(bank):
-        raise UserError(f"expected a label for each of the {len(bank)} bank rows, got {len(labels)}")
+        raise UserError(f"expected one label per bank row, got {len(labels)} labels for {len(bank)} rows")
     if exclude_self and len(queries) != len(bank):
-        raise UserError(f"exclude_self: the queries must be the bank, got {len(queries)} and {len(bank)} rows")
+        raise UserError(
+            f"expected the bank as queries with exclude_self, got {len(queries)} queries and {len(bank)} bank rows"
+        )
     if len(bank) <= exclude_self:
-        raise UserError(f"bank: {len(bank)} rows leave no neighbour; expected more")
+        raise UserError(f"expected at least {1 + exclude_self} bank rows, got {len(bank)}")
     if not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < num_classes:
         raise UserError(f"expected labels in [0, {num_classes}), got {low if low < 0 else high}")
     if k < 1 or temperature <= 0:
@@ -82,5 +95,5 @@ def _check(
 
 def _clamp(k: int, neighbours: int) -> int:
     if k > neighbours:
-        warnings.warn(f"k={k} is more than the bank offers; using k={neighbours}", stacklevel=3)
+        warnings.warn(f"k={k} exceeds the {neighbours} neighbours in the bank; using k={neighbours}", stacklevel=3)
     return min(k, neighbours)

@@ -2,13 +2,12 @@
 
 Axis legend: N queries, G gallery rows, D dimensions, B queries of one block, S gallery rows of the block's classes.
 
-A query's matches are the gallery rows of its class, itself left out by index. The conventions of all functions here:
+The matches of a query are the gallery rows of its class, without the query itself. Conventions of all functions:
 
-- Rows are normalised, so the order is that of the cosine (and of the Euclidean distance of unit vectors).
-- Ties count against the query: a row of another class as similar as a match ranks before it. So an encoder that maps
-  everything to one point scores 0, and duplicates give the same answer in any order.
-- Queries without a match in the gallery (the only member of a class) are left out of the mean, as
-  pytorch-metric-learning's AccuracyCalculator does.
+- Rows are ranked by cosine similarity or, equivalently, by the Euclidean distance of unit vectors.
+- A row of another class that is as similar as a match ranks before the match. An encoder that maps all images to one
+  point thus scores 0, and the order of duplicates does not affect the metrics.
+- Queries without a match in the gallery are ignored, as in the ``AccuracyCalculator`` of pytorch-metric-learning.
 """
 
 from __future__ import annotations
@@ -25,7 +24,13 @@ from selfsup_xbn.evaluation.neighbours import normalize_features, similarity_blo
 
 
 class _Ranking(NamedTuple):
-    """Similarities of a block of queries, minus infinity where there is none, and the number of matches of each."""
+    """Similarities of a block of queries.
+
+    Attributes:
+        matches: The similarities of the matches, and minus infinity for other rows.
+        others: The similarities of the rows of other classes, and minus infinity for the matches and the query itself.
+        relevant: The number of matches of each query.
+    """
 
     matches: Float32[Tensor, "B S"]
     others: Float32[Tensor, "B G"]
@@ -40,15 +45,29 @@ def recall_at_k(
     gallery_labels: Int[Tensor, "G"] | None = None,
     ks: Sequence[int] = (1, 10),
 ) -> dict[int, float]:
-    """Percentage of queries with at least one match among their K most similar gallery rows, for each K of ``ks``.
+    """Return the percentage of queries with at least one match among their K most similar gallery rows.
 
-    Conventions in the module's docstring. Without a gallery the queries are searched among themselves. Memory beyond
-    normalised copies of the features does not grow with N or G: no list of neighbours is made, since the rank of a
-    query's best match is the number of rows of other classes that are at least as similar.
+    The docstring of this module lists the conventions. No lists of neighbours are needed, because the rank of a query's
+    best match follows from the number of rows of other classes that are at least as similar. Apart from normalized
+    copies of the features, the memory does not grow with N or G.
+
+    Args:
+        queries: The features of the queries, of any length.
+        labels: The class of each query.
+        gallery: The features to retrieve from, of any length. ``None`` to rank the queries against each other.
+        gallery_labels: The class of each gallery row; required with ``gallery``.
+        ks: The values of K.
+
+    Returns:
+        The recall in percent for each K.
 
     Raises:
-        UserError: features and labels that do not fit together, a feature that is not finite, no query with a match,
-            or K < 1.
+        UserError: If the shapes do not match, a feature is not finite, no query has a match, or a K is less than 1.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> recall_at_k(features, torch.tensor([0, 0, 1, 1]), ks=(1,))
+        {1: 100.0}
     """
     _check_ks(ks)
     blocks = _rankings(queries, labels, gallery, gallery_labels)
@@ -63,11 +82,29 @@ def retrieval_metrics(
     gallery_labels: Int[Tensor, "G"] | None = None,
     ks: Sequence[int] = (1, 10),
 ) -> dict[str, float]:
-    """``recall@K`` for each K, ``r_precision`` and ``map@r``, in percent.
+    """Return Recall@K, R-precision and MAP@R in percent.
 
-    With R the number of a query's matches, R-precision is the fraction of matches among the R most similar rows, and
-    MAP@R the mean over the ranks i <= R of precision at i where rank i is a match, 0 elsewhere (Musgrave et al., "A
-    Metric Learning Reality Check", 2020, section 3.1). Conventions and errors as for `recall_at_k`.
+    Let R be the number of matches of a query. R-precision is the fraction of matches among the R most similar rows.
+    MAP@R is the sum of the precision at the ranks i <= R of matches, divided by R (Musgrave et al., "A Metric Learning
+    Reality Check", 2020, section 3.1). The docstring of this module lists the conventions.
+
+    Args:
+        queries: The features of the queries, of any length.
+        labels: The class of each query.
+        gallery: The features to retrieve from, of any length. ``None`` to rank the queries against each other.
+        gallery_labels: The class of each gallery row; required with ``gallery``.
+        ks: The values of K.
+
+    Returns:
+        The values of ``recall@K`` for each K, ``r_precision`` and ``map@r``.
+
+    Raises:
+        UserError: If the shapes do not match, a feature is not finite, no query has a match, or a K is less than 1.
+
+    Example:
+        >>> features = torch.tensor([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0], [0.1, 0.9]])
+        >>> retrieval_metrics(features, torch.tensor([0, 0, 1, 1]), ks=(1,))
+        {'recall@1': 100.0, 'r_precision': 100.0, 'map@r': 100.0}
     """
     _check_ks(ks)
     before, precision, average = [], [], []
@@ -83,74 +120,77 @@ def retrieval_metrics(
 def _rankings(
     queries: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None
 ) -> Iterator[_Ranking]:
-    own_copies = int(gallery is None)
-    gallery, gallery_labels = _gallery(queries, labels, gallery, gallery_labels)
+    self_matches = int(gallery is None)
+    gallery, gallery_labels = _checked_gallery(queries, labels, gallery, gallery_labels)
     unit_gallery, gallery_labels = _sorted_by_class(gallery, gallery_labels, "gallery")
-    if own_copies:
+    if self_matches:
         unit_queries, labels = unit_gallery, gallery_labels
     else:
         unit_queries, labels = _sorted_by_class(queries, labels, "queries")
     first = torch.searchsorted(gallery_labels, labels)
     stop = torch.searchsorted(gallery_labels, labels, right=True)
-    kept = (stop - first > own_copies).nonzero().flatten()
-    if not len(kept):
-        raise UserError("no query has a match; expected a class with a second member, or one that the gallery holds")
-    if len(kept) < len(labels):
-        unit_queries = unit_queries[kept]
+    matched = (stop - first > self_matches).nonzero().flatten()
+    if not len(matched):
+        raise UserError("expected at least one query with a match in the gallery, got none; check the labels")
+    if len(matched) < len(labels):
+        unit_queries = unit_queries[matched]
     for rows, similarities in similarity_blocks(unit_queries, unit_gallery):
-        own = kept[rows]
-        if own_copies:
-            similarities.scatter_(1, own[:, None], -torch.inf)
-        yield _split(similarities, first[own], stop[own], stop[own] - first[own] - own_copies)
+        index = matched[rows]
+        if self_matches:
+            similarities.scatter_(1, index[:, None], -torch.inf)
+        yield _split(similarities, first[index], stop[index], stop[index] - first[index] - self_matches)
 
 
 def _sorted_by_class(features: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Unit rows in the order of their labels: the matches of a block of queries then lie in a few columns."""
+    """Return unit rows and labels sorted by label, so that the matches of a block of queries are in few columns."""
     labels, order = labels.to(features.device, torch.int64).sort()
     return normalize_features(features, name)[order], labels
 
 
 def _split(similarities: Tensor, first: Tensor, stop: Tensor, relevant: Tensor) -> _Ranking:
-    """Take the matches, columns [first, stop) of each row, out of ``similarities``."""
+    """Move the matches, columns [first, stop) of each row, from ``similarities`` to another tensor."""
     low, high = int(first[0]), int(stop[-1])
     column = torch.arange(low, high, device=similarities.device)
     match = (column >= first[:, None]) & (column < stop[:, None])
-    of_these_classes = similarities[:, low:high]
-    matches = of_these_classes.masked_fill(~match, -torch.inf)
-    of_these_classes.masked_fill_(match, -torch.inf)
+    same_classes = similarities[:, low:high]
+    matches = same_classes.masked_fill(~match, -torch.inf)
+    same_classes.masked_fill_(match, -torch.inf)
     return _Ranking(matches, similarities, relevant)
 
 
-def _gallery(
+def _checked_gallery(
     queries: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The gallery, or the queries in its place, checked against the queries."""
+    """Return the gallery, or else the queries, and check it against the queries."""
     if gallery is None or gallery_labels is None:
         if gallery is not None or gallery_labels is not None:
-            raise UserError("expected gallery and gallery_labels together, got one of them")
+            raise UserError("expected both gallery and gallery_labels or neither, got only one of the two")
         gallery, gallery_labels = queries, labels
     if queries.shape[1] != gallery.shape[1]:
-        raise UserError(f"queries have {queries.shape[1]} dimensions, the gallery {gallery.shape[1]}; use one encoder")
+        raise UserError(
+            f"expected queries and gallery with the same number of dimensions, got {queries.shape[1]} and "
+            f"{gallery.shape[1]}; compute both with the same encoder"
+        )
     for name, rows, classes in (("query", queries, labels), ("gallery row", gallery, gallery_labels)):
         if len(rows) != len(classes):
-            raise UserError(f"expected a label for each {name}, got {len(classes)} labels for {len(rows)}")
+            raise UserError(f"expected one label per {name}, got {len(classes)} labels for {len(rows)} rows")
     return gallery, gallery_labels
 
 
 def _before_first_match(block: _Ranking) -> Float32[Tensor, "B"]:
-    """Rows of other classes that rank before a query's best match. Overwrites ``block.others``."""
+    """Return the number of rows of other classes that rank before the best match. Overwrites ``block.others``."""
     best = block.matches.amax(dim=1, keepdim=True)
-    # 0/1 as floats in place, summed: exact up to 2^24, and several times faster than a sum of bools
+    # An in-place comparison gives floats 0 and 1. Their sum is exact up to 2^24 and much faster than that of bools.
     return block.others.ge_(best).sum(dim=1)
 
 
 def _at_r(block: _Ranking) -> tuple[Tensor, Tensor]:
-    """R-precision and average precision at R of each query."""
-    relevant, most = block.relevant[:, None], int(block.relevant.max())
-    matches = block.matches.topk(most, dim=1).values
-    others = top_k(block.others, most).values.sort(dim=1, descending=True).values
-    position = torch.arange(1, most + 1, device=matches.device)
-    # negated for an ascending order; right: ties count against the query
+    """Return R-precision and average precision at R of each query."""
+    relevant, max_relevant = block.relevant[:, None], int(block.relevant.max())
+    matches = block.matches.topk(max_relevant, dim=1).values
+    others = top_k(block.others, max_relevant).values.sort(dim=1, descending=True).values
+    position = torch.arange(1, max_relevant + 1, device=matches.device)
+    # The negation gives the ascending order that searchsorted needs. With right=True, ties rank before the match.
     rank = position + torch.searchsorted(-others, -matches, right=True)
     hit = (rank <= relevant).double()
     return hit.sum(1) / block.relevant, (hit * position / rank).sum(1) / block.relevant

@@ -1,4 +1,4 @@
-"""The metrics of a run, in one table from which the epoch's line, the results' table and the curves derive."""
+"""Table of all metrics, which defines the progress line of an epoch, the results table and the plots of a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 BASELINES = {"raw pixels": "_raw_pixels", "untrained encoder": "_untrained", "trained encoder": ""}
-"""Rows of a results table: what was evaluated, and what follows a metric's name in the record."""
+"""Rows of a results table, with the suffix of the metrics' names in the record."""
 
 
 @dataclass(frozen=True)
@@ -15,12 +15,13 @@ class Metric:
     """A value in the records of a run.
 
     Attributes:
-        name: its key in ``metrics.jsonl``.
-        title: its column in a results table; "": none. A metric with a title is in percent, and is measured of raw
-            pixels and of the untrained encoder too, as ``NAME_raw_pixels`` and ``NAME_untrained``.
-        panel: the title of the plot that shows it; "": none. Metrics with one panel share a plot.
-        label: its curve in the panel.
-        progress: its text in the line that is printed after an epoch, a format string; "": none.
+        name: The key in ``metrics.jsonl``.
+        title: The title of the column in a results table, or "" for no column. A metric with a title is in percent. It
+            is also measured for raw pixels and for the untrained encoder, as ``NAME_raw_pixels`` and
+            ``NAME_untrained``.
+        panel: The title of the plot, or "" for no plot. Metrics with the same panel share a plot.
+        label: The label of the curve in the plot.
+        progress: The format string of the text in the progress line of an epoch, or "" for no text.
     """
 
     name: str
@@ -51,18 +52,30 @@ METRICS = [
     Metric("gain", panel="Kalman gain", label="gain"),
     Metric("images_per_second", progress="{:,.0f} images/s"),
 ]
-"""All metrics. An evaluator of your own appends those that it returns."""
+"""All metrics. A custom evaluator appends the metrics that it returns."""
 
 
 def columns() -> dict[str, str]:
-    """Return the title of each metric that a results table may show."""
+    """Return the title of each metric that has a column in results tables.
+
+    Example:
+        >>> columns()["recall@1"]
+        'Recall@1'
+    """
     return {metric.name: metric.title for metric in METRICS if metric.title}
 
 
 def panels() -> dict[str, dict[str, str]]:
-    """Return for each plot of curves the label of each key of a record: compared metrics, their baselines, others."""
-    found: dict[str, dict[str, str]] = {metric.panel: {} for metric in METRICS if metric.panel}
-    for panel, labels in found.items():
+    """Return the curves of each plot, as labels by the key of the record.
+
+    The metrics with a column in results tables come first, then their baselines, then the other metrics.
+
+    Example:
+        >>> panels()["loss"]
+        {'loss': 'loss'}
+    """
+    curves: dict[str, dict[str, str]] = {metric.panel: {} for metric in METRICS if metric.panel}
+    for panel, labels in curves.items():
         compared = [metric for metric in METRICS if metric.panel == panel and metric.title]
         labels |= {metric.name: metric.label for metric in compared}
         for metric in compared:
@@ -70,16 +83,36 @@ def panels() -> dict[str, dict[str, str]]:
             labels[f"{metric.name}_untrained"] = untrained
         labels |= {f"{metric.name}_raw_pixels": "raw pixels" for metric in compared[:1]}
         labels |= {metric.name: metric.label for metric in METRICS if metric.panel == panel and not metric.title}
-    return found
+    return curves
 
 
 def progress_text(record: Mapping[str, Any]) -> list[str]:
-    """Return the texts of a record's metrics for the line that is printed after an epoch."""
+    """Return the texts of the metrics for the progress line of an epoch.
+
+    Args:
+        record: The metrics of the epoch by name.
+
+    Example:
+        >>> progress_text({"epoch": 1, "loss": 2.5})
+        ['loss 2.500']
+    """
     return [m.progress.format(record[m.name]) for m in METRICS if m.progress and record.get(m.name) is not None]
 
 
 def comparison_table(record: Mapping[str, Any]) -> list[str]:
-    """Return the lines of a table: raw pixels, untrained and trained encoder, a column for each metric, in percent."""
+    """Return the lines of a results table in percent, with a row for each of ``BASELINES`` and a column per metric.
+
+    Args:
+        record: The metrics by name, with or without the suffixes of ``BASELINES``.
+
+    Example:
+        >>> for line in comparison_table({"recall@1_raw_pixels": 50.0, "recall@1": 75.0}):
+        ...     print(line)
+        percent                       Recall@1
+        raw pixels                       50.00
+        untrained encoder                    -
+        trained encoder                  75.00
+    """
     titles = {name: title for name, title in columns().items() if name in record}
     lines = [f"{'percent':<20}" + "".join(f"{title:>18}" for title in titles.values())]
     for row, values in comparison_rows(record, list(titles)).items():
@@ -88,8 +121,17 @@ def comparison_table(record: Mapping[str, Any]) -> list[str]:
 
 
 def comparison_rows(record: Mapping[str, Any], names: Sequence[str]) -> dict[str, list[float | None]]:
-    """Return the values ``names`` of raw pixels, untrained and trained encoder; ``None`` where there is none."""
-    # Pixels have no projection apart from a backbone: their one k-NN stands in both columns.
+    """Return the values of each row of a results table, with ``None`` for missing values.
+
+    Args:
+        record: The metrics by name, with or without the suffixes of ``BASELINES``.
+        names: The names of the metrics, without suffixes.
+
+    Example:
+        >>> comparison_rows({"recall@1": 75.0}, ["recall@1"])["trained encoder"]
+        [75.0]
+    """
+    # Raw pixels have neither a projection nor a backbone, so both columns show their only k-NN accuracy.
     return {
         row: [record.get(name + suffix, record.get(name.removesuffix("_backbone") + suffix)) for name in names]
         for row, suffix in BASELINES.items()
@@ -97,6 +139,14 @@ def comparison_rows(record: Mapping[str, Any], names: Sequence[str]) -> dict[str
 
 
 def latest(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the last number of each key, or ``None`` where it was not finite."""
-    known = int | float | None
-    return {key: value for record in records for key, value in record.items() if isinstance(value, known)}
+    """Return the last number of each key, or ``None`` if it was not finite.
+
+    Args:
+        records: The records of a run, in order.
+
+    Example:
+        >>> latest([{"loss": 2.5}, {"loss": 2.0, "recipe": "digits"}])
+        {'loss': 2.0}
+    """
+    number = int | float | None
+    return {key: value for record in records for key, value in record.items() if isinstance(value, number)}

@@ -152,7 +152,7 @@ def test_affine_parameters_fill_their_ranges_around_identity():
 def test_unsuitable_families_are_refused_with_the_choices():
     labels, images = torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
     grey = ImageData("grey", Split(labels, images), Split(labels, images))
-    with pytest.raises(UserError, match=r"'cifra' is unknown.*digits, cifar"):
+    with pytest.raises(UserError, match=r"unknown augmentation 'cifra'.*digits, cifar"):
         memory_views("cifra", grey)
     with pytest.raises(UserError, match="needs colour"):
         memory_views("photo", grey)

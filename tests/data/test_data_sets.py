@@ -64,7 +64,7 @@ def test_cifar_without_network_or_files_says_where_it_looked(tmp_path, monkeypat
 
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     with pytest.raises(
-        UserError, match=r"cifar10 is not in \S*cifar-10-batches-py .*no route.*put cifar-10-python.tar.gz"
+        UserError, match=r"cifar10 not found in \S*cifar-10-batches-py, .*no route.*put cifar-10-python.tar.gz"
     ):
         load_data("cifar10", root=str(tmp_path))
 

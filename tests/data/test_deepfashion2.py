@@ -84,7 +84,7 @@ def test_boxes_without_a_pixel_are_left_out_with_a_warning(tmp_path):
     rewrite(tmp_path / "train/annos/000001.json", bounding_box=[5, 5, 5, 9])
     data = load_data(spec, workers=0)
     assert len(data.train) == before - 1
-    assert f"warning: {tmp_path}/train: 1 boxes without a pixel are left out" in data.notes
+    assert f"warning: {tmp_path}/train: 1 empty boxes are ignored" in data.notes
 
 
 def rewrite(file: Path, **changes: object) -> None:
@@ -114,7 +114,7 @@ def test_files_are_read_once(tmp_path, monkeypatch):
     files = sum(len(list((tmp_path / part / "annos").iterdir())) for part in ("train", "validation"))
     first, read = read_files(spec, monkeypatch)
     assert read == files
-    assert f"kept in {tmp_path}/train/{CACHE}" in first.notes[3]
+    assert f"cached in {tmp_path}/train/{CACHE}" in first.notes[3]
     again, read = read_files(spec, monkeypatch)
     assert read == 0
     assert same(first, again)
@@ -138,7 +138,7 @@ def test_change_of_the_files_is_noticed(tmp_path, monkeypatch, change):
         file.unlink()
     data, read = read_files(spec, monkeypatch)
     assert read == len(list((tmp_path / "validation/annos").iterdir()))
-    assert f"{tmp_path}/validation/{CACHE} is damaged or older than the files" in data.notes[3]
+    assert f"{tmp_path}/validation/{CACHE} is damaged or out of date" in data.notes[3]
     assert same(before, data) == (change == "time")
 
 
@@ -153,7 +153,7 @@ def test_damaged_cache_is_replaced_with_a_note(tmp_path, monkeypatch, content):
         data, read = read_files(spec, monkeypatch)
         assert read > 0
         assert same(before, data)
-        assert "is damaged or older" in data.notes[3]
+        assert "is damaged or out of date" in data.notes[3]
     assert read_files(spec, monkeypatch)[1] == 0
 
 
@@ -184,7 +184,7 @@ def test_cache_goes_to_the_user_folder_if_data_is_read_only(tmp_path, monkeypatc
     for part in ("train", "validation"):
         (tmp_path / part / CACHE).mkdir()  # even root cannot replace a folder by a file
     first, _ = read_files(spec, monkeypatch)
-    assert f"kept in {os.environ['XDG_CACHE_HOME']}/selfsup_xbn/" in first.notes[3]
+    assert f"cached in {os.environ['XDG_CACHE_HOME']}/selfsup_xbn/" in first.notes[3]
     again, read = read_files(spec, monkeypatch)
     assert read == 0
     assert same(first, again)
@@ -198,7 +198,7 @@ def test_files_are_read_each_time_without_a_place_for_a_cache(tmp_path, monkeypa
     for _ in range(2):
         data, read = read_files(spec, monkeypatch)
         assert read > 0
-        assert "not kept: no folder is writable" in data.notes[3]
+        assert "not cached: no folder is writable" in data.notes[3]
     assert not list(tmp_path.rglob(".*"))
 
 
@@ -210,21 +210,27 @@ def test_files_are_read_each_time_without_a_place_for_a_cache(tmp_path, monkeypa
         ("[" * 100_000, ": cannot be read"),
         (b"\xff\xfe\x00", ": cannot be read"),
         ('{"source": "user", "pair_id": ' + "1" * 5000 + "}", ": cannot be read"),
-        ("[1]", ": holds [1]; expected an object with source, pair_id, item1"),
-        ('{"pair_id": 1}', ': source is None; expected "user" or "shop"'),
-        ('{"source": ["user"], "pair_id": 1}', ": source is ['user']; expected"),
-        ('{"source": "user"}', ": pair_id is None; expected a whole number"),
-        ('{"source": "user", "pair_id": true}', ": pair_id is True; expected a whole number"),
-        ('{"source": "user", "pair_id": 1, "item1": 3}', ": item1 is 3; expected an object with bounding_box"),
+        ("[1]", ": expected an object with source, pair_id, item1, ..., got [1]"),
+        ('{"pair_id": 1}', ': expected source "user" or "shop", got None'),
+        ('{"source": ["user"], "pair_id": 1}', ': expected source "user" or "shop", got [\'user\']'),
+        ('{"source": "user"}', ": expected pair_id to be an integer from 0 to 2147483647, got None"),
+        ('{"source": "user", "pair_id": true}', ": expected pair_id to be an integer from 0 to 2147483647, got True"),
+        (
+            '{"source": "user", "pair_id": 1, "item1": 3}',
+            ": item1: expected an object with bounding_box, category_id and style, got 3",
+        ),
         (
             '{"source": "user", "pair_id": 1, "item2": {"category_id": 99999999999}}',
-            ": item2: category_id is 99999999999",
+            ": item2: expected category_id to be an integer from 0 to 2147483647, got 99999999999",
         ),
         (
             '{"source": "user", "pair_id": 1, "item2": {"category_id": 1, "style": -1}}',
-            ": item2: style is -1; expected",
+            ": item2: expected style to be an integer from 0 to 2147483647, got -1",
         ),
-        ('{"source": "user", "pair_id": 1, "item2": {"category_id": 1, "style": 1}}', ": item2: bounding_box is None"),
+        (
+            '{"source": "user", "pair_id": 1, "item2": {"category_id": 1, "style": 1}}',
+            ": item2: expected bounding_box to be [x1, y1, x2, y2] in pixels, got None",
+        ),
     ],
 )
 def test_malformed_file_is_named_with_what_was_expected(tmp_path, content, message):
@@ -243,15 +249,14 @@ def test_malformed_box_is_named_with_its_item(tmp_path, box):
     file = tmp_path / "train/annos/000002.json"
     item = f'{{"category_id": 1, "style": 1, "bounding_box": {box}}}'
     file.write_text(f'{{"source": "user", "pair_id": 1, "item7": {item}}}')
-    assert fault(spec).startswith(f"{file}: item7: bounding_box is ")
-    assert fault(spec).endswith("; expected [x1, y1, x2, y2] in pixels")
+    assert fault(spec).startswith(f"{file}: item7: expected bounding_box to be [x1, y1, x2, y2] in pixels, got ")
 
 
 def test_error_of_a_worker_has_the_same_text(tmp_path):
     spec = official("deepfashion2", tmp_path, 0.003)
     file = tmp_path / "train/annos/001000.json"
     file.write_text("{}")
-    with pytest.raises(UserError, match=f'^{file}: source is None; expected "user" or "shop"$'):
+    with pytest.raises(UserError, match=f'^{file}: expected source "user" or "shop", got None$'):
         load_data(spec, workers=2)
     assert not list(tmp_path.rglob("*.npz"))
 
@@ -261,12 +266,12 @@ def test_missing_image_or_folder_is_named_on_opening(tmp_path):
     load_data(spec, workers=0)
     (tmp_path / "train/image/000017.jpg").unlink()
     assert fault(spec).startswith(
-        f"{tmp_path}/train/annos/000017.json: image {tmp_path}/train/image/000017.jpg is missing"
+        f"{tmp_path}/train/annos/000017.json: image {tmp_path}/train/image/000017.jpg not found"
     )
     (tmp_path / "train/annos").rename(tmp_path / "train/elsewhere")
     assert fault(spec).startswith(f"{tmp_path}/train/annos: cannot be listed (No such file or directory)")
     (tmp_path / "train/annos").mkdir()
-    assert fault(spec).startswith(f"{tmp_path}/train/annos: holds no JSON file")
+    assert fault(spec).startswith(f"{tmp_path}/train/annos: expected JSON files, got none")
 
 
 VALUES = st.recursive(

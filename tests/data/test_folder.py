@@ -94,18 +94,18 @@ def test_broken_file_is_named_when_the_tree_is_opened(tree, size):
 
 def test_missing_parts_are_named(tree, tmp_path):
     root = tree(train={"ant": [SMALL], "bee": []}, test={"ant": [SMALL]})
-    with pytest.raises(UserError, match=r"class folder \S*train/bee holds no images"):
+    with pytest.raises(UserError, match=r"train/bee: expected at least one image"):
         load_data(f"folder:{root}")
     os.rmdir(root / "train/bee")
     os.rename(root / "test", root / "val")
-    with pytest.raises(UserError, match=r"photos/test is no folder; .* test/CLASS/"):
+    with pytest.raises(UserError, match=r"photos/test is not a folder; .* test/CLASS/"):
         load_data(f"folder:{root}")
     os.mkdir(root / "test")
-    with pytest.raises(UserError, match="photos/test holds no class folders"):
+    with pytest.raises(UserError, match="photos/test: expected one folder per class, got none"):
         load_data(f"folder:{root}")
     with pytest.raises(UserError, match="write folder:PATH"):
         load_data("folder")
-    with pytest.raises(UserError, match="nowhere/train is no folder"):
+    with pytest.raises(UserError, match="nowhere/train is not a folder"):
         load_data(f"folder:{tmp_path}/nowhere")
 
 

@@ -47,8 +47,8 @@ def test_counts_are_compared_with_the_official_ones(tmp_path, monkeypatch):
     spec = official("sop", tmp_path, 0.01)
     monkeypatch.setattr("selfsup_xbn.data.datasets.sop.OFFICIAL", {"train": (596, 113), "test": (605, 112)})
     assert load_data(spec).notes == (
-        "train: 596 images of 113 classes, as it should be",
-        "warning: test: 605 images of 113 classes, where the official set has 605 images of 112 classes",
+        "train: 596 images of 113 classes, as in the official data set",
+        "warning: test: 605 images of 113 classes, but the official data set has 605 images of 112 classes",
     )
 
 
@@ -137,10 +137,10 @@ def test_cars196_image_folders_are_counted_and_disjoint(tree):
     data = load_data(f"cars196:{root}")
     assert data.name == f"cars196:{root}"
     assert data.notes[0] == (
-        "warning: train: 3 images of 1 classes, where the official set has 8,054 images of 98 classes"
+        "warning: train: 3 images of 1 classes, but the official data set has 8,054 images of 98 classes"
     )
     (root / "train/001").rename(root / "train/099")
-    assert "classes in common" in fault(f"cars196:{root}")
+    assert "expected different classes in train and test" in fault(f"cars196:{root}")
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,11 @@ def test_balanced_batches_hold_k_of_each_class_evenly(sizes, per_class, share, s
 
 
 def test_batches_that_do_not_fit_are_refused():
-    with pytest.raises(UserError, match=r"batch size 11 .* 10 training images"):
+    with pytest.raises(UserError, match="expected a batch size from 1 to 10, the number of training images, got 11"):
         RandomBatches(10, 11)
-    with pytest.raises(UserError, match="batch size 0"):
+    with pytest.raises(UserError, match="training images, got 0"):
         RandomBatches(10, 0)
-    with pytest.raises(UserError, match="no multiple of 4"):
+    with pytest.raises(UserError, match="multiple of the 4 images per class"):
         ClassBalancedBatches(torch.arange(40) % 10, 18, 4)
-    with pytest.raises(UserError, match="needs 5 classes, there are 3; choose at most 12"):
+    with pytest.raises(UserError, match="needs 5 classes, but the data set has 3; choose a batch size of at most 12"):
         ClassBalancedBatches(torch.arange(40) % 3, 20, 4)

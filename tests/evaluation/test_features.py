@@ -74,5 +74,5 @@ def test_features_can_be_trained_on(network, images):
 
 
 def test_no_images_is_an_error(network):
-    with pytest.raises(UserError, match="no images"):
+    with pytest.raises(UserError, match="at least one batch of images, got none"):
         extract_features(network, [])

@@ -76,7 +76,7 @@ def test_tiny_temperature_is_one_nearest_neighbour():
 
 def test_k_above_the_bank_is_clamped_with_one_line_of_warning():
     (queries, _), (bank, labels) = clustered(20, 3, 4, 9), clustered(30, 3, 4, 10)
-    with pytest.warns(UserWarning, match=r"^k=200 is more than the bank offers; using k=30$"):
+    with pytest.warns(UserWarning, match=r"^k=200 exceeds the 30 neighbours in the bank; using k=30$"):
         clamped = knn_classify(queries, bank, labels, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -92,23 +92,26 @@ def test_half_precision_features_and_int32_labels_are_taken():
 
 
 def test_no_queries_give_no_predictions_only_by_error():
-    with pytest.raises(UserError, match="queries: no rows"):
+    with pytest.raises(UserError, match="queries: expected at least one row, got none"):
         knn_classify(torch.randn(0, 4), torch.randn(5, 4), torch.zeros(5, dtype=torch.int64), 1, k=1)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"bank": torch.ones(30, 5)}, "queries have 4 dimensions and the bank 5"),
-        ({"labels": torch.zeros(29, dtype=torch.int64)}, "a label for each of the 30 bank rows, got 29"),
+        ({"bank": torch.ones(30, 5)}, "the same number of dimensions, got 4 and 5"),
+        ({"labels": torch.zeros(29, dtype=torch.int64)}, "one label per bank row, got 29 labels for 30 rows"),
         ({"labels": torch.full((30,), 3)}, r"labels in \[0, 3\), got 3"),
         ({"labels": torch.full((30,), -1)}, r"labels in \[0, 3\), got -1"),
-        ({"bank": torch.ones(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}, "0 rows leave no neighbour"),
-        ({"bank": torch.full((30, 4), torch.nan)}, "bank: row 0 is not finite"),
-        ({"queries": torch.full((20, 4), torch.inf)}, "queries: row 0 is not finite"),
+        ({"bank": torch.ones(0, 4), "labels": torch.zeros(0, dtype=torch.int64)}, "at least 1 bank rows, got 0"),
+        ({"bank": torch.full((30, 4), torch.nan)}, "bank: expected rows with a finite norm, got norm nan in row 0"),
+        (
+            {"queries": torch.full((20, 4), torch.inf)},
+            "queries: expected rows with a finite norm, got norm inf in row 0",
+        ),
         ({"k": 0}, "k >= 1 and temperature > 0, got k=0"),
         ({"temperature": 0.0}, "temperature=0.0"),
-        ({"exclude_self": True}, "must be the bank, got 20 and 30 rows"),
+        ({"exclude_self": True}, "with exclude_self, got 20 queries and 30 bank rows"),
     ],
 )
 @pytest.mark.usefixtures("unchecked")
@@ -121,5 +124,5 @@ def test_bad_input_is_refused_in_one_line_with_the_value(change, message):
 
 def test_single_row_has_no_neighbour_but_itself():
     one, label = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
-    with pytest.raises(UserError, match="1 rows leave no neighbour"):
+    with pytest.raises(UserError, match="at least 2 bank rows, got 1"):
         knn_classify(one, one, label, 1, k=1, exclude_self=True)

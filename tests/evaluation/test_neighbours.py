@@ -76,5 +76,5 @@ def test_unit_rows_have_length_one_and_zero_rows_stay_zero():
 def test_row_that_is_not_finite_is_named(bad):
     features = torch.randn(5, 3)
     features[3, 1] = bad
-    with pytest.raises(UserError, match=r"^bank: row 3 is not finite; [^\n]*$"):
+    with pytest.raises(UserError, match=r"^bank: expected rows with a finite norm, got norm \w+ in row 3; [^\n]*$"):
         normalize_features(features, "bank")

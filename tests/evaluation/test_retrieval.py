@@ -163,14 +163,14 @@ FEATURES, LABELS = torch.randn(6, 4), torch.tensor([0, 0, 1, 1, 2, 2])
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ((FEATURES, LABELS[:5]), "a label for each query, got 5 labels for 6"),
-        ((FEATURES, LABELS, FEATURES), "gallery and gallery_labels together"),
-        ((FEATURES, LABELS, FEATURES[:, :3], LABELS), "4 dimensions, the gallery 3"),
-        ((FEATURES, LABELS, FEATURES, LABELS[:2]), "a label for each gallery row, got 2 labels for 6"),
-        ((FEATURES, LABELS, FEATURES, LABELS + 10), "no query has a match"),
-        ((FEATURES, torch.arange(6)), "no query has a match"),
-        ((FEATURES[:0], LABELS[:0]), "no rows"),
-        ((FEATURES * torch.nan, LABELS), "row 0 is not finite"),
+        ((FEATURES, LABELS[:5]), "one label per query, got 5 labels for 6"),
+        ((FEATURES, LABELS, FEATURES), "both gallery and gallery_labels or neither"),
+        ((FEATURES, LABELS, FEATURES[:, :3], LABELS), "the same number of dimensions, got 4 and 3"),
+        ((FEATURES, LABELS, FEATURES, LABELS[:2]), "one label per gallery row, got 2 labels for 6"),
+        ((FEATURES, LABELS, FEATURES, LABELS + 10), "at least one query with a match"),
+        ((FEATURES, torch.arange(6)), "at least one query with a match"),
+        ((FEATURES[:0], LABELS[:0]), "at least one row, got none"),
+        ((FEATURES * torch.nan, LABELS), "got norm nan in row 0"),
         ((FEATURES, LABELS, None, None, (1, 0)), r"every K to be at least 1, got \[1, 0\]"),
     ],
 )

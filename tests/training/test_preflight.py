@@ -74,7 +74,9 @@ def test_self_match_fraction_is_that_of_a_simulated_queue(rows):
 )
 def test_labels_that_are_no_class_numbers_are_refused(labels, unchecked):
     with pytest.raises(
-        UserError, match=r"^expected int64 labels from 0 on, got torch.\w+ from \S+ on: number the classes$"
+        UserError,
+        match=r"^expected int64 labels of at least 0, got torch.\w+ labels with minimum \S+; "
+        r"number the classes from 0$",
     ):
         Split(labels, paths=["a", "b"])
 

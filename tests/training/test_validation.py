@@ -63,7 +63,7 @@ def test_a_share_that_is_none_is_refused(text):
 
 @pytest.mark.parametrize(("share", "count"), [("10%", 1), ("90%", 5)])
 def test_too_few_classes_on_either_side_are_refused(share, count):
-    with pytest.raises(UserError, match=f"holds out {count} of 5 training classes"):
+    with pytest.raises(UserError, match=f"got {count} of 5 classes held out"):
         data_of(replace(HALF, validation=share))
 
 

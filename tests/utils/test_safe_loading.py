@@ -106,7 +106,7 @@ def test_unofficial_cifar_files_are_never_unpickled(tmp_path, monkeypatch, place
         raise OSError("no route to host")
 
     monkeypatch.setattr("torchvision.datasets.utils._urlretrieve", offline)
-    with pytest.raises(UserError, match=r"cifar10 is not in .* and its download failed"):
+    with pytest.raises(UserError, match=r"cifar10 not found in .*, and the download failed"):
         cifar.load("cifar10", "", root=str(root))
     assert not (tmp_path / "sprung").exists()
 
@@ -130,13 +130,13 @@ def test_annotation_that_leaves_the_folder_is_refused(tmp_path):
             fields = lines[4].split()
             fields[column] = escape
             (root / file).write_text("\n".join([*lines[:4], " ".join(fields), *lines[5:]]))
-            with pytest.raises(UserError, match="leads elsewhere"):
+            with pytest.raises(UserError, match="expected a path inside"):
                 load_data(f"{name}:{root}")
     root = tmp_path / "cars196"
     (root / "car_ims").mkdir(parents=True)
     row = np.array([("../outside/secret.jpg", 7)], [("relative_im_path", object), ("class", object)])
     savemat(root / "cars_annos.mat", {"annotations": row})
-    with pytest.raises(UserError, match="leads elsewhere"):
+    with pytest.raises(UserError, match="expected a path inside"):
         load_data(f"cars196:{root}")
 
 
@@ -166,5 +166,5 @@ def test_huge_image_in_a_small_file_is_refused(tmp_path):
     assert sum(len(batch) for batch in eval_batches(data.train, data, batch_size=2)) == 5
     Image.new("1", (12_000, 12_000)).save(bomb)
     assert bomb.stat().st_size < 30_000
-    with pytest.raises(UserError, match=r"bomb.png: (12000 x 12000 pixels are more|too large)"):
+    with pytest.raises(UserError, match=r"bomb.png: (.*got 12000 x 12000|the image is too large)"):
         load_data(f"folder:{root}", workers=0)

@@ -1,1 +1,1 @@
-"""Data/Datasets."""
+"""The data sets, one module each, with a function ``load`` that returns an ``ImageData``."""

@@ -1,6 +1,6 @@
-"""What the retrieval benchmarks share: checked rows of annotation files, a search for images, numbered classes.
+"""Functions shared by the retrieval benchmarks: reading annotation files, finding images and numbering classes.
 
-Every complaint about a row names the file and the line.
+Errors in an annotation file are reported with the file and the line.
 
 Axis legend: N samples.
 """
@@ -23,11 +23,18 @@ from selfsup_xbn.data.datasets.folder import IMAGENET_MEAN, IMAGENET_STD, LARGES
 from selfsup_xbn.errors import UserError
 
 Count = tuple[int, int]
-"""Images and classes of one part of a data set."""
+"""Number of images and number of classes of a split."""
 
 
 class Sample(NamedTuple):
-    """One image of a data set; ``where`` is the place that mentions it, for complaints."""
+    """An image of a data set.
+
+    Attributes:
+        where: The position of the annotation, for error messages.
+        file: The path of the image.
+        label: The class.
+        box: The box (x1, y1, x2, y2) to crop, in pixels. ``None`` for the whole image.
+    """
 
     where: str
     file: str
@@ -35,77 +42,83 @@ class Sample(NamedTuple):
     box: Sequence[int] | None = None
 
 
-def home(name: str, path: str, root: str) -> Path:
-    """The folder of data set ``name``: ``path``, or without one the folder ``name`` under ``root``.
+def data_folder(name: str, path: str, root: str) -> Path:
+    """Return the folder of a data set.
+
+    Args:
+        name: The name of the data set.
+        path: The folder that the user specified, or "" for the folder ``name`` in ``root``.
+        root: The folder of all data sets.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: If the folder does not exist.
     """
     folder = Path(path) if path else Path(root) / name
     if not folder.is_dir():
         raise UserError(
-            f"{folder} is no folder; unpack {name} there, or write {name}:PATH for files that are elsewhere"
+            f"{folder} is not a folder; unpack {name} there, or write {name}:PATH to read the files from another folder"
         )
     return folder
 
 
-def find_file(file: str, places: Sequence[Path]) -> Path:
-    """``file`` in the first of the ``places`` that has it.
+def find_file(file: str, folders: Sequence[Path]) -> Path:
+    """Return the path of the file in the first of the folders that contains it.
 
     Raises:
-        UserError: none has it.
+        UserError: If none of the folders contains it.
     """
-    found = next((place / file for place in places if (place / file).is_file()), None)
-    if found is None:
-        looked = ", ".join(str(place) for place in places)
-        raise UserError(f"{file} is missing: looked in {looked}; name the folder that the official archive makes")
-    return found
+    path = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    if path is None:
+        searched = ", ".join(str(folder) for folder in folders)
+        raise UserError(f"{file} not found in {searched}; write the path of the unpacked official archive")
+    return path
 
 
-def shown(value: object) -> str:
-    """``value`` as it is quoted in a message of one line."""
+def quoted(value: object) -> str:
+    """Return the value for an error message: on one line, and shortened to about 80 characters."""
     text = value if isinstance(value, str) else repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return repr(text) if isinstance(value, str) else text
 
 
 def read_lines(file: Path) -> list[str]:
-    """The lines of a text file; blank ones at its end do not count.
+    """Return the lines of a text file, without blank lines at its end.
 
     Raises:
-        UserError: it cannot be read, is empty, or is not UTF-8.
+        UserError: If the file cannot be read, is empty or is not UTF-8.
     """
     try:
         content = file.read_bytes()
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); unpack the official archive anew") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); unpack the official archive again") from error
     try:
         text = content.decode()
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{file}:{line}: byte {content[error.start]:#04x} is not UTF-8; save the file as text"
+            f"{file}:{line}: expected UTF-8 text, got byte {content[error.start]:#04x}; save the file as UTF-8"
         ) from error
     if not text.strip():
-        raise UserError(f"{file}:1: the file is empty; unpack the official archive anew")
+        raise UserError(f"{file}:1: the file is empty; unpack the official archive again")
     return text.rstrip().split("\n")
 
 
 def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Where each row is (FILE:LINE), and its fields.
+    """Yield the position FILE:LINE and the fields of each row of a table in a text file.
 
     Args:
-        columns: their names, as line ``header`` of the file has them.
-        numbers: so many columns, from the first on, hold whole numbers of at most nine digits.
-        header: 0 where the file names no columns.
+        file: The text file, with fields separated by blanks.
+        columns: The names of the columns, separated by blanks.
+        numbers: The number of leading columns that contain non-negative integers of at most nine digits.
+        header: The line that contains the names of the columns, counted from 1. 0 for a file without header.
 
     Raises:
-        UserError: as ``read_lines``; another header; no rows; a row with other fields.
+        UserError: If the file cannot be read, its header differs, it has no rows, or a row does not match the columns.
     """
     lines, names = read_lines(file), columns.split()
     if header and (len(lines) < header or lines[header - 1].split() != names):
-        found = lines[header - 1] if len(lines) >= header else ""
-        raise UserError(f"{file}:{header}: expected the header {columns!r}, got {shown(found)}")
+        line = lines[header - 1] if len(lines) >= header else ""
+        raise UserError(f"{file}:{header}: expected the header {columns!r}, got {quoted(line)}")
     if len(lines) == header:
         raise UserError(f"{file}:{header + 1}: expected rows of {columns!r}, got the end of the file")
     fields = [r"(\d{1,9})"] * numbers + [r"(\S+)"] * (len(names) - numbers)
@@ -113,51 +126,59 @@ def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> It
     for number, line in enumerate(lines[header:], header + 1):
         match = row.fullmatch(line)
         if not match:
-            kinds = f", the first {numbers} of them whole numbers" if numbers else ""
-            raise UserError(f"{file}:{number}: expected {columns!r}{kinds}; got {shown(line)}")
+            kinds = f" with integers in the first {numbers}" if numbers else ""
+            raise UserError(f"{file}:{number}: expected the columns {columns!r}{kinds}, got {quoted(line)}")
         yield f"{file}:{number}", match.groups()
 
 
 class ImageFolders:
-    """The images below one or several ``bases``. A directory is listed once, however many of its images are asked for:
-    a look at each of 120,000 files would take longer than all the rest.
+    """Find image files in one or more base folders.
+
+    Each directory is listed once, because a system call for each of 120,000 files would take most of the time.
+
+    Args:
+        *bases: The base folders. A file is taken from the first of them that contains it.
     """
 
     def __init__(self, *bases: Path) -> None:
         self.bases = bases
-        self._mentioned: dict[str, str] = {}
+        self._positions: dict[str, str] = {}
         self._listed: dict[str, dict[str, str]] = {}
 
     def find(self, where: str, path: str) -> str:
-        """The file that ``where`` calls ``path``, relative to the bases and with forward slashes.
+        """Return the path of an image file.
+
+        Args:
+            where: The position of the annotation, for error messages.
+            path: The path relative to the base folders, with forward slashes.
 
         Raises:
-            UserError: it leads out of the bases, was asked for before, or does not exist.
+            UserError: If the path leads out of the base folders, was passed before, or does not exist.
         """
-        first = self._mentioned.setdefault(path, where)
+        first = self._positions.setdefault(path, where)
         if first is not where:
-            raise UserError(f"{where}: image {shown(path)} is already in {first}; remove one of the two")
+            raise UserError(f"{where}: image {quoted(path)} is already listed in {first}; remove one of the two")
         name = path.rpartition("/")[2]
         folder = path[: len(path) - len(name)]
         if folder not in self._listed:
             self._listed[folder] = self._files(where, folder)
         file = self._listed[folder].get(name)
         if file is None:
-            looked = " or ".join(str(base) for base in self.bases)
-            raise UserError(f"{where}: image {shown(path)} is missing below {looked}; unpack the images there")
+            searched = " or ".join(str(base) for base in self.bases)
+            raise UserError(f"{where}: image {quoted(path)} not found in {searched}; unpack the images there")
         return file
 
     def _files(self, where: str, folder: str) -> dict[str, str]:
-        """The files in a folder ("a/b/"; "": a base itself) by name, each of the first base that has it."""
+        """Return the files in a folder by name. The folder is relative to the bases, as "a/b/", or "" for a base."""
         parts = folder.split("/")[:-1]
         if any(part in ("", ".", "..") or "\\" in part or ":" in part for part in parts):
-            raise UserError(f"{where}: path {shown(folder)} leads elsewhere; expected one below {self.bases[0]}")
-        places = [os.path.join(base, folder) for base in reversed(self.bases)]
-        return {name: place + name for place in places for name in file_names(place)}
+            raise UserError(f"{where}: expected a path inside {self.bases[0]}, got {quoted(folder)}")
+        paths = [os.path.join(base, folder) for base in reversed(self.bases)]
+        return {name: path + name for path in paths for name in file_names(path)}
 
 
 def file_names(folder: str | Path) -> set[str]:
-    """Names of the files in a folder; none where there is no such folder."""
+    """Return the names of the files in a folder, or an empty set if the folder does not exist."""
     try:
         with os.scandir(folder) as entries:
             return {entry.name for entry in entries if entry.is_file()}
@@ -168,20 +189,25 @@ def file_names(folder: str | Path) -> set[str]:
 def retrieval_data(
     name: str, parts: Mapping[str, Sequence[Sample]], official: Mapping[str, Count], notes: Sequence[str] = ()
 ) -> ImageData:
-    """Photos on disk, seen at 224 x 224. Labels number the sorted training classes, then the sorted test classes.
+    """Return a retrieval data set of image files, with views of 224 x 224 pixels and ImageNet's normalization.
+
+    The labels number the sorted training classes first and then the sorted test classes.
 
     Args:
-        name: the specification that the user wrote.
-        parts: the samples of "train", then of the test set, or of the queries and the gallery.
-        official: what each part should hold.
-        notes: further lines for the user.
+        name: The specification of the data set.
+        parts: The samples of the training set and of the test set, or of the training set, the queries and the gallery.
+        official: The numbers of images and classes of each part in the official data set.
+        notes: Additional lines for the user.
 
     Raises:
-        UserError: a part is empty, or a test class is a training class too.
+        UserError: If a part is empty, or a test class is also a training class.
     """
     for part, samples in parts.items():
         if not samples:
-            raise UserError(f"{name}: the annotations name no {part} image; unpack the official archive anew")
+            raise UserError(
+                f"{name}: expected at least one {part} image in the annotations, got none; "
+                "unpack the official archive again"
+            )
     numbers = _numbered(*parts.values())
     train, test, *gallery = (_split(samples, numbers) for samples in parts.values())
     counts = [
@@ -206,7 +232,7 @@ def _numbered(train: Sequence[Sample], *rest: Sequence[Sample]) -> dict[int | st
     for sample in chain(*rest):
         if sample.label in known:
             raise UserError(
-                f"{sample.where}: class {sample.label} is a training class too; expected one of the test set"
+                f"{sample.where}: expected a class that the training set does not contain, got {sample.label}"
             )
     new = {sample.label for sample in chain(*rest)}
     return {label: number for number, label in enumerate([*sorted(known), *sorted(new)])}
@@ -222,14 +248,14 @@ def _split(samples: Sequence[Sample], numbers: Mapping[int | str, int]) -> Split
 
 
 def classes_in(labels: Int64[Tensor, "N"]) -> int:
-    """How many different labels there are."""
+    """Return the number of distinct labels."""
     return len(labels.unique())
 
 
 def count_note(part: str, split: Split, official: Count) -> str:
-    """One line for the user: the images and classes found beside the ``official`` ones; a warning where they differ."""
+    """Return a line that compares the counts of images and classes with the official ones; a warning if they differ."""
     count = len(split), classes_in(split.labels)
-    found, expected = (f"{images:,} images of {classes:,} classes" for images, classes in (count, official))
+    actual, expected = (f"{images:,} images of {classes:,} classes" for images, classes in (count, official))
     if count == official:
-        return f"{part}: {found}, as it should be"
-    return f"warning: {part}: {found}, where the official set has {expected}"
+        return f"{part}: {actual}, as in the official data set"
+    return f"warning: {part}: {actual}, but the official data set has {expected}"

@@ -1,8 +1,13 @@
 """Cars196 (Krause et al., 2013) for retrieval (Song et al., 2016): classes 1 to 98 train, 99 to 196 test.
 
-Three layouts: ``cars_annos.mat`` with ``car_ims``; as torchvision's StanfordCars has it, ``devkit`` and
-``cars_test_annos_withlabels.mat`` with ``cars_train`` and ``cars_test``; or image folders ``train/CLASS`` and
-``test/CLASS``. Whole images, without the bounding boxes. Test images are searched among themselves.
+Three layouts are supported:
+
+- ``cars_annos.mat`` with the images in ``car_ims``.
+- The layout of torchvision's ``StanfordCars``: ``devkit`` and ``cars_test_annos_withlabels.mat`` with the images in
+  ``cars_train`` and ``cars_test``.
+- Image folders ``train/CLASS`` and ``test/CLASS``.
+
+The bounding boxes are not used. Each test image is a query against the other test images.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ from scipy.io import loadmat
 
 from selfsup_xbn.data.base import ImageData
 from selfsup_xbn.data.datasets import folder as image_folders
-from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, count_note, home, retrieval_data, shown
+from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, count_note, data_folder, quoted, retrieval_data
 from selfsup_xbn.errors import UserError
 
 TRAINING_CLASSES, CLASSES = 98, 196
@@ -28,16 +33,24 @@ LAYOUTS = (
         ("cars_test_annos_withlabels.mat", "cars_test", "fname"),
     ),
 )
-"""For each official layout its files, where their images are, and the field that names an image."""
+"""Annotation files of each official layout, with the folder of their images and the field that names an image."""
 
 
 def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> ImageData:
-    """One of the three layouts.
+    """Load Cars196 from one of the three layouts.
+
+    Args:
+        name: The name of the data set.
+        path: The folder of the data set, or "" for the folder ``name`` in ``root``.
+        root: The folder of all data sets.
+        cache_bytes: The most bytes that decoded image folders may take in memory.
+        workers: The number of processes that read image folders.
 
     Raises:
-        UserError: none of them, a malformed annotation, or an image that is missing or (in folders) cannot be read.
+        UserError: If the folder has none of the layouts, an annotation is malformed, or an image is missing or, in
+            image folders, cannot be read.
     """
-    folder = home(name, path, root)
+    folder = data_folder(name, path, root)
     for layout in LAYOUTS:
         if (folder / layout[0][0]).is_file():
             samples = [sample for file, base, key in layout for sample in _samples(folder / file, folder / base, key)]
@@ -47,15 +60,18 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
             }
             return retrieval_data(f"{name}:{folder}", parts, OFFICIAL)
     if not (folder / "train").is_dir():
-        files = " nor ".join(layout[0][0] for layout in LAYOUTS)
-        raise UserError(f"{folder} holds neither {files} nor train/CLASS/; unpack Cars196 there")
+        files = ", ".join(layout[0][0] for layout in LAYOUTS)
+        raise UserError(f"{folder}: expected {files} or train/CLASS/, got none of them; unpack Cars196 there")
     return _from_folders(name, folder, cache_bytes, workers)
 
 
 def _from_folders(name: str, folder: Path, cache_bytes: int, workers: int) -> ImageData:
     data = image_folders.load(name, str(folder), root="", cache_bytes=cache_bytes, workers=workers)
     if not data.disjoint:
-        raise UserError(f"{folder}: train and test have classes in common; put classes 99 to 196 into test alone")
+        raise UserError(
+            f"{folder}: expected different classes in train and test, got common ones; "
+            "put classes 99 to 196 into test only"
+        )
     return replace(data, notes=tuple(count_note(part, getattr(data, part), OFFICIAL[part]) for part in OFFICIAL))
 
 
@@ -66,20 +82,25 @@ def _samples(file: Path, base: Path, key: str) -> list[Sample]:
         where = f"{file}: annotation {number}"
         image, label = (entry.get(field) if isinstance(entry, dict) else None for field in (key, "class"))
         if not isinstance(image, str) or not isinstance(label, int) or not 1 <= label <= CLASSES:
-            raise UserError(f"{where}: {key} {shown(image)}, class {shown(label)}; expected a name and 1 to {CLASSES}")
+            raise UserError(
+                f"{where}: expected {key} to be a string and class an integer from 1 to {CLASSES}, "
+                f"got {quoted(image)} and {quoted(label)}"
+            )
         samples.append(Sample(where, images.find(where, image), label))
     return samples
 
 
 def _entries(file: Path) -> list[Any]:
-    """The annotations, read in a process of their own: on some broken files scipy's reader ends its process."""
+    """Read the annotations in a separate process, because scipy's reader may crash the process for broken files."""
     try:
         with ProcessPoolExecutor(1) as pool:
             return pool.submit(_annotations, file).result()
-    except Exception as error:  # scipy raises nearly anything on broken bytes
-        raise UserError(f"{file}: no MATLAB file with annotations ({shown(str(error))}); unpack it anew") from error
+    except Exception as error:  # scipy raises many types of exceptions for broken files
+        raise UserError(
+            f"{file}: not a MATLAB file with annotations ({quoted(str(error))}); unpack it again"
+        ) from error
 
 
 def _annotations(file: Path) -> list[Any]:
-    found = loadmat(file, simplify_cells=True)["annotations"]
-    return [found] if isinstance(found, dict) else list(found)
+    annotations = loadmat(file, simplify_cells=True)["annotations"]
+    return [annotations] if isinstance(annotations, dict) else list(annotations)

@@ -1,4 +1,4 @@
-"""CIFAR-10 and CIFAR-100 by torchvision: downloaded unless they are there."""
+"""CIFAR-10 and CIFAR-100 (Krizhevsky, 2009), read and if necessary downloaded by torchvision."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from selfsup_xbn.errors import UserError
 
 MEAN = (0.4914, 0.4822, 0.4465)
 STD = (0.2023, 0.1994, 0.2010)
-"""The normalisation of the MoCo notebook; used for CIFAR-100 too."""
+"""Normalization of the MoCo notebook for CIFAR-10, also used for CIFAR-100."""
 
 SETS = {
     "cifar10": (datasets.CIFAR10, "cifar-10-batches-py", "cifar-10-python.tar.gz"),
@@ -21,19 +21,24 @@ SETS = {
 
 
 def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
-    """50,000 training and 10,000 test images of 32 x 32 pixels, from the files under ``path`` or else ``root``.
+    """Load the 50,000 training and 10,000 test images of 32 x 32 pixels.
+
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``.
+        path: The folder that contains the extracted archive, or "" for ``root``.
+        root: The folder of all data sets.
 
     Raises:
-        UserError: the files are not there and cannot be downloaded.
+        UserError: If the files are missing and cannot be downloaded.
     """
-    make, folder, archive = SETS[name]
+    dataset, folder, archive = SETS[name]
     root = path or root
     try:
-        train, test = (make(root, train=part, download=True) for part in (True, False))
+        train, test = (dataset(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
         raise UserError(
-            f"{name} is not in {Path(root) / folder} and its download failed ({error});"
-            f" put {archive} from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
+            f"{name} not found in {Path(root) / folder}, and the download failed ({error}); "
+            f"put {archive} from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
         ) from error
     return ImageData(
         name=name,

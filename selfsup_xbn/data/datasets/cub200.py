@@ -1,7 +1,7 @@
 """Caltech-UCSD Birds-200-2011 (Wah et al., 2011) for retrieval (Song et al., 2016): the first 100 species train.
 
-https://www.vision.caltech.edu/datasets/cub_200_2011/. Whole images, without the bounding boxes. The split in
-``train_test_split.txt`` is for classification and not used. Test images are searched among themselves.
+https://www.vision.caltech.edu/datasets/cub_200_2011/. The bounding boxes are not used, and neither is the split in
+``train_test_split.txt``, which is for classification. Each test image is a query against the other test images.
 """
 
 from __future__ import annotations
@@ -9,7 +9,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfsup_xbn.data.base import ImageData
-from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, find_file, home, read_table, retrieval_data
+from selfsup_xbn.data.datasets.annotations import (
+    ImageFolders,
+    Sample,
+    data_folder,
+    find_file,
+    read_table,
+    retrieval_data,
+)
 from selfsup_xbn.errors import UserError
 
 TRAINING_CLASSES, CLASSES = 100, 200
@@ -17,18 +24,25 @@ OFFICIAL = {"train": (5_864, 100), "test": (5_924, 100)}
 
 
 def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
-    """``images.txt``, ``image_class_labels.txt`` and ``images`` are in the folder, or in ``CUB_200_2011`` in it.
+    """Load CUB-200-2011 from ``images.txt``, ``image_class_labels.txt`` and ``images``.
+
+    Args:
+        name: The name of the data set.
+        path: The folder that contains these files or the folder ``CUB_200_2011`` with them, or "" for the folder
+            ``name`` in ``root``.
+        root: The folder of all data sets.
 
     Raises:
-        UserError: a list is missing or malformed, an image has no class, or an image is missing.
+        UserError: If a list is missing or malformed, an image has no class, or an image is missing.
     """
-    folder = home(name, path, root)
+    folder = data_folder(name, path, root)
     file = find_file("images.txt", (folder, folder / "CUB_200_2011"))
     paths = _by_id(file, "image_id path", numbers=1)
-    classes = _by_id(file.with_name("image_class_labels.txt"), "image_id class_id", numbers=2)
-    for one, other in ((paths, classes), (classes, paths)):
-        for number in one.keys() - other.keys():
-            raise UserError(f"{one[number][0]}: image_id {number} is in this list only; complete the other one")
+    label_file = file.with_name("image_class_labels.txt")
+    classes = _by_id(label_file, "image_id class_id", numbers=2)
+    for rows, other_rows, other_file in ((paths, classes, label_file), (classes, paths, file)):
+        for number in rows.keys() - other_rows.keys():
+            raise UserError(f"{rows[number][0]}: image_id {number} is missing from {other_file}; add it there")
     images = ImageFolders(file.parent / "images")
     parts: dict[str, list[Sample]] = {part: [] for part in OFFICIAL}
     for number, (where, image) in paths.items():
@@ -39,16 +53,16 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
 
 
 def _by_id(file: Path, columns: str, numbers: int) -> dict[int, tuple[str, str]]:
-    """Where each image_id is, and the value beside it."""
+    """Return the position FILE:LINE and the second field of the row of each image_id."""
     rows: dict[int, tuple[str, str]] = {}
     for where, (number, value) in read_table(file, columns, numbers=numbers):
         first, _ = rows.setdefault(int(number), (where, value))
         if first is not where:
-            raise UserError(f"{where}: image_id {number} is already in {first}; remove one of the two")
+            raise UserError(f"{where}: image_id {number} is already listed in {first}; remove one of the two")
     return rows
 
 
 def _class(where: str, value: str) -> int:
     if not 1 <= int(value) <= CLASSES:
-        raise UserError(f"{where}: class_id is {int(value)}; expected 1 to {CLASSES}")
+        raise UserError(f"{where}: expected a class_id from 1 to {CLASSES}, got {int(value)}")
     return int(value)

@@ -1,16 +1,17 @@
-"""DeepFashion2 (Ge et al., 2019), consumer to shop: users' photos of clothes, searched in the photos of shops.
+"""DeepFashion2 (Ge et al., 2019), consumer to shop: retrieval of shops' photos of clothes from users' photos.
 
-https://github.com/switchablenorms/DeepFashion2. A JSON file for each image names its source and its items; an item is
-the crop of its ground-truth box. Two items show the same piece of clothing if pair_id (of the image), category_id and
-style agree and style is not 0: that triple is the label.
+https://github.com/switchablenorms/DeepFashion2. A JSON file for each image contains its source and its items. The image
+of an item is the crop of its ground-truth box. Two items show the same piece of clothing if their pair_id, category_id
+and style agree and the style is not 0. The label is this triple.
 
-- Queries: users' items of style > 0 of the validation set, as in the official evaluation (evaluation/evaluation.md).
-  Those without a counterpart in the gallery are left out by ``recall_at_k``.
-- Gallery: all shops' items of the validation set. Those of style 0 are distractors, which no query matches: the queries
-  have 3,128 labels and the gallery 7,059. (The official table has the same proportion: of the 54,910 boxes in the
-  unabridged validation set 12,550 are queries and 37,183 are in the gallery; the rest must be users' of style 0.)
-- Training: all items of style > 0, users' and shops'. The paper does not say whether its 217,778 boxes "with a valid
-  pair" include labels that only one side has; 6.9 boxes a label, where an identity has 12.7 on average, suggest so.
+- Queries: the users' items of style > 0 in the validation set, as in the official evaluation
+  (evaluation/evaluation.md). ``recall_at_k`` ignores queries without a match in the gallery.
+- Gallery: all shops' items in the validation set. Items of style 0 match no query. The queries have 3,128 labels and
+  the gallery has 7,059. The official table has similar proportions: of the 54,910 boxes in the full validation set,
+  12,550 are queries and 37,183 are in the gallery, so the others must be users' items of style 0.
+- Training: all items of style > 0. The paper does not specify whether its 217,778 boxes "with a valid pair" include
+  labels that only users or only shops have. There are 6.9 boxes per label and, on average, 12.7 per identity, so they
+  probably do.
 
 Axis legend: N items.
 """
@@ -32,7 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfsup_xbn.data.base import ImageData
-from selfsup_xbn.data.datasets.annotations import Sample, file_names, home, retrieval_data, shown
+from selfsup_xbn.data.datasets.annotations import Sample, data_folder, file_names, quoted, retrieval_data
 from selfsup_xbn.data.datasets.table_cache import Source, cached, source_of
 from selfsup_xbn.data.workers import ParallelReader
 from selfsup_xbn.errors import UserError
@@ -44,16 +45,24 @@ COLUMNS = ("file", "source", "pair_id", "category_id", "style", "x1", "y1", "x2"
 ITEM = re.compile(r"item\d+")
 LARGEST = 2**31
 CHUNK = 500
-"""Files that a worker reads at a time."""
+"""Number of files that a worker reads at a time."""
 
 
 def load(name: str, path: str, *, root: str, workers: int, **_: object) -> ImageData:
-    """``train`` and ``validation``, each with ``image`` and ``annos``. The JSON files are read once, then cached.
+    """Load DeepFashion2 from the folders ``train`` and ``validation``, each with ``image`` and ``annos``.
+
+    The items are cached in one file for each folder, because reading all JSON files is slow.
+
+    Args:
+        name: The name of the data set.
+        path: The folder of the data set, or "" for the folder ``name`` in ``root``.
+        root: The folder of all data sets.
+        workers: The number of processes that read JSON files.
 
     Raises:
-        UserError: a folder or an image is missing, or a JSON file is malformed.
+        UserError: If a folder or an image is missing, or a JSON file is malformed.
     """
-    folder = home(name, path, root)
+    folder = data_folder(name, path, root)
     train, validation = (_read_part(folder / part, workers) for part in ("train", "validation"))
     parts = {
         "train": train.samples(train.style > 0),
@@ -65,7 +74,14 @@ def load(name: str, path: str, *, root: str, workers: int, **_: object) -> Image
 
 @dataclass(frozen=True)
 class _Part:
-    """The items of the training or validation set that have a pixel, a row each, and lines for the user."""
+    """The non-empty items of the training set or the validation set.
+
+    Attributes:
+        folder: The folder of the set.
+        stems: The name of each image without its extension.
+        table: The values of ``COLUMNS`` for each item.
+        notes: Lines for the user.
+    """
 
     folder: Path
     stems: Sequence[str]
@@ -81,9 +97,9 @@ class _Part:
         return self.table[:, COLUMNS.index("style")]
 
     def samples(self, chosen: Bool[np.ndarray, "N"]) -> list[Sample]:
-        # Paths are not put together by pathlib, which would take most of the time.
+        # Strings, because pathlib would take most of the time.
         annos, images = f"{self.folder}/annos", f"{self.folder}/image"
-        # Nothing says that the pair_ids of the two sets differ.
+        # The label contains the name of the set, because the pair_ids of the two sets may overlap.
         part = self.folder.name
         return [
             Sample(
@@ -104,24 +120,24 @@ def _read_part(folder: Path, workers: int) -> _Part:
             f"{folder / 'annos'}: cannot be listed ({error.strerror}); unpack DeepFashion2 there"
         ) from error
     if not files.names:
-        raise UserError(f"{folder / 'annos'}: holds no JSON file; unpack the annotations of DeepFashion2 there")
-    stems = _checked(files, folder / "image")
+        raise UserError(
+            f"{folder / 'annos'}: expected JSON files, got none; unpack the annotations of DeepFashion2 there"
+        )
+    stems = _image_stems(files, folder / "image")
     table, note = cached(files, len(COLUMNS), lambda: _read_all(files, workers))
     filled = table[(table[:, 5] < table[:, 7]) & (table[:, 6] < table[:, 8])]
     notes = [note] if note else []
     if empty := len(table) - len(filled):
-        notes.append(f"warning: {folder}: {empty:,} boxes without a pixel are left out")
+        notes.append(f"warning: {folder}: {empty:,} empty boxes are ignored")
     return _Part(folder, stems, filled, notes)
 
 
-def _checked(files: Source, images: Path) -> list[str]:
-    """The images' names without ending; each image is there."""
-    stems, there = [name.removesuffix(".json") for name in files.names], file_names(images)
+def _image_stems(files: Source, images: Path) -> list[str]:
+    """Return the name of each image without its extension, and check that the image exists."""
+    stems, existing = [name.removesuffix(".json") for name in files.names], file_names(images)
     for stem in stems:
-        if f"{stem}.jpg" not in there:
-            raise UserError(
-                f"{files.folder / stem}.json: image {images / stem}.jpg is missing; unpack the images there"
-            )
+        if f"{stem}.jpg" not in existing:
+            raise UserError(f"{files.folder / stem}.json: image {images / stem}.jpg not found; unpack the images there")
     return stems
 
 
@@ -132,13 +148,13 @@ def _read_all(files: Source, workers: int) -> Int32[np.ndarray, "N 9"]:
     text = f"reading {files.folder}"
     with tqdm(total=len(files.names), desc=text, unit=" files", disable=not sys.stderr.isatty(), leave=False) as bar:
         for (chunk,), table in zip(chunks, read(chunks), strict=True):
-            tables.append(table[0].numpy().copy())  # else each would hold on to a file of shared memory
+            tables.append(table[0].numpy().copy())  # a copy, because the original keeps a file of shared memory open
             bar.update(len(chunk))
     return np.concatenate(tables)
 
 
 class _Read:
-    """The items of a range of files, for a worker process."""
+    """Read the items of a range of files, in a worker process."""
 
     def __init__(self, files: Source) -> None:
         self.files = files
@@ -151,20 +167,22 @@ class _Read:
 
 
 def read_items(file: Path) -> list[tuple[int, ...]]:
-    """(source, pair_id, category_id, style, x1, y1, x2, y2) of each item of an annotation file; source 0 is "user".
+    """Return (source, pair_id, category_id, style, x1, y1, x2, y2) of each item of an annotation file.
+
+    The source is 0 for "user" and 1 for "shop". The box is in pixels.
 
     Raises:
-        UserError: it is not as DeepFashion2 documents it.
+        UserError: If the file is not in the format of DeepFashion2.
     """
     content = _parsed(file)
     if content.get("source") not in SOURCES:
-        raise UserError(f'{file}: source is {shown(content.get("source"))}; expected "user" or "shop"')
+        raise UserError(f'{file}: expected source "user" or "shop", got {quoted(content.get("source"))}')
     shared = SOURCES.index(content["source"]), _integer(str(file), content, "pair_id")
     rows = []
     for key in filter(ITEM.fullmatch, content):
         where, item = f"{file}: {key}", content[key]
         if not isinstance(item, dict):
-            raise UserError(f"{where} is {shown(item)}; expected an object with bounding_box, category_id and style")
+            raise UserError(f"{where}: expected an object with bounding_box, category_id and style, got {quoted(item)}")
         numbers = _integer(where, item, "category_id"), _integer(where, item, "style")
         rows.append((*shared, *numbers, *_box(where, item.get("bounding_box"))))
     return rows
@@ -174,24 +192,24 @@ def _parsed(file: Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_bytes())
     except json.JSONDecodeError as error:
-        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); unpack the annotations anew") from error
+        raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); unpack the annotations again") from error
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read ({shown(str(error))}); unpack the annotations anew") from error
+        raise UserError(f"{file}: cannot be read ({quoted(str(error))}); unpack the annotations again") from error
     if not isinstance(content, dict):
-        raise UserError(f"{file}: holds {shown(content)}; expected an object with source, pair_id, item1, ...")
+        raise UserError(f"{file}: expected an object with source, pair_id, item1, ..., got {quoted(content)}")
     return content
 
 
 def _integer(where: str, values: dict[str, Any], key: str) -> int:
     value = values.get(key)
     if type(value) is not int or not 0 <= value < LARGEST:
-        raise UserError(f"{where}: {key} is {shown(value)}; expected a whole number")
+        raise UserError(f"{where}: expected {key} to be an integer from 0 to {LARGEST - 1}, got {quoted(value)}")
     return value
 
 
 def _box(where: str, box: Any) -> tuple[int, ...]:
     if not isinstance(box, list) or len(box) != 4 or not all(_is_coordinate(value) for value in box):
-        raise UserError(f"{where}: bounding_box is {shown(box)}; expected [x1, y1, x2, y2] in pixels")
+        raise UserError(f"{where}: expected bounding_box to be [x1, y1, x2, y2] in pixels, got {quoted(box)}")
     return tuple(round(value) for value in box)
 
 

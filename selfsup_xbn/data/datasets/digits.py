@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 grey images of 8 x 8 pixels that scikit-learn carries. No download."""
+"""Handwritten digits: the 1,797 grey images of 8 x 8 pixels of scikit-learn, which need no download."""
 
 from __future__ import annotations
 
@@ -14,15 +14,19 @@ SPLIT_SEED = 0
 
 
 def load(name: str, path: str, **_: object) -> ImageData:
-    """1,437 training and 360 test images, stratified by class and always the same.
+    """Load 1,437 training and 360 test images, stratified by class. The split is fixed.
+
+    Args:
+        name: The name of the data set.
+        path: "", because the images are not read from a folder.
 
     Raises:
-        UserError: a path is given.
+        UserError: If ``path`` is not empty.
     """
     if path:
-        raise UserError(f"{name}:{path}: {name} come with scikit-learn and have no path; write {name}")
+        raise UserError(f"{name}:{path}: expected no path, because scikit-learn provides the images; write {name}")
     digits = load_digits()
-    # Grey levels 0..16 become bytes; one channel.
+    # Grey levels from 0 to 16 are scaled to 8 bits, in one channel.
     images = torch.from_numpy((digits.images * 255 / 16).round()).to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(

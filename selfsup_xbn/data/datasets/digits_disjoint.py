@@ -1,4 +1,7 @@
-"""scikit-learn's digits for retrieval: 0 to 4 train; 5 to 9, never seen, are searched among themselves. No download."""
+"""Handwritten digits of scikit-learn for retrieval: 0 to 4 are training classes, 5 to 9 are test classes.
+
+Each test image is a query against the other test images.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,15 @@ TRAINING_CLASSES = 5
 
 
 def load(name: str, path: str, **_: object) -> ImageData:
-    """901 training images of five classes, 896 test images of the other five."""
+    """Load 901 training images of five classes and 896 test images of the other five classes.
+
+    Args:
+        name: The name of the data set.
+        path: "", because the images are not read from a folder.
+
+    Raises:
+        UserError: If ``path`` is not empty.
+    """
     data = digits.load(name, path)
     assert data.train.images is not None
     assert data.test.images is not None

@@ -1,6 +1,7 @@
-"""A tree of image files: PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg, images of any size and format.
+"""Folders of image files of any size and format: PATH/train/CLASS/*.jpg and PATH/test/CLASS/*.jpg.
 
-Every file is opened when the data set is: decoded if all images have one size and fit in memory, else its header read.
+All files are opened when the data set is loaded. They are decoded if they have the same size and fit in memory;
+otherwise only their headers are read.
 
 Axis legend: N samples.
 """
@@ -21,23 +22,31 @@ from selfsup_xbn.errors import UserError
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGEST_VIEW = 224
 SMALL_VIEW = 64
-"""Views up to this side get CIFAR's normalisation and augmentation, larger ones ImageNet's and MoCo v2's."""
+"""Maximum side of views with the normalization and augmentation of CIFAR. Larger ones use ImageNet's and MoCo v2's."""
 
 
 def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> ImageData:
-    """The tree at ``path``. Labels number the training classes by name, then those that only the test set has.
+    """Load image folders.
 
-    A view's side is the shorter side of the images (the median where they differ), at most 224.
+    The labels number the training classes in the order of their names, and then the classes that only the test set has.
+    The side of the views is the median of the images' shorter sides, at most 224 pixels.
+
+    Args:
+        name: The name of the data set.
+        path: The folder that contains ``train`` and ``test``.
+        root: Not used.
+        cache_bytes: The most bytes that the decoded images may take in memory.
+        workers: The number of processes that read files.
 
     Raises:
-        UserError: a split or the images of a class are missing, or a file cannot be read.
+        UserError: If a split or the images of a class are missing, or a file cannot be read.
     """
     if not path:
-        raise UserError("folder: names no path; write folder:PATH")
+        raise UserError("folder: expected a path, got none; write folder:PATH")
     train, test = (class_files(Path(path).expanduser() / part) for part in ("train", "test"))
     numbers = {label: number for number, label in enumerate([*train, *(label for label in test if label not in train)])}
     splits = [_split(part, numbers) for part in (train, test)]
-    splits, side = _opened(splits, cache_bytes, workers)
+    splits, side = _open_splits(splits, cache_bytes, workers)
     mean, std = (cifar.MEAN, cifar.STD) if side <= SMALL_VIEW else (IMAGENET_MEAN, IMAGENET_STD)
     return ImageData(
         name=f"{name}:{path}",
@@ -53,28 +62,33 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
 
 
 def class_files(folder: Path) -> dict[str, list[str]]:
-    """The image files of each class folder, searched to any depth, classes and files in the order of their names.
+    """Return the image files of each class folder at any depth, with classes and files sorted by name.
 
     Raises:
-        UserError: there is no such folder, no class folder in it, or no image in one of these.
+        UserError: If the folder does not exist, has no class folders, or a class folder contains no image.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; an image-folder tree holds train/CLASS/ and test/CLASS/")
+        raise UserError(f"{folder} is not a folder; expected image folders train/CLASS/ and test/CLASS/")
     classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
-        raise UserError(f"{folder} holds no class folders; put each class's images into a folder of its own")
+        raise UserError(
+            f"{folder}: expected one folder per class, got none; put the images of each class into a separate folder"
+        )
     return {label: _image_files(folder / label) for label in classes}
 
 
 def _image_files(folder: Path) -> list[str]:
     files = [
-        os.path.join(place, name)
-        for place, _, names in os.walk(folder, followlinks=True)
+        os.path.join(directory, name)
+        for directory, _, names in os.walk(folder, followlinks=True)
         for name in names
         if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
     ]
     if not files:
-        raise UserError(f"class folder {folder} holds no images ({' '.join(IMG_EXTENSIONS)}); fill or remove it")
+        raise UserError(
+            f"{folder}: expected at least one image ({' '.join(IMG_EXTENSIONS)}), got none; "
+            "add images or remove the folder"
+        )
     return sorted(files)
 
 
@@ -83,8 +97,8 @@ def _split(files: dict[str, list[str]], numbers: dict[str, int]) -> Split:
     return Split(torch.tensor(labels), paths=[file for members in files.values() for file in members])
 
 
-def _opened(splits: list[Split], cache_bytes: int, workers: int) -> tuple[list[Split], int]:
-    """The splits, in memory where that is possible, and the side of a view."""
+def _open_splits(splits: list[Split], cache_bytes: int, workers: int) -> tuple[list[Split], int]:
+    """Return the splits, decoded if possible, and the side of the views."""
     paths = [path for split in splits for path in split.paths or ()]
     images = decode_same_size(paths, cache_bytes, workers)
     if images is None:

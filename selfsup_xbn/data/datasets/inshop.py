@@ -1,7 +1,7 @@
-"""DeepFashion's In-Shop Clothes Retrieval (Liu et al., 2016): clothes of a shop, in several photos each.
+"""DeepFashion's In-Shop Clothes Retrieval (Liu et al., 2016): several photos of each piece of clothing in a shop.
 
-https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html. ``list_eval_partition.txt`` lists the images:
-line 1 has their number, line 2 the columns. The queries are searched in the gallery, which shows the same items.
+https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion/InShopRetrieval.html. ``list_eval_partition.txt`` lists the images.
+Its first line is the number of images and its second line the header. Queries and gallery show the same items.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ from selfsup_xbn.data.base import ImageData
 from selfsup_xbn.data.datasets.annotations import (
     ImageFolders,
     Sample,
+    data_folder,
     find_file,
-    home,
+    quoted,
     read_lines,
     read_table,
     retrieval_data,
-    shown,
 )
 from selfsup_xbn.errors import UserError
 
@@ -27,18 +27,27 @@ OFFICIAL = {"train": (25_882, 3_997), "query": (14_218, 3_985), "gallery": (12_6
 
 
 def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
-    """The list is in the data set's folder, in ``Eval`` or in ``Anno``; the images are in ``img`` or in ``Img/img``.
+    """Load In-Shop from ``list_eval_partition.txt`` and ``img``.
+
+    The list may also be in the folder ``Eval`` or ``Anno``, and ``img`` in the folder ``Img``.
+
+    Args:
+        name: The name of the data set.
+        path: The folder of the data set, or "" for the folder ``name`` in ``root``.
+        root: The folder of all data sets.
 
     Raises:
-        UserError: the list is missing or malformed, or an image is missing.
+        UserError: If the list is missing or malformed, or an image is missing.
     """
-    folder = home(name, path, root)
+    folder = data_folder(name, path, root)
     file = find_file(LIST, (folder, folder / "Eval", folder / "Anno"))
     images = ImageFolders(folder, folder / "Img")
     parts: dict[str, list[Sample]] = {part: [] for part in OFFICIAL}
     for where, (image, item, status) in read_table(file, COLUMNS, numbers=0, header=2):
         if status not in parts:
-            raise UserError(f"{where}: evaluation_status is {shown(status)}; expected {', '.join(parts)}")
+            raise UserError(
+                f"{where}: expected evaluation_status to be one of {', '.join(parts)}, got {quoted(status)}"
+            )
         parts[status].append(Sample(where, images.find(where, image), item))
     _check_count(file, sum(map(len, parts.values())))
     return retrieval_data(f"{name}:{folder}", parts, OFFICIAL)
@@ -47,4 +56,4 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
 def _check_count(file: Path, rows: int) -> None:
     count = read_lines(file)[0].strip()
     if count != str(rows):
-        raise UserError(f"{file}:1: the number of images is {shown(count)}, but {rows} rows follow; correct it")
+        raise UserError(f"{file}:1: expected {rows}, the number of rows, got {quoted(count)}; correct the number")

@@ -1,10 +1,10 @@
-"""Omniglot (Lake et al., 2015): handwritten characters of many alphabets, 20 drawings each, at 28 x 28 in memory.
+"""Omniglot (Lake et al., 2015): handwritten characters of many alphabets, 20 drawings each, of 28 x 28 pixels.
 
-A character turned by 90, 180 or 270 degrees counts as another class (Santoro et al., 2016), so there are four times as
-many drawings and classes. Ink is white on black: black is what convolutions and views pad with. Test drawings are
-searched among themselves.
+Rotations of a character by 90, 180 and 270 degrees are separate classes (Santoro et al., 2016), so the numbers of
+drawings and classes are multiplied by four. The drawings are inverted to white on black, because convolutions and views
+pad with black. Each test drawing is a query against the other test drawings.
 
-Axis legend: N drawings, n drawings with all turns (4 N).
+Axis legend: N drawings, S side.
 """
 
 from __future__ import annotations
@@ -17,35 +17,46 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from selfsup_xbn.data.base import ImageData, Split
-from selfsup_xbn.data.datasets.annotations import count_note, home
+from selfsup_xbn.data.datasets.annotations import count_note, data_folder
 from selfsup_xbn.data.datasets.folder import class_files
 from selfsup_xbn.data.files import SmallFile
 from selfsup_xbn.data.workers import ParallelReader
 from selfsup_xbn.errors import UserError
 
-SIDE, TURNS, CHUNK = 28, 4, 250
-OFFICIAL = {"train": (19_280 * TURNS, 964 * TURNS), "test": (13_180 * TURNS, 659 * TURNS)}
+SIDE, ROTATIONS, CHUNK = 28, 4, 250
+OFFICIAL = {"train": (19_280 * ROTATIONS, 964 * ROTATIONS), "test": (13_180 * ROTATIONS, 659 * ROTATIONS)}
 MEAN, STD = (0.0802,), (0.2177,)
-"""Of the drawings in [0, 1]."""
+"""Mean and standard deviation of the drawings in [0, 1]."""
 
 
 def load(name: str, path: str, *, root: str, workers: int, **_: object) -> ImageData:
-    """Image folders ``train/CHARACTER`` and ``test/CHARACTER``, or as torchvision has them
-    ``images_background/ALPHABET/CHARACTER`` and ``images_evaluation``, also in ``omniglot-py``.
+    """Load Omniglot from image folders or from the layout of torchvision.
+
+    Image folders are ``train/CHARACTER`` and ``test/CHARACTER``. The folders of torchvision are
+    ``images_background/ALPHABET/CHARACTER`` and ``images_evaluation/ALPHABET/CHARACTER``, with or without the folder
+    ``omniglot-py`` around them.
+
+    Args:
+        name: The name of the data set.
+        path: The folder of the data set, or "" for the folder ``name`` in ``root``.
+        root: The folder of all data sets.
+        workers: The number of processes that read files.
 
     Raises:
-        UserError: neither layout, a character that is in both parts, or a file that cannot be read.
+        UserError: If the folder has neither layout, a character is in both parts, or a file cannot be read.
     """
-    folder = home(name, path, root)
-    train, test = (_characters(place) for place in _parts(folder))
+    folder = data_folder(name, path, root)
+    train, test = (_characters(part) for part in _parts(folder))
     if common := train.keys() & test.keys():
-        raise UserError(f"{folder}: {min(common)} is in the training and in the test set; remove one of the two")
-    splits = _turned(train, 0, workers), _turned(test, len(train) * TURNS, workers)
+        raise UserError(f"{folder}: {min(common)} is in both the training set and the test set; remove one of the two")
+    splits = _rotated_split(train, 0, workers), _rotated_split(test, len(train) * ROTATIONS, workers)
     return ImageData(
         name=f"{name}:{folder}",
         train=splits[0],
         test=splits[1],
-        classes=[f"{label} {90 * turn}°" for part in (train, test) for turn in range(TURNS) for label in part],
+        classes=[
+            f"{label} {90 * rotation}°" for part in (train, test) for rotation in range(ROTATIONS) for label in part
+        ],
         disjoint=True,
         image_size=SIDE,
         mean=MEAN,
@@ -56,18 +67,18 @@ def load(name: str, path: str, *, root: str, workers: int, **_: object) -> Image
 
 
 def _parts(folder: Path) -> tuple[Path, Path]:
-    for place in (folder, folder / "omniglot-py"):
-        if (place / "images_background").is_dir():
-            return place / "images_background", place / "images_evaluation"
+    for parent in (folder, folder / "omniglot-py"):
+        if (parent / "images_background").is_dir():
+            return parent / "images_background", parent / "images_evaluation"
     return folder / "train", folder / "test"
 
 
 def _characters(folder: Path) -> dict[str, list[str]]:
-    """The drawings of each character; in the official layout its name is ALPHABET/CHARACTER."""
+    """Return the drawings of each character. In the official layout its name is ALPHABET/CHARACTER."""
     if folder.name not in ("images_background", "images_evaluation"):
         return class_files(folder)
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; unpack images_background and images_evaluation side by side")
+        raise UserError(f"{folder} is not a folder; unpack images_background and images_evaluation into one folder")
     alphabets = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
     return {
         f"{alphabet}/{character}": files
@@ -76,14 +87,14 @@ def _characters(folder: Path) -> dict[str, list[str]]:
     }
 
 
-def _turned(characters: dict[str, list[str]], first: int, workers: int) -> Split:
-    """All drawings, then all of them turned by 90 degrees, and so on; labels from ``first`` on in the same order."""
+def _rotated_split(characters: dict[str, list[str]], first: int, workers: int) -> Split:
+    """Return all drawings, then all of them rotated by 90 degrees, and so on, with labels from ``first`` on."""
     paths = [path for files in characters.values() for path in files]
     labels = torch.tensor([label for label, files in enumerate(characters.values(), first) for _ in files])
     images = _drawings(Split(labels, paths=paths), workers)
     return Split(
-        labels=torch.cat([labels + turn * len(characters) for turn in range(TURNS)]),
-        images=torch.cat([images.rot90(turn, (2, 3)) for turn in range(TURNS)]),
+        labels=torch.cat([labels + rotation * len(characters) for rotation in range(ROTATIONS)]),
+        images=torch.cat([images.rot90(rotation, (2, 3)) for rotation in range(ROTATIONS)]),
     )
 
 

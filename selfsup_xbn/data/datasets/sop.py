@@ -1,7 +1,7 @@
-"""Stanford Online Products (Song et al., 2016): photos of products, as sellers on eBay took them.
+"""Stanford Online Products (Song et al., 2016): photos of products by sellers on eBay.
 
-https://cvgl.stanford.edu/projects/lifted_struct/. ``Ebay_train.txt`` and ``Ebay_test.txt`` list the images. Test images
-are searched among themselves, Recall@1, 10, 100 and 1000.
+https://cvgl.stanford.edu/projects/lifted_struct/. ``Ebay_train.txt`` and ``Ebay_test.txt`` list the images. Each test
+image is a query against the other test images. The usual metrics are Recall@1, 10, 100 and 1000.
 """
 
 from __future__ import annotations
@@ -9,22 +9,35 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfsup_xbn.data.base import ImageData
-from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, find_file, home, read_table, retrieval_data
+from selfsup_xbn.data.datasets.annotations import (
+    ImageFolders,
+    Sample,
+    data_folder,
+    find_file,
+    read_table,
+    retrieval_data,
+)
 
 COLUMNS = "image_id class_id super_class_id path"
 OFFICIAL = {"train": (59_551, 11_318), "test": (60_502, 11_316)}
 
 
 def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
-    """The lists and the images are in the data set's folder, or in ``Stanford_Online_Products`` in it.
+    """Load Stanford Online Products from its lists and images.
+
+    Args:
+        name: The name of the data set.
+        path: The folder that contains the lists or the folder ``Stanford_Online_Products`` with them, or "" for the
+            folder ``name`` in ``root``.
+        root: The folder of all data sets.
 
     Raises:
-        UserError: a list is missing or malformed, or an image is missing.
+        UserError: If a list is missing or malformed, or an image is missing.
     """
-    folder = home(name, path, root)
-    places = folder, folder / "Stanford_Online_Products"
-    images = ImageFolders(*places)
-    lists = {part: find_file(f"Ebay_{part}.txt", places) for part in OFFICIAL}
+    folder = data_folder(name, path, root)
+    folders = folder, folder / "Stanford_Online_Products"
+    images = ImageFolders(*folders)
+    lists = {part: find_file(f"Ebay_{part}.txt", folders) for part in OFFICIAL}
     return retrieval_data(f"{name}:{folder}", {part: _samples(file, images) for part, file in lists.items()}, OFFICIAL)
 
 

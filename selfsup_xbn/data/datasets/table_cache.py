@@ -1,7 +1,8 @@
-"""A table of numbers that was read from many small files, kept in one file as long as these stay what they were.
+"""Cache of a table of numbers that is read from many small files.
 
-The cache is a NumPy archive, never a pickle: it may lie in a folder that others can write to. Beside the table it holds
-a fingerprint of the files' names, sizes and times of change.
+The cache is a NumPy archive without pickled objects, because it may be in a folder that other users can write to. It
+contains the table and a fingerprint of the names, sizes and modification times of the source files, and is valid while
+the fingerprint does not change.
 
 Axis legend: N rows, W columns.
 """
@@ -20,11 +21,17 @@ import numpy as np
 from jaxtyping import Int32
 
 FORMAT = "1"
-"""Part of the fingerprint: change it with the meaning of a table."""
+"""Version of the format, a part of the fingerprint. A change of the columns needs a new version."""
 
 
 class Source(NamedTuple):
-    """The files that a table comes from: their names in order, and a fingerprint of their state."""
+    """The source files of a table.
+
+    Attributes:
+        folder: The folder of the files.
+        names: The sorted names of the files.
+        fingerprint: A hash of the names, sizes and modification times of the files.
+    """
 
     folder: Path
     names: list[str]
@@ -32,10 +39,10 @@ class Source(NamedTuple):
 
 
 def source_of(folder: Path, ending: str) -> Source:
-    """The files of ``folder`` with this ending, by name.
+    """Return the files in a folder whose names have a given ending and do not start with a dot.
 
     Raises:
-        OSError: the folder cannot be listed.
+        OSError: If the folder cannot be listed.
     """
     with os.scandir(folder) as entries:
         states = sorted(
@@ -50,48 +57,57 @@ def source_of(folder: Path, ending: str) -> Source:
 def cached(
     files: Source, width: int, read: Callable[[], Int32[np.ndarray, "N W"]]
 ) -> tuple[Int32[np.ndarray, "N W"], str]:
-    """The table of W = ``width`` columns, from the cache or else by ``read()``, and a line that says so if it was read.
+    """Return a table from its cache, or read it and write the cache.
 
-    The cache is beside the folder of the files, or in the user's cache folder where that cannot be written.
+    The cache is next to the folder of the source files or, if that is not writable, in the user's cache folder.
+
+    Args:
+        files: The source files.
+        width: The number of columns W.
+        read: A function that reads the table from the source files.
+
+    Returns:
+        The table, and a note for the user if the table was read, otherwise "".
     """
-    places = _places(files.folder)
-    table = next((found for place in places if (found := _load(place, files, width)) is not None), None)
-    if table is not None:
-        return table, ""
-    stale = [str(place) for place in places if place.exists()]
+    paths = _cache_paths(files.folder)
+    for path in paths:
+        table = _load(path, files, width)
+        if table is not None:
+            return table, ""
+    stale = [str(path) for path in paths if path.exists()]
     table = read()
-    kept = next(
-        (f"kept in {place}" for place in places if _store(place, files, table)), "not kept: no folder is writable"
+    cache = next(
+        (f"cached in {path}" for path in paths if _store(path, files, table)), "not cached: no folder is writable"
     )
-    why = f"{stale[0]} is damaged or older than the files; " if stale else ""
-    return table, f"{why}{files.folder}: {len(files.names):,} files read, {kept}"
+    reason = f"the cache {stale[0]} is damaged or out of date; " if stale else ""
+    return table, f"{reason}read {len(files.names):,} files of {files.folder}, {cache}"
 
 
-def _places(folder: Path) -> tuple[Path, Path]:
-    """Beside the folder; in the user's cache."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "selfsup_xbn")
-    own_name = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
-    return folder.with_name(f"{folder.name}.selfsup_xbn.npz"), user / f"{own_name}.npz"
+def _cache_paths(folder: Path) -> tuple[Path, Path]:
+    """Return the path next to the folder and the path in the user's cache folder."""
+    user_cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "selfsup_xbn")
+    folder_hash = hashlib.sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
+    return folder.with_name(f"{folder.name}.selfsup_xbn.npz"), user_cache / f"{folder_hash}.npz"
 
 
-def _load(place: Path, files: Source, width: int) -> Int32[np.ndarray, "N W"] | None:
+def _load(path: Path, files: Source, width: int) -> Int32[np.ndarray, "N W"] | None:
     try:
-        with np.load(place, allow_pickle=False) as archive:
+        with np.load(path, allow_pickle=False) as archive:
             fingerprint, table = str(archive["fingerprint"]), archive["table"]
-    except Exception:  # broken bytes make NumPy and zipfile raise nearly anything
+    except Exception:  # NumPy and zipfile raise many types of exceptions for broken files
         return None
-    fits = table.dtype == np.int32 and table.ndim == 2 and table.shape[1] == width
-    return table if fits and fingerprint == files.fingerprint else None
+    valid = table.dtype == np.int32 and table.ndim == 2 and table.shape[1] == width
+    return table if valid and fingerprint == files.fingerprint else None
 
 
-def _store(place: Path, files: Source, table: Int32[np.ndarray, "N W"]) -> bool:
-    """Writes another file and renames it, so that no reader meets a half-written one."""
-    temporary = place.with_name(f".{place.name}.{secrets.token_hex(4)}")
+def _store(path: Path, files: Source, table: Int32[np.ndarray, "N W"]) -> bool:
+    """Write and rename a temporary file, so that no reader sees an incomplete one; return whether this succeeded."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "xb") as file:
             np.savez_compressed(file, fingerprint=np.array(files.fingerprint), table=table)
-        os.replace(temporary, place)
+        os.replace(temporary, path)
     except OSError:
         with suppress(OSError):
             temporary.unlink()
