@@ -273,7 +273,7 @@ def test_a_step_on_a_gpu_does_not_wait_and_gives_the_cpus_loss(loss):
 def test_faults_of_the_user_are_named():
     with pytest.raises(Exception, match="not supported for VICRegLoss"):
         CrossBatchMemory(peer.VICRegLoss(), D)
-    with pytest.raises(UserError, match="'xnb'.*did you mean xbn"):
+    with pytest.raises(UserError, match=r"'xnb'.*did you mean xbn"):
         CrossBatchMemory(peer.SupConLoss(), D, adaptation="xnb")
     with pytest.raises(UserError, match="size=0"):
         CrossBatchMemory(peer.SupConLoss(), D, 0)
