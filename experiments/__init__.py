@@ -1,1 +1,1 @@
-"""One file a table or figure; results as JSON in ``results/``, from which tables and figures are made."""
+"""Experiments: one module for each table or figure. Results are JSON files in ``results/``."""

@@ -1,7 +1,7 @@
-"""The README's first table: MoCo on digits with a plain queue, XBN and AXBN, beside pixels and an untrained encoder.
+"""Compare MoCo on digits with a plain queue, XBN and AXBN with raw pixels and an untrained encoder (README table).
 
-python -m experiments.digits                    # trains 9 runs, about 1 minute on two cores
-python -m experiments.digits --from-results     # prints the committed table
+python -m experiments.digits                    # train 9 runs, about 1 minute on two cores
+python -m experiments.digits --from-results     # print the committed table
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ COLUMNS = {
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
-    """The table."""
+    """Return the table of the results."""
     return table(results, COLUMNS)
 
 

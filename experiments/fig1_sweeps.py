@@ -1,10 +1,10 @@
-"""Fig. 1: Recall@1 against the batch size, and against the size of the memory (arXiv 2303.17127).
+"""Measure Recall@1 against the batch size and against the queue size (Fig. 1 of arXiv 2303.17127).
 
-The paper sweeps both on its retrieval benchmarks with a ResNet-50: XBM falls apart with small batches and does not gain
-from a large memory, XBN does neither. Paper scale: SOP, memory 50 % where the batch is swept, batch 64 where the
-memory is. Small scale: Omniglot as in ``experiments.omniglot``, 3 epochs at every batch size; two runs at a time, a
-thread each, on two cores of a 2.1 GHz Xeon: two to three minutes a run, 96 runs in two hours (fewer where
-``experiments.table1`` and ``table3`` have made them).
+In the paper, with a ResNet-50 on retrieval benchmarks, XBM degrades with small batches and does not benefit from a
+large queue, in contrast to XBN. Paper scale: SOP, queue of 50 % for all batch sizes, batch 64 for all queue sizes.
+Small scale: Omniglot as in ``experiments.omniglot``, 3 epochs at every batch size. 96 runs of two to three minutes took
+two hours on two cores of a 2.1 GHz Xeon, with two runs of one thread in parallel. Runs of ``experiments.table1`` and
+``table3`` are reused.
 
 Recall@1 at small scale, 3 seeds (``results/fig1-small.json``, ``.png``)::
 
@@ -21,14 +21,14 @@ Recall@1 at small scale, 3 seeds (``results/fig1-small.json``, ``.png``)::
     XBN           68.54 +- 1.40  70.90 +- 0.70  71.64 +- 0.22  70.93 +- 0.35
     AXBN          68.49 +- 0.31  71.29 +- 0.90  71.90 +- 0.53  70.88 +- 0.53
 
-As in the paper XBM falls apart with small batches and XBN does not, and neither gains much beyond M 50 %. Otherwise
-than there, XBM is worst with the smallest memory; there the mean of memory and batch were 1.2 of the batch's deviations
-apart at the end (``gap_mean_before``; 0.4 at 100 %), so that the encoder had moved furthest from what it was held
-against. XBN with that memory is a point below no memory.
+As in the paper, XBM degrades with small batches and XBN does not, and neither improves much beyond M 50 %. Unlike in
+the paper, XBM is worst with the smallest queue. At the end of these runs the distance between the means of queue and
+batch was 1.2 standard deviations of the batch (``gap_mean_before``), compared with 0.4 at M 100 %. XBN with this queue
+is one point below no memory.
 
     python -m experiments.fig1_sweeps --data omniglot=omniglot:FOLDER                # 32 cells x 3 seeds
-    python -m experiments.fig1_sweeps --scale paper --data sop=sop:ROOT              # one GPU a run; not run here
-    python -m experiments.fig1_sweeps --from-results                                 # table and picture, no training
+    python -m experiments.fig1_sweeps --scale paper --data sop=sop:ROOT              # one GPU a run; not run
+    python -m experiments.fig1_sweeps --from-results                                 # table and chart without training
 """
 
 from __future__ import annotations
@@ -47,24 +47,24 @@ LABEL = "{}, B {}, M {}%"
 
 
 def sweeps(name: str) -> dict[str, SuperviseConfig]:
-    """Cells of both sweeps; the one that they share is there once, and no memory has no memory's size."""
-    found: dict[str, SuperviseConfig] = {}
+    """Return the cells of both sweeps. Cells without a queue differ in the batch size only."""
+    cells: dict[str, SuperviseConfig] = {}
     for batch, memory in [(batch, MEMORY) for batch in BATCHES] + [(BATCH, memory) for memory in MEMORIES]:
         names = METHODS if memory == MEMORY else [method for method in METHODS if method != "no memory"]
         base = recipe(name, batch_size=batch, queue_size=f"{memory}%")
-        found |= rows(base, *names, label=LABEL.format("{}", batch, memory))
-    return found
+        cells |= rows(base, *names, label=LABEL.format("{}", batch, memory))
+    return cells
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
-    """Two tables of Recall@1, a row a method; draws both sweeps beside the results."""
+    """Return two tables of Recall@1 with a row for each method, and save a chart of both sweeps."""
     cells = {result["label"]: result for result in results}
     by_batch = {name: [cells.get(LABEL.format(name, batch, MEMORY)) for batch in BATCHES] for name in METHODS}
     by_memory = {name: [cells.get(LABEL.format(name, BATCH, memory)) for memory in MEMORIES] for name in METHODS}
     by_memory["no memory"] = by_batch["no memory"][BATCHES.index(BATCH) :][:1] * len(MEMORIES)
     charts = [
-        ("batch size", BATCHES, {name: series(found, "recall@1") for name, found in by_batch.items()}),
-        ("memory, % of the training set", MEMORIES, {n: series(found, "recall@1") for n, found in by_memory.items()}),
+        ("batch size", BATCHES, {name: series(row, "recall@1") for name, row in by_batch.items()}),
+        ("memory, % of the training set", MEMORIES, {name: series(row, "recall@1") for name, row in by_memory.items()}),
     ]
     save_chart(path.with_suffix(".png"), charts, "Recall@1 [%]", log=True)
     return [
@@ -74,12 +74,12 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     ]
 
 
-def _table(name: str, columns: Sequence[int], found: dict[str, list[Result | None]]) -> list[str]:
+def _table(name: str, columns: Sequence[int], by_method: dict[str, list[Result | None]]) -> list[str]:
     lines = [
         f"| Recall@1 | {' | '.join(f'{name} {column}' for column in columns)} |",
         "|---" * (len(columns) + 1) + "|",
     ]
-    for method, cells in found.items():
+    for method, cells in by_method.items():
         shown = ["-" if cell is None else value_text(cell, "recall@1") for cell in cells]
         lines.append(f"| {method} | {' | '.join(shown)} |")
     return lines

@@ -1,9 +1,9 @@
-"""Fig. 2: MoCo with a plain queue and with XBN, weighted k-NN after every epoch (arXiv 2303.17127, Sec. 5.3).
+"""Compare MoCo with a plain queue and with XBN by weighted k-NN after every epoch (Fig. 2 of arXiv 2303.17127).
 
 Paper scale: the settings of pytorch-metric-learning's MoCo notebook at batch 128, ResNet-18 with a stem for 32 x 32,
-200 epochs, CIFAR-10 and CIFAR-100; the paper has XBN about 4 points ahead at epoch 15, the notebook 82.9 % at 200
-(batch 256). Small scale: CIFAR-10, 10,000 training images, a four-layer convnet, 8 epochs; four to seven minutes a run,
-two at a time on two cores of a 2.1 GHz Xeon.
+200 epochs, CIFAR-10 and CIFAR-100. The paper reports XBN about 4 points ahead at epoch 15, and the notebook 82.9 % at
+epoch 200 with batch 256. Small scale: CIFAR-10, 10,000 training images, a four-layer convnet, 8 epochs. A run takes
+four to seven minutes with two runs in parallel on two cores of a 2.1 GHz Xeon.
 
 k-NN top-1 at small scale, 3 seeds (``results/fig2-small.json``, ``.png``)::
 
@@ -12,21 +12,21 @@ k-NN top-1 at small scale, 3 seeds (``results/fig2-small.json``, ``.png``)::
     XBN    38.89 +- 0.07  41.68 +- 0.96  44.15 +- 0.46  47.07 +- 0.52  48.46 +- 0.30
 
 k-NN top-1 at paper scale, CIFAR-10, 3 seeds, the first 30 of 200 epochs (``results/fig2-paper.json``, ``.png``), on one
-NVIDIA H200 with six runs at a time in eight minutes (``--compile``, CUDA graph, bfloat16, torch 2.11)::
+NVIDIA H200 with six runs in parallel in eight minutes (``--compile``, CUDA graph, bfloat16, torch 2.11)::
 
            epoch 1        epoch 3        epoch 5        epoch 10       epoch 15       epoch 20       epoch 30
     XBM    43.53 +- 0.58  49.11 +- 1.45  54.68 +- 1.09  63.71 +- 0.06  67.99 +- 0.59  70.13 +- 0.38  72.43 +- 0.57
     XBN    44.69 +- 1.02  52.61 +- 0.17  57.27 +- 0.07  64.83 +- 0.27  68.71 +- 0.50  70.06 +- 0.27  72.56 +- 0.47
 
-XBN leads by up to 3.5 points in the first epochs, while the keys move fast. The lead is 0.7 points at epoch 15, where
-the paper has about 4, and nothing from epoch 18 on.
+XBN is up to 3.5 points better in the first epochs, in which the keys change fast. The difference is 0.7 points at epoch
+15, compared with about 4 in the paper, and zero from epoch 18 on.
 
     python -m experiments.fig2_moco --data cifar10=folder:FOLDER
     python -m experiments.fig2_moco --scale paper --only cifar10: --jobs 6 --data cifar10=cifar10:ROOT      # one GPU
     python -m experiments.fig2_moco --from-results
 
-Where a GPU is at hand for 25 minutes at a time: each stretch goes on where the last one was killed, from the checkpoint
-of the last whole epoch, if ``--folder`` is kept; ``--collect`` takes in what unfinished runs have logged::
+On a GPU with a time limit, for example of 25 minutes, repeat the first command with the same ``--folder``: runs resume
+from their last checkpoint. ``--collect`` adds the logs of unfinished runs to the results::
 
     timeout 1450 python -m experiments.fig2_moco --scale paper --only cifar10: --jobs 6 --seeds 3 --folder FOLDER ...
     python -m experiments.fig2_moco --scale paper --only cifar10: --folder FOLDER --collect
@@ -49,12 +49,12 @@ EPOCHS = {"small": (1, 2, 4, 6, 8), "paper": (1, 3, 5, 10, 15, 20, 30)}
 
 
 def moco(name: str, **changes: Any) -> PretrainConfig:
-    """The figure's setting on ``name``."""
+    """Return the config of the figure for the data set ``name``."""
     return replace(cast(PretrainConfig, RECIPES[f"{name}-fig2"]), **changes)
 
 
 def small(**changes: Any) -> PretrainConfig:
-    """The setting on CIFAR-10 at a size for two cores."""
+    """Return the config for CIFAR-10 at small scale."""
     return moco("cifar10", backbone="convnet4", limit_train=10_000, epochs=8, **changes)
 
 
@@ -69,13 +69,13 @@ SCALES = {
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
-    """k-NN top-1 at some epochs, a row a cell; draws the curves, a chart a data set."""
+    """Return a table of k-NN top-1 at some epochs, and save a chart of the curves for each data set."""
     names = list(dict.fromkeys(result["config"]["data"] for result in results))
     charts = []
     for name in names:
-        found = {r["label"]: course(r, "knn_top1") for r in results if r["config"]["data"] == name}
-        epochs = max((epochs for epochs, *_ in found.values()), key=len)
-        charts.append(("epoch", epochs, {label: (m, s) for label, (_, m, s) in found.items()}))
+        courses = {r["label"]: course(r, "knn_top1") for r in results if r["config"]["data"] == name}
+        epochs = max((epochs for epochs, *_ in courses.values()), key=len)
+        charts.append(("epoch", epochs, {label: (m, s) for label, (_, m, s) in courses.items()}))
     save_chart(path.with_suffix(".png"), charts, "k-NN top-1 [%]", titles=names)
     return _table(results, EPOCHS["paper" if "paper" in path.stem else "small"])
 

@@ -1,16 +1,16 @@
-"""Fig. 3: feature drift (Eq. 5 of arXiv 2303.17127) over training, and what XBN leaves of it in the memory.
+"""Measure feature drift (Eq. 5 and Fig. 3 of arXiv 2303.17127) and the distance between queue and batch moments.
 
-Drift is the distance that the embeddings of a fixed batch move in one step, mean and maximum, averaged over an epoch;
-the gap is the distance between the memory's moments and the batch's before and after adapting. Small scale: Omniglot
-(``experiments.omniglot``, memory 50 %), the runs of ``experiments.table1``; paper scale: SOP.
+Drift is the distance that the embeddings of a fixed batch move in one step, as mean and maximum, averaged over an
+epoch. The gap is the distance between the moments of the queue and of the batch, before and after adapting. Small
+scale: Omniglot (``experiments.omniglot``, queue of 50 %), with the runs of ``experiments.table1``. Paper scale: SOP.
 
-Small scale, 3 seeds (``results/fig3-small.json``, ``.png``), last of 3 epochs: a step moves a fixed batch's unit
-vectors by 0.04 +- 0.01 without memory, 0.06 +- 0.01 with XBM, 0.07 +- 0.01 with XBN, so XBN's encoder is not the slower
-one; the memory's mean is 0.49 +- 0.13 of the batch's deviations away with XBM (1.4 +- 0.6 in the first epoch), 0.19 +-
-0.01 with XBN before it is moved, and 0 after.
+Small scale, 3 seeds (``results/fig3-small.json``, ``.png``), last of 3 epochs: the mean drift of unit vectors in a step
+is 0.04 +- 0.01 without memory, 0.06 +- 0.01 with XBM and 0.07 +- 0.01 with XBN, so XBN does not slow down the encoder.
+The distance between the means of queue and batch, in standard deviations of the batch, is 0.49 +- 0.13 with XBM
+(1.4 +- 0.6 in the first epoch). With XBN it is 0.19 +- 0.01 before adapting and 0 after.
 
     python -m experiments.fig3_drift --data omniglot=omniglot:FOLDER
-    python -m experiments.fig3_drift --scale paper --data sop=sop:ROOT      # not run here
+    python -m experiments.fig3_drift --scale paper --data sop=sop:ROOT      # not run
     python -m experiments.fig3_drift --from-results
 """
 
@@ -38,12 +38,12 @@ SCALES = {
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
-    """Values of the last epoch; draws their course."""
+    """Return a table of the last epoch, and save charts of the values over the epochs."""
     charts = []
     for key in VALUES:
-        found = {result["label"]: course(result, key) for result in results}
-        epochs = max((epochs for epochs, *_ in found.values()), key=len)
-        charts.append(("epoch", epochs, {name: (m, s) for name, (e, m, s) in found.items() if e}))
+        courses = {result["label"]: course(result, key) for result in results}
+        epochs = max((epochs for epochs, *_ in courses.values()), key=len)
+        charts.append(("epoch", epochs, {name: (m, s) for name, (e, m, s) in courses.items() if e}))
     save_chart(path.with_suffix(".png"), charts, UNITS, titles=list(VALUES.values()))
     return table(results, COLUMNS)
 

@@ -1,7 +1,7 @@
-"""Beyond the paper: what does XBN mend when the keys move faster? MoCo's k-NN against the key momentum m.
+"""Measure the k-NN accuracy of MoCo against the key momentum m, with a plain queue and with XBN.
 
-m 0.9, 0.99 and 0.999 with a plain queue and with XBN. Small scale: the setting of ``experiments.fig2_moco``, whose runs
-those at 0.99 are; the others are evaluated at their end alone. Paper scale: ResNet-18, 200 epochs.
+This experiment is not in the paper. Small scale: the settings of ``experiments.fig2_moco``, whose runs at 0.99 are
+reused. The runs at 0.9 and 0.999 are evaluated once, at the end. Paper scale: ResNet-18, 200 epochs.
 
 k-NN top-1 at small scale, 3 seeds (``results/momentum_ablation-small.json``, ``.png``), three to eight minutes a run::
 
@@ -9,10 +9,10 @@ k-NN top-1 at small scale, 3 seeds (``results/momentum_ablation-small.json``, ``
     XBM    34.05 +- 1.32  46.74 +- 1.13  47.42 +- 0.59
     XBN    42.68 +- 0.85  48.46 +- 0.30  47.60 +- 0.34
 
-What XBN mends is the larger, the faster the keys move.
+The improvement by XBN is larger for keys that change faster.
 
     python -m experiments.momentum_ablation --data cifar10=folder:FOLDER
-    python -m experiments.momentum_ablation --scale paper --data cifar10=cifar10:ROOT      # not run here
+    python -m experiments.momentum_ablation --scale paper --data cifar10=cifar10:ROOT      # not run
     python -m experiments.momentum_ablation --from-results
 """
 
@@ -41,10 +41,10 @@ SCALES = {
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
-    """The table; draws k-NN against the keys' speed."""
+    """Return the table of the results, and save a chart of the accuracy against 1 - m."""
     cells = {result["label"]: result for result in results}
-    found = {name: series([cells.get(f"{name}, m {m}") for m in MOMENTA], "knn_top1") for name in NAMES}
-    chart = ("1 - m", [round(1 - m, 3) for m in MOMENTA], found)
+    lines = {name: series([cells.get(f"{name}, m {m}") for m in MOMENTA], "knn_top1") for name in NAMES}
+    chart = ("1 - m", [round(1 - m, 3) for m in MOMENTA], lines)
     save_chart(path.with_suffix(".png"), [chart], "k-NN top-1 [%]", log=True)
     return table(results, COLUMNS)
 

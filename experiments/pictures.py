@@ -1,4 +1,4 @@
-"""Charts of results: mean and spread over the seeds, side by side on one sheet."""
+"""Draw charts of results: mean and standard deviation over the seeds."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import Any
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
-"""For each name the means and the standard deviations along the chart's axis; NaN where there is no value."""
+"""Means and standard deviations along the x axis, by name. Missing values are NaN."""
 
 
 def series(results: Sequence[dict[str, Any] | None], key: str) -> tuple[list[float], list[float]]:
-    """Mean and standard deviation of a value in each of these cells."""
+    """Return the means and the standard deviations of a value in the given cells."""
     means = [math.nan if r is None else r["mean"].get(key, math.nan) for r in results]
     deviations = [0.0 if r is None else r["std"].get(key) or 0.0 for r in results]
     return means, deviations
 
 
 def course(result: dict[str, Any], key: str) -> tuple[list[int], list[float], list[float]]:
-    """Epochs at which a cell's value was measured with every seed, its means and standard deviations."""
+    """Return the epochs at which a value was measured with every seed, its means and its standard deviations."""
     by_seed = [history[key] for history in result["history"].values() if key in history]
     epochs = sorted(set.intersection(*(set(map(int, values)) for values in by_seed))) if by_seed else []
     at = [[values[str(epoch)] for values in by_seed] for epoch in epochs]
@@ -36,14 +36,15 @@ def save_chart(
     log: bool = False,
     both: bool = False,
 ) -> None:
-    """Writes a PNG of charts side by side.
+    """Save a PNG with one or more charts.
 
     Args:
-        charts: of each chart the x axis' label, its values, and the series.
-        y_label: what all of them show, or each.
-        titles: one for each chart.
-        log: a logarithmic x axis with ticks at its values.
-        both: the y axis logarithmic too.
+        path: file to write.
+        charts: for each chart the label of the x axis, its values, and the series.
+        y_label: label of the y axis of all charts, or one for each chart.
+        titles: title of each chart.
+        log: whether the x axis is logarithmic, with ticks at its values.
+        both: whether the y axis is logarithmic too.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
@@ -53,9 +54,9 @@ def save_chart(
     figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained", dpi=100)
     axes = figure.subplots(rows, columns, squeeze=False, sharey=not titles).flatten()
     y_labels = [y_label] * len(charts) if isinstance(y_label, str) else y_label
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for *_, found in charts for name in found))}
-    for number, (axis, (x_label, x, found)) in enumerate(zip(axes, charts, strict=False)):
-        for name, (means, deviations) in found.items():
+    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for *_, curves in charts for name in curves))}
+    for number, (axis, (x_label, x, curves)) in enumerate(zip(axes, charts, strict=False)):
+        for name, (means, deviations) in curves.items():
             at, shown = list(x)[: len(means)], {"label": name, "color": colors[name], "markersize": 4, "capsize": 3}
             axis.errorbar(at, means, deviations, marker="o", **shown)
         if log:

@@ -1,4 +1,4 @@
-"""What the retrieval experiments have in common: the rows of the paper's tables, each a change of one base config."""
+"""Configs of the retrieval experiments: the rows of the tables as changes of a base config."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 def recipe(name: str, **changes: Any) -> SuperviseConfig:
-    """A supervised recipe, evaluated at the end alone unless ``changes`` say otherwise."""
+    """Return a supervised recipe with changes. By default it is evaluated once, at the end of the run."""
     return replace(cast(SuperviseConfig, RECIPES[name]), **{"eval_every": 0} | changes)
 
 
 def rows(base: SuperviseConfig, *names: str, label: str = "{}") -> dict[str, SuperviseConfig]:
-    """Cells of the named methods (all of them by default), labelled by the pattern."""
+    """Return the cells of the named methods, by default of all. ``label`` is a format string for the method."""
     return {label.format(name): replace(base, **METHODS[name]) for name in names or METHODS}

@@ -1,7 +1,7 @@
-"""Experiments as cells of configs x seeds: trained side by side, kept as one JSON file, shown from that file alone.
+"""Run experiments: train cells (configs) with several seeds, collect the results in a JSON file, and print them.
 
-A run's folder is named after all that its result depends on, so experiments share the runs that they have in common,
-a run that is done is not repeated, and one that was interrupted goes on.
+The name of a run's folder contains a hash of all settings that its result depends on. Experiments therefore share runs.
+Finished runs are not repeated, and interrupted runs are resumed.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ RESULTS = Path(__file__).parent / "results"
 NOT_IN_HISTORY = ("epoch", "step", "seconds", "images_per_second")
 Cells = Mapping[str, Config]
 Result = dict[str, Any]
-"""One cell of a results file: label, config, each seed's last values and their course, mean and deviation."""
+"""One cell of a results file: label, config, last values and history of each seed, mean and standard deviation."""
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """A table or a figure.
+    """Experiment behind a table or a figure.
 
     Attributes:
-        name: of its file in ``results/``.
-        doc: what the command line says of it.
-        scales: for each name the cells; an experiment of a single scale has ``""``.
-        show: lines to print of the results; may draw a picture beside the file.
-        seeds: how many by default.
+        name: name of its file in ``results/``.
+        doc: description for ``--help``.
+        scales: cells by name of the scale. The name is ``""`` for an experiment with one scale.
+        show: function of the results and their path that returns lines to print and may save charts.
+        seeds: default number of seeds.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Experiment:
     seeds: int = 3
 
     def main(self, argv: Sequence[str] | None = None) -> None:
-        """The command line: trains what is not done, writes the results, shows them."""
+        """Run the command line: train the missing runs, write the results and print them."""
         parser = self._parser()
         options = parser.parse_args(argv)
         scale = getattr(options, "scale", "")
@@ -71,35 +71,39 @@ class Experiment:
             parser.error(str(error))
 
     def _parser(self) -> argparse.ArgumentParser:
-        made = argparse.ArgumentParser(
+        parser = argparse.ArgumentParser(
             description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         if "" not in self.scales:
-            made.add_argument("--scale", choices=list(self.scales), default="small", help="sizes (default small)")
-        made.add_argument("--from-results", action="store_true", help="train nothing, show the committed results")
-        made.add_argument("--commands", action="store_true", help="train nothing, print the command of every cell")
-        made.add_argument("--collect", action="store_true", help="train nothing, take in what runs have done so far")
-        made.add_argument(
+            parser.add_argument(
+                "--scale", choices=list(self.scales), default="small", help="scale of the experiment (default small)"
+            )
+        parser.add_argument("--from-results", action="store_true", help="print the committed results without training")
+        parser.add_argument("--commands", action="store_true", help="print the command of every cell without training")
+        parser.add_argument("--collect", action="store_true", help="add the results of existing runs without training")
+        parser.add_argument(
             "--data",
             action="append",
             default=[],
             type=_source,
             metavar="NAME=SPEC",
-            help="read data set NAME from SPEC, e.g. omniglot=omniglot:PATH or cifar10=folder:PATH; may be repeated",
+            help="source of data set NAME, e.g. omniglot=omniglot:PATH or cifar10=folder:PATH; may be repeated",
         )
-        made.add_argument("--only", default="", metavar="TEXT", help="only cells with TEXT in their label")
-        made.add_argument("--seeds", type=int, default=self.seeds, help=f"seeds 0 to N - 1 (default {self.seeds})")
-        made.add_argument("--jobs", type=int, default=2, help="runs at a time (default 2)")
-        made.add_argument("--threads", type=int, default=1, help="threads of each (default 1)")
-        made.add_argument("--device", default="auto", help="device of all runs (default auto)")
-        made.add_argument("--compile", action="store_true", help="torch.compile the networks of all runs")
-        made.add_argument("--save-every", default="1", help="epochs or minutes (10m) between checkpoints (default 1)")
-        made.add_argument("--folder", type=Path, default=Path("runs"), help="where the runs' folders go (default runs)")
-        return made
+        parser.add_argument("--only", default="", metavar="TEXT", help="use only cells with TEXT in their label")
+        parser.add_argument("--seeds", type=int, default=self.seeds, help=f"number of seeds (default {self.seeds})")
+        parser.add_argument("--jobs", type=int, default=2, help="number of parallel runs (default 2)")
+        parser.add_argument("--threads", type=int, default=1, help="threads of each run (default 1)")
+        parser.add_argument("--device", default="auto", help="device of all runs (default auto)")
+        parser.add_argument("--compile", action="store_true", help="torch.compile the networks of all runs")
+        parser.add_argument("--save-every", default="1", help="epochs or minutes (10m) between checkpoints (default 1)")
+        parser.add_argument(
+            "--folder", type=Path, default=Path("runs"), help="parent of the run folders (default runs)"
+        )
+        return parser
 
 
 def _spec(options: argparse.Namespace, cell: Config) -> str:
-    """Where the cell's data set is read from: what ``--data`` says, or its usual place."""
+    """Return the source of the cell's data set: that of ``--data``, or the default one."""
     return dict(pair.split("=", 1) for pair in options.data).get(cell.data, cell.data)
 
 
@@ -111,7 +115,7 @@ def _source(text: str) -> str:
 
 
 def run_all(cells: Cells, options: argparse.Namespace, path: Path) -> None:
-    """Trains every cell with every seed, seed after seed, and adds each run to the results as it ends."""
+    """Train every cell with every seed, and add each run to the results when it ends."""
     jobs = [(label, seed) for seed in range(options.seeds) for label in cells if options.only in label]
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         waiting = {}
@@ -135,19 +139,19 @@ def run_all(cells: Cells, options: argparse.Namespace, path: Path) -> None:
 
 
 def folder_name(config: Config, seed: int) -> str:
-    """A name that any two runs with other results differ in."""
+    """Return a folder name that is unique for the settings of a run and its seed."""
     digest = hashlib.sha256(json.dumps(settings(config), sort_keys=True).encode()).hexdigest()[:8]
     return f"{config.data}-{config.adaptation}-b{config.batch_size}-{digest}-{seed}"
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """What a cell's results depend on, but for the seed and for where a machine keeps the data."""
-    shown = {item.name for item in fields(config) if item.metadata["affects_results"]} - {"seed"}
-    return {name: value for name, value in resolved(config).items() if name in shown | {"mode"}}
+    """Return the settings that the results of a cell depend on, without the seed and the path of the data."""
+    names = {item.name for item in fields(config) if item.metadata["affects_results"]} - {"seed"}
+    return {name: value for name, value in resolved(config).items() if name in names | {"mode"}}
 
 
 def _run(config: Config, threads: int) -> dict[str, Any]:
-    """The course of all that the run logged, the seconds that it took, and where."""
+    """Train a run if necessary; return its records, duration in seconds and environment."""
     import torch
 
     from selfsup_xbn.commands.train import train_run
@@ -174,7 +178,7 @@ def _outcome(folder: Path) -> dict[str, Any]:
 
 
 def collect(cells: Cells, options: argparse.Namespace, path: Path) -> None:
-    """Adds every run that has begun to the results, as far as it has come."""
+    """Add every existing run to the results, also unfinished ones."""
     for label, cell in cells.items():
         for seed in range(options.seeds):
             folder = options.folder / folder_name(cell, seed)
@@ -183,7 +187,7 @@ def collect(cells: Cells, options: argparse.Namespace, path: Path) -> None:
 
 
 def add(path: Path, cells: Cells, label: str, seed: int, run: dict[str, Any]) -> None:
-    """Puts one run into a results file; other runs of cells with the same settings stay."""
+    """Add one run to a results file. Runs of cells whose settings have changed are removed."""
     results = {result["label"]: result for result in (read(path) if path.exists() else [])}
     results = {name: result for name, result in results.items() if name in cells}
     result = results.get(label)
@@ -199,15 +203,15 @@ def add(path: Path, cells: Cells, label: str, seed: int, run: dict[str, Any]) ->
 
 
 def _history(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """For each name its values by epoch."""
+    """Return the values by name and epoch."""
     names = dict.fromkeys(name for record in records for name in record if name not in NOT_IN_HISTORY)
     return {name: {str(r["epoch"]): r[name] for r in records if name in r} for name in names}
 
 
 def _summary(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Mean and standard deviation over the seeds of each last value."""
-    names = dict.fromkeys(name for found in seeds.values() for name, v in found.items() if isinstance(v, int | float))
-    values = {name: [found[name] for found in seeds.values() if found.get(name) is not None] for name in names}
+    """Return the mean and the standard deviation over the seeds of each last value."""
+    names = dict.fromkeys(name for final in seeds.values() for name, v in final.items() if isinstance(v, int | float))
+    values = {name: [final[name] for final in seeds.values() if final.get(name) is not None] for name in names}
     return {
         "mean": {name: round(statistics.mean(v), 4) for name, v in values.items()},
         "std": {name: round(statistics.stdev(v), 4) if len(v) > 1 else None for name, v in values.items()},
@@ -215,25 +219,25 @@ def _summary(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, floa
 
 
 def write(path: Path, results: Sequence[Result]) -> None:
-    """A results file, an object a line."""
+    """Write a results file with one JSON object a line."""
     path.parent.mkdir(exist_ok=True)
     path.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
 
 
 def read(path: Path) -> list[Result]:
-    """The cells of a results file.
+    """Return the cells of a results file.
 
     Raises:
-        UserError: there is none.
+        UserError: the file does not exist.
     """
     if not path.exists():
-        raise UserError(f"no results in {path}: run the experiment without --from-results")
-    found: list[Result] = json.loads(path.read_text())
-    return found
+        raise UserError(f"no results in {path}; run the experiment without --from-results")
+    results: list[Result] = json.loads(path.read_text())
+    return results
 
 
 def table(results: Sequence[Result], columns: Mapping[str, str]) -> list[str]:
-    """A Markdown table: a row a cell, mean and standard deviation over the seeds in each column."""
+    """Return a Markdown table with a row for each cell, and mean and standard deviation in each column."""
     lines = ["| | " + " | ".join(columns.values()) + " | seeds |", "|---|" + "---|" * (len(columns) + 1)]
     for result in results:
         cells = [value_text(result, key) for key in columns]
@@ -242,6 +246,6 @@ def table(results: Sequence[Result], columns: Mapping[str, str]) -> list[str]:
 
 
 def value_text(result: Result, key: str) -> str:
-    """Mean ± standard deviation of a cell's value, or a dash."""
+    """Return "mean ± standard deviation" of a value, or a dash if it is missing."""
     mean, std = result["mean"].get(key), result["std"].get(key)
     return "-" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")

@@ -1,7 +1,8 @@
-"""Table 3: does a normalisation layer at the network's end do what XBN does? L2, L2 + LayerNorm, L2 + BatchNorm.
+"""Compare XBN with a normalisation layer at the end of the network (Table 3 of arXiv 2303.17127).
 
-Recall@1 with XBM and XBN and each head (arXiv 2303.17127). Small scale: Omniglot (``experiments.omniglot``, memory
-50 %), 18 runs of two minutes, two at a time on two cores of a 2.1 GHz Xeon; paper scale: SOP and In-Shop.
+Recall@1 with XBM and XBN for the heads L2, L2 + LayerNorm and L2 + BatchNorm. Small scale: Omniglot
+(``experiments.omniglot``, queue of 50 %), 18 runs of two minutes, two in parallel on two cores of a 2.1 GHz Xeon. Paper
+scale: SOP and In-Shop.
 
 Recall@1 at small scale, 3 seeds (``results/table3-small.json``)::
 
@@ -9,11 +10,11 @@ Recall@1 at small scale, 3 seeds (``results/table3-small.json``)::
     XBM        58.03 +- 6.17  57.37 +- 7.08  69.50 +- 0.66
     XBN        71.64 +- 0.22  72.00 +- 0.50  70.35 +- 0.62
 
-A BatchNorm at the end mends most of what is wrong with XBM, a LayerNorm nothing; XBN with L2 alone is
-ahead of XBM with either.
+A final BatchNorm recovers most of the loss of XBM, a LayerNorm none of it. XBN with L2 alone is better than XBM with
+either.
 
     python -m experiments.table3 --data omniglot=omniglot:FOLDER
-    python -m experiments.table3 --scale paper --data sop=sop:ROOT --data inshop=inshop:ROOT      # not run here
+    python -m experiments.table3 --scale paper --data sop=sop:ROOT --data inshop=inshop:ROOT      # not run
     python -m experiments.table3 --from-results
 """
 
@@ -28,11 +29,11 @@ HEADS = {"l2": "L2", "l2+ln": "L2 + LN", "l2+bn": "L2 + BN"}
 
 
 def cells(name: str) -> dict[str, SuperviseConfig]:
-    """Every head with XBM and with XBN."""
-    found: dict[str, SuperviseConfig] = {}
+    """Return the cells of one data set: every head with XBM and with XBN."""
+    cells: dict[str, SuperviseConfig] = {}
     for head, text in HEADS.items():
-        found |= rows(recipe(name, head=head, queue_size="50%"), "XBM", "XBN", label=f"{name}: {{}}, {text}")
-    return found
+        cells |= rows(recipe(name, head=head, queue_size="50%"), "XBM", "XBN", label=f"{name}: {{}}, {text}")
+    return cells
 
 
 SCALES = {"small": cells("omniglot"), "paper": cells("sop") | cells("inshop")}

@@ -115,7 +115,7 @@ def test_works_are_named_by_how_they_begin(tmp_path, monkeypatch, capsys):
     assert measured == ["memory-65536", "memory-1000000"]
     with pytest.raises(SystemExit):
         benchmark(["memory-1", "memories", "--out", str(tmp_path)])
-    assert "no work's name begins with 'memories'" in capsys.readouterr().err
+    assert "expected the beginning of the name of a work, got 'memories'" in capsys.readouterr().err
 
 
 def test_watch_adds_each_moment_to_one_part(monkeypatch):

@@ -1,10 +1,10 @@
-"""How long the retrieval benchmarks take to open: official layouts at the official size, images being empty files.
+"""Measure the time to open the retrieval data sets, in their official layout and size with empty image files.
 
     python -m experiments.benchmarks.data_sets [--scale 1] [--only sop inshop ...] [--folder DIR]
 
-Prints a line a data set: seconds to open, wall and processor (without workers), and to open again, when DeepFashion2
-reads its cache; then the counts found. The files were just written, so they are in the page cache. On two cores, with
-about five other processes at work:
+The program prints a line for each data set: wall time and processor time (without workers) to open it, the same for a
+second time, when DeepFashion2 reads its cache, and the number of images and classes. The files are in the page cache.
+On two cores with about five other processes:
 
     sop           1.25 s (0.89 s), again 1.35 s (0.90 s); train: 59,551 images of 11,318 classes; ...
     inshop        1.04 s (0.69 s), again 0.86 s (0.64 s); ...
@@ -28,18 +28,21 @@ from .official_layouts import WRITERS
 
 
 def opened(spec: str) -> tuple[str, tuple[str, ...]]:
-    """Seconds that ``load_data`` takes, and the notes."""
+    """Open a data set; return the wall and processor time, and its notes."""
     wall, processor = time.perf_counter(), time.process_time()
     notes = load_data(spec).notes
     return f"{time.perf_counter() - wall:.2f} s ({time.process_time() - processor:.2f} s)", notes
 
 
 def main() -> None:
+    """Write and open every data set, and print the times."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the official size")
-    parser.add_argument("--only", nargs="+", choices=list(WRITERS), default=list(WRITERS))
+    parser.add_argument("--scale", type=float, default=1.0, help="fraction of the official size (default 1)")
     parser.add_argument(
-        "--folder", help="where the files are written (and removed): DeepFashion2 takes 3.5 GB of blocks"
+        "--only", nargs="+", choices=list(WRITERS), default=list(WRITERS), help="data sets (default all)"
+    )
+    parser.add_argument(
+        "--folder", help="folder of the temporary files; DeepFashion2 needs 3.5 GB (default: the system's)"
     )
     args = parser.parse_args()
     for name in args.only:

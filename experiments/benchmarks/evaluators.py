@@ -1,11 +1,11 @@
-"""The evaluators beside their peers: weighted k-NN as for CIFAR, Recall@K as for the test set of SOP.
+"""Works of the evaluators and their peers: weighted k-NN with the sizes of CIFAR, Recall@K with those of SOP.
 
-``WORKS[work][name](scale)`` makes the inputs, the same for all, and returns a function that does the work once.
-Everything from features to the answer is in it: building an index, searching, voting. Each peer is imported only
-when it is asked for: an ImportError means that it is not installed.
+``WORKS[work][name](scale)`` creates the inputs, which are equal for all implementations, and returns a function that
+performs the work once: building an index, searching and voting. A peer is imported when its function is called, which
+raises ImportError if the peer is not installed.
 
-Full size (scale 1): k-NN of 10,000 queries in a bank of 50,000, D 512, k 200, 10 classes; Recall@1/10/100/1000 of
-60,502 images of 11,316 classes among themselves, D 512.
+Sizes at scale 1: k-NN of 10,000 queries in a bank of 50,000 rows, D 512, k 200, 10 classes; Recall@1/10/100/1000 among
+60,502 images of 11,316 classes, D 512.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ KS = (1, 10, 100, 1000)
 
 
 def clusters(rows: int, classes: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Unit float32 features [rows, DIM] around a centre for each class, and int64 labels [rows]."""
+    """Return unit float32 features [rows, DIM] around a centre for each class, and int64 labels [rows]."""
     centres = np.random.default_rng(0).standard_normal((classes, DIM), dtype=np.float32)
     random = np.random.default_rng(seed)
     labels = random.permutation(np.arange(rows) % classes)
@@ -34,13 +34,13 @@ def clusters(rows: int, classes: int, noise: float, seed: int) -> tuple[np.ndarr
 
 
 def knn_inputs(scale: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Queries [N, D], bank [G, D] and the bank's labels [G]; about nine in ten queries are classified rightly."""
+    """Return queries [N, D], bank [G, D] and labels of the bank [G]. The accuracy of k-NN is about 90 %."""
     queries, _ = clusters(round(10_000 * scale), CLASSES, noise=9.0, seed=1)
     return queries, *clusters(round(50_000 * scale), CLASSES, noise=9.0, seed=2)
 
 
 def recall_inputs(scale: float) -> tuple[np.ndarray, np.ndarray]:
-    """Features [N, D] and labels [N]; Recall@1 is about one half."""
+    """Return features [N, D] and labels [N]. Recall@1 is about 50 %."""
     return clusters(round(60_502 * scale), round(11_316 * scale), noise=2.5, seed=3)
 
 
@@ -77,8 +77,10 @@ def knn_lightly(scale: float) -> Callable[[], list[int]]:
     queries, bank, labels = map(torch.from_numpy, knn_inputs(scale))
 
     def run() -> list[int]:
-        parts = [knn_predict(part, bank.T, labels, CLASSES, K, TEMPERATURE)[:, 0] for part in queries.split(512)]
-        return torch.cat(parts).tolist()
+        predictions = [
+            knn_predict(chunk, bank.T, labels, CLASSES, K, TEMPERATURE)[:, 0] for chunk in queries.split(512)
+        ]
+        return torch.cat(predictions).tolist()
 
     return run
 
@@ -127,7 +129,7 @@ def recall_pml(scale: float) -> Callable[[], dict[int, float]]:
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 
     class RecallCalculator(AccuracyCalculator):
-        """The way that its documentation shows for further metrics; by itself it has Recall@1 only."""
+        """AccuracyCalculator with Recall@K, added as its documentation describes."""
 
         def calculate_recall(self, knn_labels: Any, query_labels: Any, **kwargs: Any) -> dict[int, float]:
             hits = knn_labels == query_labels[:, None]
@@ -137,8 +139,8 @@ def recall_pml(scale: float) -> Callable[[], dict[int, float]]:
             return [*super().requires_knn(), "recall"]
 
     features, labels = map(torch.from_numpy, recall_inputs(scale))
-    most = min(max(KS), len(features) - 1)
-    calculator = RecallCalculator(include=("recall",), k=most, device=torch.device("cpu"))
+    k = min(max(KS), len(features) - 1)
+    calculator = RecallCalculator(include=("recall",), k=k, device=torch.device("cpu"))
     return lambda: calculator.get_accuracy(features, labels)["recall"]
 
 

@@ -1,10 +1,10 @@
-"""Where the time of the weighted k-NN goes, beside faiss at the same work.
+"""Measure the time of the parts of weighted k-NN, compared with faiss.
 
     python -m experiments.benchmarks.knn_parts [--rounds 5] [--scale 1] [--threads 2]
 
-10,000 queries in a bank of 50,000 rows, D 512, k 200. Both take turns in one process (``parts``). Writes
-``results/knn-parts.json`` and prints medians, and how often faiss would have run in that time, e.g. on two cores of an
-AMD EPYC::
+10,000 queries in a bank of 50,000 rows, D 512, k 200. Both implementations alternate in one process (``parts``). The
+results are written to ``results/knn-parts.json``. The program prints medians and their ratio to the time of faiss, for
+example on two cores of an AMD EPYC::
 
     products                                       3023.54 ms   0.91
     the k largest of each query                     430.51 ms   0.13
@@ -36,17 +36,17 @@ PARTS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, writes the results, prints them."""
+    """Measure all parts, write the results and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="(default 5)")
-    parser.add_argument("--scale", type=float, default=1.0, help="of the numbers of rows (default 1)")
-    parser.add_argument("--threads", type=int, default=2, help="(default 2)")
+    parser.add_argument("--rounds", type=int, default=5, help="number of rounds (default 5)")
+    parser.add_argument("--scale", type=float, default=1.0, help="scale of the numbers of rows (default 1)")
+    parser.add_argument("--threads", type=int, default=2, help="number of threads (default 2)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     setting = {name: getattr(options, name) for name in ("rounds", "scale", "threads")}
-    found = measure(knn_ours(options.scale), PARTS, FAISS, knn_faiss(options.scale), options.rounds)
-    report(found, FAISS, setting, options.out / "knn-parts.json")
+    milliseconds = measure(knn_ours(options.scale), PARTS, FAISS, knn_faiss(options.scale), options.rounds)
+    report(milliseconds, FAISS, setting, options.out / "knn-parts.json")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""The retrieval benchmarks' files as their archives lay them out, at any share of the official size.
+"""Write retrieval data sets in their official layout, at any fraction of the official size.
 
-``write_sop(folder, scale)`` and its like make the annotation files, at scale 1 with as many images and classes as the
-official ones, and a file for each image: empty, or what ``image`` holds. All of it is determined by the scale.
+``write_sop(folder, scale, image)`` and the other writers create the annotation files and a file with the bytes
+``image`` for each image. At scale 1 the numbers of images and classes are the official ones. The files depend on the
+scale only.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ Label = tuple[int, int, int]
 
 
 def scaled(number: int, scale: float) -> int:
+    """Return a fraction of a number, at least 1."""
     return max(1, round(number * scale))
 
 
 def write_images(files: Iterable[Path], image: bytes) -> None:
+    """Write the same bytes to all files, and create their folders."""
     folders = set()
     for file in files:
         if file.parent not in folders:
@@ -30,7 +33,7 @@ def write_images(files: Iterable[Path], image: bytes) -> None:
 
 
 def write_sop(folder: Path, scale: float, image: bytes = b"") -> None:
-    """Stanford Online Products: the images of class c are in the folder of super class c mod 12."""
+    """Write Stanford Online Products. The images of class c are in the folder of super class c mod 12."""
     ids, first_class = count(1), 1
     for part, images, classes in (("train", 59_551, 11_318), ("test", 60_502, 11_316)):
         rows, images, classes = [], scaled(images, scale), scaled(classes, scale)
@@ -44,7 +47,7 @@ def write_sop(folder: Path, scale: float, image: bytes = b"") -> None:
 
 
 def write_inshop(folder: Path, scale: float, image: bytes = b"") -> None:
-    """In-Shop Clothes Retrieval, in the columns of fixed width of the official list."""
+    """Write In-Shop Clothes Retrieval, with the fixed column widths of the official list."""
     rows, items = [], scaled(3_997, scale)
     for part, images, first, classes in (
         ("train", 25_882, 1, items),
@@ -62,7 +65,7 @@ def write_inshop(folder: Path, scale: float, image: bytes = b"") -> None:
 
 
 def write_cub200(folder: Path, scale: float, image: bytes = b"") -> None:
-    """CUB-200-2011: all 200 classes where the images suffice."""
+    """Write CUB-200-2011, with all 200 classes if there are enough images."""
     species = [number * 100 // scaled(5_864, scale) for number in range(scaled(5_864, scale))]
     species += [100 + number * 100 // scaled(5_924, scale) for number in range(scaled(5_924, scale))]
     paths = [f"{label + 1:03}.Bird/Bird_{number:04}.jpg" for number, label in enumerate(species, 1)]
@@ -72,7 +75,7 @@ def write_cub200(folder: Path, scale: float, image: bytes = b"") -> None:
 
 
 def write_cars196(folder: Path, scale: float, image: bytes = b"") -> None:
-    """Cars196 with all images in one folder and one annotation file; all 196 classes where the images suffice."""
+    """Write Cars196 with all images in one folder, and with all 196 classes if there are enough images."""
     import numpy as np
     from scipy.io import savemat
 
@@ -85,7 +88,7 @@ def write_cars196(folder: Path, scale: float, image: bytes = b"") -> None:
 
 
 def write_deepfashion2(folder: Path, scale: float, image: bytes = b"") -> None:
-    """DeepFashion2: 391,000 JSON files of about 2 kB, with the paper's numbers of items, queries and labels."""
+    """Write DeepFashion2: 391,000 JSON files of about 2 kB, with the paper's numbers of items, queries and labels."""
     pairs = scaled(31_517, scale)
     images = scaled(358_847, scale)
     items = _placed([(pair, 1, 1) for pair in range(pairs)], scaled(217_778, scale), images, pairs)
@@ -95,12 +98,12 @@ def write_deepfashion2(folder: Path, scale: float, image: bytes = b"") -> None:
 
     pairs = scaled(3_128, scale)
     users, shops = scaled(10_844, scale), scaled(21_309, scale)
-    wanted: list[Label] = [(pair, 1, 1) for pair in range(pairs)]
+    paired: list[Label] = [(pair, 1, 1) for pair in range(pairs)]
     others: list[Label] = [(number % pairs, 2 + number // pairs, 0) for number in range(scaled(7_059, scale) - pairs)]
-    items = _placed(wanted, scaled(12_377, scale), users, pairs)
+    items = _placed(paired, scaled(12_377, scale), users, pairs)
     _add(items, _placed(others[:pairs], scaled(3_152, scale), users, pairs))
-    for number, members in _placed(wanted + others, scaled(36_961, scale), shops, pairs).items():
-        # The shops' images follow the users', from the next image of pair 0 on.
+    for number, members in _placed(paired + others, scaled(36_961, scale), shops, pairs).items():
+        # Shop images begin at the first image of pair 0 after the user images.
         items[_next_start(users, pairs) + number] = members
     total = _next_start(users, pairs) + shops
     kinds = ("user" if number < users else "shop" for number in range(total))
@@ -112,13 +115,13 @@ def _next_start(images: int, pairs: int) -> int:
 
 
 def _placed(labels: list[Label], number: int, images: int, pairs: int) -> dict[int, list[Label]]:
-    """``number`` items, label after label, in images of the label's pair: image i is of pair i mod ``pairs``."""
-    found = defaultdict(list)
+    """Distribute ``number`` items over the images of their pair, where image i belongs to pair i mod ``pairs``."""
+    items = defaultdict(list)
     for item in range(number):
         label = labels[item % len(labels)]
         of_pair = range(label[0], images, pairs)
-        found[of_pair[item // len(labels) % len(of_pair)]].append(label)
-    return found
+        items[of_pair[item // len(labels) % len(of_pair)]].append(label)
+    return items
 
 
 def _add(items: dict[int, list[Label]], more: dict[int, list[Label]]) -> None:

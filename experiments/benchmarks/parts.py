@@ -1,4 +1,4 @@
-"""A watch that follows a work through its functions on a CPU and adds each moment to one part of it."""
+"""Measure the time of the parts of a work on a CPU by wrapping its functions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,15 @@ WARM = 5
 
 
 class Part(NamedTuple):
-    """A function or generator of a module or class whose time is a part's; if ``whole``, with all that it calls."""
+    """Function whose time is added to a part of a work.
+
+    Attributes:
+        where: module or class of the function.
+        name: name of the function.
+        part: name of the part.
+        generator: whether the function is a generator.
+        whole: whether wrapped functions that it calls are added to the same part.
+    """
 
     where: Any
     name: str
@@ -29,10 +37,10 @@ class Part(NamedTuple):
 
 
 class Watch:
-    """Seconds of each part; at any moment one part is current.
+    """Stopwatch with one current part, to which the elapsed time is added.
 
     Args:
-        whole: parts whose own calls of the functions of others belong to them.
+        whole: parts that include the wrapped functions that they call.
     """
 
     def __init__(self, whole: frozenset[str] = frozenset()) -> None:
@@ -41,19 +49,19 @@ class Watch:
         self.begin()
 
     def begin(self) -> None:
-        """Forgets what was measured."""
+        """Reset all times."""
         self.seconds.clear()
         self.current, self.since = REST, time.perf_counter()
 
     def enter(self, part: str) -> str:
-        """Ends the current part and begins another; returns the one that ended."""
+        """Set the current part; return the previous one."""
         now = time.perf_counter()
         self.seconds[self.current] += now - self.since
         before, self.current, self.since = self.current, part, now
         return before
 
     def function(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, whose time is the part's."""
+        """Return the function, wrapped to add its time to a part."""
 
         def watched(*arguments: Any, **named: Any) -> Any:
             if self.current in self.whole:
@@ -67,7 +75,7 @@ class Watch:
         return watched
 
     def generator(self, part: str, generator: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """The generator, whose time is the part's; what is done with its values too if the part is a whole."""
+        """Return the generator, wrapped to add its time to a part; for a whole part also the time between its values."""
 
         def watched(*arguments: Any, **named: Any) -> Iterator[Any]:
             if self.current in self.whole:
@@ -87,29 +95,44 @@ class Watch:
 def measure(
     work: Callable[[], Any], parts: tuple[Part, ...], beside: str, other: Callable[[], Any], rounds: int
 ) -> dict[str, float]:
-    """Median milliseconds of each part of a work, of all of it, and of the other work, which takes turns with it."""
+    """Return the median milliseconds of each part of a work, of the whole work, and of another work.
+
+    Args:
+        work: function that performs the work once.
+        parts: functions whose time is measured.
+        beside: name of the other work.
+        other: function that performs the other work once. Both works alternate.
+        rounds: number of measured calls.
+    """
     watch, seconds = Watch(frozenset(part.part for part in parts if part.whole)), defaultdict(list)
     with ExitStack() as stack:
         for part in parts:
             watched = watch.generator if part.generator else watch.function
-            followed = watched(part.part, getattr(part.where, part.name))
-            stack.enter_context(patch.object(part.where, part.name, followed))
+            wrapped = watched(part.part, getattr(part.where, part.name))
+            stack.enter_context(patch.object(part.where, part.name, wrapped))
         for _ in range(rounds + WARM):
             watch.begin()
             work()
             watch.enter(beside)
             other()
             watch.enter(REST)
-            taken = dict(watch.seconds)
-            for name, value in (taken | {ALL: sum(taken.values()) - taken[beside]}).items():
+            elapsed = dict(watch.seconds)
+            for name, value in (elapsed | {ALL: sum(elapsed.values()) - elapsed[beside]}).items():
                 seconds[name].append(value)
     return {name: round(1000 * statistics.median(values[WARM:]), 4) for name, values in seconds.items()}
 
 
-def report(found: dict[str, float], beside: str, setting: dict[str, Any], path: Path) -> None:
-    """Prints a line a part, the largest first, then the work and the other one; writes what was found where and how."""
-    for name in sorted(found, key=lambda name: (name == beside, name == ALL, -found[name])):
-        print(f"{name:<45}{found[name]:9.2f} ms {found[name] / found[beside]:6.2f}")
+def report(milliseconds: dict[str, float], beside: str, setting: dict[str, Any], path: Path) -> None:
+    """Print a line for each part in descending order, the work and the other work, and write the results.
+
+    Args:
+        milliseconds: result of ``measure``.
+        beside: name of the other work.
+        setting: settings of the measurement, which are written with the results.
+        path: JSON file to write.
+    """
+    for name in sorted(milliseconds, key=lambda name: (name == beside, name == ALL, -milliseconds[name])):
+        print(f"{name:<45}{milliseconds[name]:9.2f} ms {milliseconds[name] / milliseconds[beside]:6.2f}")
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(setting | {"environment": environment(), "milliseconds": found}, indent=1)
+    text = json.dumps(setting | {"environment": environment(), "milliseconds": milliseconds}, indent=1)
     path.write_text(text + "\n")

@@ -4,7 +4,7 @@
     python -m experiments.benchmarks.pretraining --backbone convnet4 --batch 128 --modes eager --steps 5   # on a CPU
 
 The network is ResNet-18 for CIFAR with the settings of Fig. 2. The data are 50,000 random images of 32 x 32 pixels,
-which cost what real ones do. Each mode runs for each batch size and memory. The results go to
+which take the same time as real ones. Each mode is measured for each batch size and adaptation. The results are in
 ``results/pretraining-NAME.json``, where NAME is the GPU's name or ``cpu``.
 """
 
@@ -38,7 +38,7 @@ MODES: dict[str, dict[str, Any]] = {
 
 
 def random_images(config: Config) -> ImageData:
-    """Noise in the form of CIFAR-10."""
+    """Return random images of the shape of CIFAR-10."""
     generator = torch.Generator().manual_seed(0)
     pixels = torch.randint(0, 256, (IMAGES, 3, 32, 32), dtype=torch.uint8, generator=generator)
     split = Split(torch.arange(IMAGES) % 10, pixels)
@@ -47,7 +47,7 @@ def random_images(config: Config) -> ImageData:
 
 
 def measure(config: Config, steps: int) -> dict[str, Any]:
-    """Return images per second (median of five stretches of ``steps`` steps, and all) and peak device memory in MB."""
+    """Return images per second of five intervals of ``steps`` steps, their median, and the peak device memory in MB."""
     with mock.patch("selfsup_xbn.training.run.data_of", random_images):
         run = train.Run(config)
     cuda = run.device.type == "cuda"
@@ -60,28 +60,28 @@ def measure(config: Config, steps: int) -> dict[str, Any]:
         for _ in range(count):
             run.train_step(next(batches))
             run.step %= run.steps
-        run.mean_loss()  # waits for the device
+        run.mean_loss()  # the host waits for the device
         speeds.append(count * config.batch_size / (time.perf_counter() - started))
     peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else None
     graphed = run.graphed is not None and run.graphed.graph is not None
-    stretches = speeds[1:]
+    intervals = speeds[1:]
     return {
-        "images_per_second": statistics.median(stretches),
-        "stretches": stretches,
+        "images_per_second": statistics.median(intervals),
+        "stretches": intervals,
         "peak_mb": peak,
         "graphed": graphed,
     }
 
 
 def main() -> None:
-    """Measure every batch size, memory and mode, print a line for each, and write the results."""
+    """Measure every mode, batch size and adaptation, print a line for each, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES))
-    parser.add_argument("--adaptations", nargs="+", default=["xbm", "xbn"])
-    parser.add_argument("--backbone", default="resnet18-cifar")
-    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (default cpu)")
+    parser.add_argument("--batch", type=int, nargs="+", default=[128, 512], help="batch sizes (default 128 512)")
+    parser.add_argument("--modes", nargs="+", choices=list(MODES), default=list(MODES), help="modes (default all)")
+    parser.add_argument("--adaptations", nargs="+", default=["xbm", "xbn"], help="adaptations (default xbm xbn)")
+    parser.add_argument("--backbone", default="resnet18-cifar", help="backbone (default resnet18-cifar)")
+    parser.add_argument("--steps", type=int, default=40, help="steps of an interval (default 40)")
     options = parser.parse_args()
     name = torch.cuda.get_device_name().replace(" ", "-") if options.device.startswith("cuda") else options.device
     results: list[dict[str, Any]] = []

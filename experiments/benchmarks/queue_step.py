@@ -1,9 +1,9 @@
-"""Time of a queue step (adapt and enqueue) against the number of rows M: it should not depend on it.
+"""Measure the time of a queue step (adapt and enqueue), which should not depend on the number of rows M.
 
     python -m experiments.benchmarks.queue_step
 
-D 128, batch 128, sizes interleaved in one process, median of 300 steps each after the ring has wrapped once; one
-thread. Writes ``results/queue_step.json`` and prints a row a size.
+D 128, batch 128, one thread, median of 300 steps with a full queue. All sizes alternate in one process. The results are
+written to ``results/queue_step.json``, and a line for each size is printed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ SIZES, DIM, BATCH, STEPS = (10_000, 100_000, 1_000_000), 128, 128, 300
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures every size and adaptation, writes the results, prints them."""
+    """Measure every size and adaptation, print a line for each, and write the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)

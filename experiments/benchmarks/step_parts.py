@@ -1,9 +1,9 @@
-"""Where the time of the supervised step goes, beside the two bare products that no step can do without.
+"""Measure the time of the parts of the supervised step, compared with its two matrix products.
 
     python -m experiments.benchmarks.step_parts [--rows 29775] [--batch 64] [--dim 512] [--steps 200] [--threads 2]
 
-Our step and the products take turns in one process (``parts``). Writes ``results/step-parts-ROWS.json`` and prints
-medians, and how often the products would have run in that time.
+The step and the products alternate in one process (``parts``). The results are written to
+``results/step-parts-ROWS.json``. The program prints medians and their ratio to the time of the products.
 """
 
 from __future__ import annotations
@@ -36,20 +36,18 @@ PARTS = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, writes the results, prints them."""
+    """Measure all parts, write the results and print them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in SETTING.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"(default {default})")
-    parser.add_argument(
-        "--out", type=Path, default=RESULTS, help="folder of the results; name another to try sizes out"
-    )
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     setting = {name: getattr(options, name) for name in SETTING}
     sizes = (options.batch, options.rows, options.dim, MIDDLE)
     step, products = supervised_ours("xbn", sizes, "cpu"), bare(supervised_inputs, sizes, "cpu")
-    found = measure(step, PARTS, BARE, products, options.steps)
-    report(found, BARE, setting, options.out / f"step-parts-{options.rows}.json")
+    milliseconds = measure(step, PARTS, BARE, products, options.steps)
+    report(milliseconds, BARE, setting, options.out / f"step-parts-{options.rows}.json")
 
 
 if __name__ == "__main__":

@@ -1,13 +1,13 @@
-"""The step of a loss against a memory, beside its peers: queue work, loss, gradient by the anchors.
+"""Works of a step with a queue and of its peers: queue update, loss, and gradient with respect to the anchors.
 
-``WORKS[work][name](device)`` makes the inputs, the same for all, and returns a function that does one step. Every step
-takes the next of many batches, as training would. "bare" is the two matrix products of the queue with the batch, each
-made at once and its result kept whole: a yardstick, not a bound, since a step may go block by block, and with a miner
-leave out what is not kept. Peers' memories are not adapted, nor is that of "ours, XBM"; with "ours, XBN" a miner keeps
-other negatives. Peers are imported only when asked for.
+``WORKS[work][name](device)`` creates the inputs, which are equal for all implementations, and returns a function that
+performs one step. Each step uses the next of many batches. "bare" computes the two matrix products of the batch with
+the queue, without blocks. A step can be faster than "bare", because a miner may exclude pairs. The queues of the peers
+and of "ours, XBM" are not adapted. With "ours, XBN" a miner therefore keeps other negatives. A peer is imported when
+its function is called.
 
-Sizes: supervised as for SOP (B 64, D 512, M half of its training set; and 200,000), MoCo as for CIFAR (B 128, M 4,096,
-D 128) and as for ImageNet (B 256, M 65,536, D 128).
+Sizes: supervised with the sizes of SOP (B 64, D 512, M half of its training set) and with M 200,000; MoCo with the
+sizes for CIFAR (B 128, M 4,096, D 128) and ImageNet (B 256, M 65,536, D 128).
 """
 
 from __future__ import annotations
@@ -28,11 +28,17 @@ MIDDLE, LATE = 0.8, 0.76
 
 
 def supervised_inputs(batch: int, rows: int, dim: int, alike: float = MIDDLE) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Unit features of a network in training and their labels: ``BATCHES`` batches, and a full memory.
+    """Return unit embeddings and labels of ``BATCHES`` batches, and those of a full queue.
 
-    With ``MIDDLE`` cosines are 0.8 in a class and 0.65 +- 0.02 across, so that the miner keeps all positives and, in a
-    memory as it is, a negative in 16; with a smaller ``alike``, as later in training, fewer, with ``LATE`` one in 190.
-    In a memory that XBN adapts it keeps one in 6 and one in 44.
+    With ``MIDDLE``, cosine similarities are 0.8 within a class and 0.65 +- 0.02 between classes. The miner then keeps
+    all positives, and 1 of 16 negatives of a plain queue or 1 of 6 negatives of a queue adapted by XBN. With ``LATE``,
+    as later in training, it keeps 1 of 190 or 1 of 44 negatives.
+
+    Args:
+        batch: batch size B, a multiple of 4.
+        rows: number of rows M.
+        dim: number of dimensions D.
+        alike: weight of the component that all embeddings share.
     """
     generator = torch.Generator().manual_seed(0)
     common, centres = torch.randn(dim, generator=generator), torch.randn(CLASSES, dim, generator=generator)
@@ -41,14 +47,14 @@ def supervised_inputs(batch: int, rows: int, dim: int, alike: float = MIDDLE) ->
         noise = torch.randn(len(labels), dim, generator=generator)
         return F.normalize(alike * common + 0.4 * centres[labels] + 0.2**0.5 * noise, dim=1)
 
-    each = batch // PER_CLASS
-    chosen = torch.stack([torch.randperm(CLASSES, generator=generator)[:each] for _ in range(BATCHES)])
-    labels, row_labels = chosen.flatten().repeat_interleave(PER_CLASS), torch.arange(rows) % CLASSES
+    classes = batch // PER_CLASS
+    drawn = torch.stack([torch.randperm(CLASSES, generator=generator)[:classes] for _ in range(BATCHES)])
+    labels, row_labels = drawn.flatten().repeat_interleave(PER_CLASS), torch.arange(rows) % CLASSES
     return draw(labels).view(BATCHES, batch, dim), labels.view(BATCHES, batch), draw(row_labels), row_labels
 
 
 def moco_inputs(batch: int, rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Unit queries and keys [BATCHES, B, D], and a full memory."""
+    """Return unit queries and keys [BATCHES, B, D], and the rows [M, D] of a full queue."""
     generator = torch.Generator().manual_seed(0)
     keys = F.normalize(torch.randn(BATCHES, batch, dim, generator=generator), dim=2)
     noise = torch.randn(BATCHES, batch, dim, generator=generator)
@@ -57,12 +63,12 @@ def moco_inputs(batch: int, rows: int, dim: int) -> tuple[Tensor, Tensor, Tensor
 
 
 def step_of(loss: Callable[[Tensor, int], Tensor], anchors: Tensor, device: str) -> Step:
-    """A function that takes the next batch, and makes its loss and the gradient by its anchors."""
-    turn = count()
+    """Return a function that computes the loss of the next batch and its gradient with respect to the anchors."""
+    steps = count()
     leaves = [batch.to(device).requires_grad_() for batch in anchors]
 
     def step() -> None:
-        number = next(turn) % len(leaves)
+        number = next(steps) % len(leaves)
         loss(leaves[number], number).backward()
         leaves[number].grad = None
         if device != "cpu":
@@ -72,13 +78,13 @@ def step_of(loss: Callable[[Tensor, int], Tensor], anchors: Tensor, device: str)
 
 
 def bare(inputs: Callable[..., Any], sizes: tuple[Any, ...], device: str) -> Step:
-    """Both products of the batch with the memory."""
-    found = inputs(*sizes)
-    anchors, memory = found[0].to(device), found[2].to(device)
-    turn = count()
+    """Return a function that computes both products of the next batch with the queue."""
+    tensors = inputs(*sizes)
+    anchors, memory = tensors[0].to(device), tensors[2].to(device)
+    steps = count()
 
     def step() -> None:
-        batch = anchors[next(turn) % BATCHES]
+        batch = anchors[next(steps) % BATCHES]
         _ = (batch @ memory.T) @ memory
         if device != "cpu":
             torch.cuda.synchronize()
@@ -87,7 +93,7 @@ def bare(inputs: Callable[..., Any], sizes: tuple[Any, ...], device: str) -> Ste
 
 
 def copy(rows: int, dim: int, device: str) -> Step:
-    """A copy of the memory, which reads and writes it once."""
+    """Return a function that copies the queue, which reads and writes it once."""
     memory = torch.zeros(rows, dim, device=device)
     copied = torch.empty_like(memory)
 
@@ -145,7 +151,7 @@ def moco_ours(adaptation: str, sizes: tuple[int, int, int], device: str) -> Step
 
 
 def moco_plain(sizes: tuple[int, int, int], device: str) -> Step:
-    """As in MoCo's own program: all logits, cross entropy, then the keys over the oldest rows."""
+    """Return a step of the original MoCo program: all logits, cross entropy, and an update of the queue."""
     queries, keys, memory = moco_inputs(*sizes)
     keys, queue = keys.to(device), memory.T.contiguous().to(device)
     target = torch.zeros(sizes[0], dtype=torch.long, device=device)
@@ -169,13 +175,13 @@ def moco_lightly(sizes: tuple[int, int, int], device: str) -> Step:
     queries, keys, memory = moco_inputs(*sizes)
     keys = keys.to(device)
     criterion = NTXentLoss(T, memory_bank_size=(sizes[1], sizes[2])).to(device)
-    criterion(queries[0].to(device), keys[0])  # makes the bank
+    criterion(queries[0].to(device), keys[0])  # allocates the bank
     criterion.memory_bank.bank = memory.to(device) if criterion.memory_bank.bank.shape[0] == sizes[1] else memory.T
     return step_of(lambda q, number: criterion(q, keys[number]), queries, device)
 
 
 def moco_pml(sizes: tuple[int, int, int], device: str) -> Step:
-    """As its MoCo notebook: every key of the memory is a class of its own."""
+    """Return a step of the MoCo notebook of PML, where every key has a unique label."""
     from pytorch_metric_learning.losses import CrossBatchMemory, NTXentLoss
 
     queries, keys, memory = moco_inputs(*sizes)
@@ -204,7 +210,7 @@ def _supervised(rows: int, batch: int = 64, dim: int = 512, alike: float = MIDDL
 
 def _moco(batch: int, rows: int) -> dict[str, Callable[[str], Step]]:
     sizes = (batch, rows, 128)
-    found: dict[str, Callable[[str], Step]] = {
+    peers: dict[str, Callable[[str], Step]] = {
         "bare": partial(bare, moco_inputs, sizes),
         "ours, XBN": partial(moco_ours, "xbn", sizes),
         "ours, XBM": partial(moco_ours, "xbm", sizes),
@@ -212,9 +218,9 @@ def _moco(batch: int, rows: int) -> dict[str, Callable[[str], Step]]:
         "lightly": partial(moco_lightly, sizes),
         "pytorch-metric-learning": partial(moco_pml, sizes),
     }
-    if rows > 10_000:  # a matrix of B x B M entries: 17 GB
-        del found["pytorch-metric-learning"]
-    return found
+    if rows > 10_000:  # its matrix of B x B M entries needs 17 GB
+        del peers["pytorch-metric-learning"]
+    return peers
 
 
 def _memory(rows: int) -> dict[str, Callable[[str], Step]]:

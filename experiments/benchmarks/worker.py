@@ -1,8 +1,8 @@
-"""One work of one implementation in a process of its own: ``python -m experiments.benchmarks.worker WORK NAME ...``.
+"""Run one implementation of a work in this process: ``python -m experiments.benchmarks.worker WORK NAME ...``.
 
-Says ``ready``, then for each line that it reads works for a while and answers with a line of JSON: the seconds of a
-call, the median of those in this round, and the peak of memory since the inputs were made (not where the work is
-another process's). Ends with its input.
+The process writes ``{"ready": true}``. For each line of standard input it performs one round and writes a line of JSON
+with the median seconds of a call and the peak memory since the inputs were created. Works that run in another process
+have no memory values. The process ends at the end of its input.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 def main() -> None:
-    """Makes the inputs, then works when told to."""
+    """Create the inputs, and perform a round for each line of standard input."""
     parser = argparse.ArgumentParser(description=__doc__)
     for name in ("work", "name", "device"):
         parser.add_argument(name)
@@ -41,7 +41,7 @@ def main() -> None:
         print(json.dumps({"missing": str(error)}), flush=True)
         return
     before = _start_watching(options.device)
-    run()  # warm
+    run()  # warm-up
     print(json.dumps({"ready": True}), flush=True)
     for _ in sys.stdin:
         seconds = _round(run)
@@ -50,31 +50,31 @@ def main() -> None:
 
 
 def _round(run: Callable[[], Any]) -> float:
-    """Median seconds of a call, of those that fit into a round; at least one."""
-    found: list[float] = []
-    while sum(found) < ROUND_SECONDS:
+    """Return the median seconds of a call, over at least one call and ``ROUND_SECONDS``."""
+    seconds: list[float] = []
+    while sum(seconds) < ROUND_SECONDS:
         started = time.perf_counter()
         run()
-        found.append(time.perf_counter() - started)
-    return statistics.median(found)
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
 
 
 def _start_watching(device: str) -> int:
-    """Resets the peak; the bytes in use now, without those that making the inputs has freed."""
+    """Reset the peak memory; return the bytes in use."""
     gc.collect()
     if device != "cpu":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
-    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # where the C library is glibc
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):  # glibc only
         trim(0)
     CLEAR.write_text("5")
     return _status("VmRSS")
 
 
 def _memory(device: str, before: int) -> dict[str, int]:
-    """Peak of the process in bytes, and how much of it came after the inputs were made."""
+    """Return the peak memory in bytes, and its increase since the inputs were created."""
     if device != "cpu":
         import torch
 

@@ -1,4 +1,4 @@
-"""All works of the benchmarks by name: of each implementation a function that makes the inputs and returns the work."""
+"""All works of the benchmarks and their goals. A work maps implementations to functions that create its inputs."""
 
 from __future__ import annotations
 
@@ -14,9 +14,15 @@ Make = Callable[[], Callable[[], Any]]
 
 
 class Goal(NamedTuple):
-    """``name`` takes at most ``limit`` times as long as ``than``, or seconds more; or that many seconds or MB.
+    """Upper limit of a measured value.
 
-    ``than`` may be a sum of names: "a + b".
+    Attributes:
+        work: name of the work.
+        name: name of the implementation.
+        than: implementation to compare with, or a sum such as "a + b"; "" for an absolute limit.
+        limit: limit in ``unit``.
+        unit: "x" for a ratio, or the beginning of a phrase such as "s more than" or "MB peak".
+        device: device of the measurement.
     """
 
     work: str
@@ -36,7 +42,7 @@ TITLES = {
     "knn": "weighted k-NN, 10,000 x 50,000, D 512, k 200",
     "recall": "Recall@1/10/100/1000, 60,502 x 60,502, D 512",
 }
-"""The works of the README's table; steps are loss and gradient, ours with XBN."""
+"""Works of the summary table and their titles."""
 GOALS = (
     Goal("supervised-29775", "ours, XBN", "bare", 1.6),
     Goal("supervised-200000", "ours, XBN", "bare", 1.4),
@@ -49,28 +55,33 @@ GOALS = (
     Goal("recall", "ours", "", 1200, "MB peak"),
     Goal("import", "torch, selfsup_xbn", "torch", 0.3, "s more than"),
     Goal("import", "selfsup-xbn --help", "", 1.0, "s"),
-    # A copy reads and writes: it takes as long as reading the queue twice.
+    # A copy reads and writes the queue, which takes as long as reading it twice.
     Goal("supervised-200000", "ours, XBN", "copy + bare", 1.0, device="cuda"),
 )
 
 
 def works(device: str = "cpu", scale: float = 1.0) -> dict[str, dict[str, Make]]:
-    """Every work; ``scale`` shrinks the evaluators' sizes, to try them out."""
-    found: dict[str, dict[str, Make]] = {
+    """Return all works.
+
+    Args:
+        device: device of the steps.
+        scale: scale of the evaluators' sizes.
+    """
+    all_works: dict[str, dict[str, Make]] = {
         work: {name: partial(make, device) for name, make in peers.items()} for work, peers in steps.WORKS.items()
     }
     if device != "cpu":
-        found["supervised-200000"]["copy"] = partial(steps.copy, 200_000, 512, device)
+        all_works["supervised-200000"]["copy"] = partial(steps.copy, 200_000, 512, device)
     for work, peers in evaluators.WORKS.items():
-        found[work] = {name: partial(make, scale) for name, make in peers.items()}
+        all_works[work] = {name: partial(make, scale) for name, make in peers.items()}
     for axis, sizes in steps.SCALES.items():  # scaling curves
         for size, scaled in sizes.items():
-            found[f"scale-{axis}-{size}"] = {name: partial(scaled[name], device) for name in SCALED}
+            all_works[f"scale-{axis}-{size}"] = {name: partial(scaled[name], device) for name in SCALED}
     for share in EVALUATED:
-        found[f"scale-N-{round(60_502 * share)}"] = {
+        all_works[f"scale-N-{round(60_502 * share)}"] = {
             name: partial(evaluators.WORKS["recall"][name], share * scale) for name in ("ours", "faiss-cpu")
         }
-    return found | {"import": {name: partial(_command, command) for name, command in COMMANDS.items()}}
+    return all_works | {"import": {name: partial(_command, command) for name, command in COMMANDS.items()}}
 
 
 SCALED, EVALUATED = ("ours, XBN", "pytorch-metric-learning"), (0.1, 0.2, 0.4)
@@ -82,7 +93,7 @@ COMMANDS = {
 
 
 ELSEWHERE = ("import",)
-"""Works that another process does, whose memory is not seen."""
+"""Works that run in another process, whose memory is not measured."""
 
 
 def _command(command: list[str]) -> Callable[[], Any]:

@@ -1,1 +1,1 @@
-"""Programs as users of other libraries write them, with the peer's class and, by one changed line, with ours."""
+"""Programs of users of other libraries, run with the class of the library and with the one of this package."""

@@ -1,18 +1,18 @@
-"""A MoCo loop as lightly's users write it, with lightly's loss and, by one changed line, with ours.
+"""Train MoCo in a lightly program with the NTXentLoss of lightly and with the one of this package.
 
     -from lightly.loss import NTXentLoss
     +from selfsup_xbn import NTXentLoss
 
     python -m experiments.dropin.lightly_moco [--data digits | --data DIR] [--steps 100] [--double]
 
-DIR is a tree of images, DIR/train/CLASS/* and DIR/test/CLASS/*. Prints the loss of the three runs, each the mean of as
-many steps as a row stands for; then how far apart the first two are, and the top-1 accuracy of cosine 20-NN on the
-backbone's features. Losses with and without adaptation are not to be compared: adapted negatives are harder.
+DIR contains DIR/train/CLASS/* and DIR/test/CLASS/*. The program prints the mean loss of three runs for each tenth of
+the steps, the largest difference between the first two, and the top-1 accuracy of cosine 20-NN on the features of the
+backbone. Losses with and without adaptation are not comparable, because adapted negatives are harder.
 
-All three draw the same weights, batches, views and bank. With ``xbm`` only rounding sets ours apart from lightly's,
-if --bank is a multiple of --batch: otherwise lightly drops rows where the bank ends, and ours does not. Training
-makes of a rounding in float32 a difference in the second digit within a dozen steps, as it does of two runs of lightly
-whose weights differ by 1e-7; with --double the curves stay together.
+All runs use the same weights, batches, views and initial bank. With ``xbm`` the values equal lightly's except for
+rounding, if --bank is a multiple of --batch. Otherwise lightly drops rows at the end of the bank. In float32, training
+amplifies rounding differences to the second digit within a dozen steps, as it does for two runs of lightly whose
+weights differ by 1e-7. With --double the curves agree.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TO_TENSOR = v2.Compose(
 
 
 class Transformed(Dataset):
-    """Chosen items (image, label) of a data set, each image seen through a transform."""
+    """Subset of a data set of (image, label) with a transform of the images."""
 
     def __init__(self, items: Any, chosen: list[int], transform: Callable[[Image.Image], Any]) -> None:
         self.items, self.chosen, self.transform = items, chosen, transform
@@ -68,7 +68,7 @@ class Transformed(Dataset):
 
 
 def train_and_test(data: str) -> tuple[Any, Any]:
-    """Sequences of (image, label)."""
+    """Return the training set and the test set, sequences of (image, label)."""
     if data != "digits":
         return ImageFolder(Path(data, "train")), ImageFolder(Path(data, "test"))
     digits = load_digits()
@@ -78,14 +78,14 @@ def train_and_test(data: str) -> tuple[Any, Any]:
 
 
 def seed_all(seed: int) -> None:
-    """All generators that torch, torchvision and lightly draw from."""
+    """Seed the random number generators of torch, torchvision and lightly."""
     torch.manual_seed(seed)
     random.seed(seed)
     np.random.seed(seed)
 
 
 def small_backbone() -> nn.Sequential:
-    """Images [B, 3, S, S] to features [B, 128]."""
+    """Return a network that maps images [B, 3, S, S] to features [B, 128]."""
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 16), (16, 32), (32, 64), (64, 128)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -93,7 +93,7 @@ def small_backbone() -> nn.Sequential:
 
 
 def run(make_loss: Callable[..., nn.Module], items: Any, args: argparse.Namespace) -> tuple[list[float], nn.Module]:
-    """Loss of each step, and the backbone."""
+    """Train with a loss; return the loss of each step and the backbone."""
     seed_all(args.seed)
     backbone = small_backbone()
     query_encoder = nn.Sequential(backbone, MoCoProjectionHead(128, 128, DIM)).to(args.dtype)
@@ -122,7 +122,7 @@ def run(make_loss: Callable[..., nn.Module], items: Any, args: argparse.Namespac
 
 @torch.no_grad()
 def knn_top1(backbone: nn.Module, train: Any, test: Any, limit: int = 5000) -> float:
-    """Percent of test images whose 20 nearest training images vote for their class; at most ``limit`` of each."""
+    """Return the top-1 accuracy of 20-NN in percent, with at most ``limit`` training and test images."""
 
     def embedded(items: Any) -> tuple[np.ndarray, np.ndarray]:
         chosen = random.Random(0).sample(range(len(items)), min(limit, len(items)))
@@ -136,7 +136,7 @@ def knn_top1(backbone: nn.Module, train: Any, test: Any, limit: int = 5000) -> f
 
 
 def report(curves: dict[str, list[float]], every: int) -> None:
-    """A row of mean losses for each ``every`` steps, and the gap between the first two curves."""
+    """Print the mean losses of every ``every`` steps and the largest difference between the first two curves."""
     print("steps".rjust(9), *(name.rjust(9) for name in curves))
     peers, xbm, *_ = curves
     peer, ours = curves[peers], curves[xbm]
@@ -144,20 +144,25 @@ def report(curves: dict[str, list[float]], every: int) -> None:
         stop = min(start + every, len(peer))
         means = [sum(losses[start:stop]) / (stop - start) for losses in curves.values()]
         print(f"{start + 1:4}-{stop:4}", *(f"{mean:9.4f}" for mean in means))
-    print(f"largest difference of {peers} and {xbm}: {max(abs(a - b) for a, b in zip(peer, ours, strict=True)):.1e}")
+    print(
+        f"largest difference between {peers} and {xbm}: {max(abs(a - b) for a, b in zip(peer, ours, strict=True)):.1e}"
+    )
 
 
 def main() -> None:
+    """Run the program with each loss and print the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="digits, or a folder with train/ and test/")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--bank", type=int, default=1024, help="rows of the memory bank")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make views")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--double", dest="dtype", action="store_const", const=torch.float64, default=torch.float32)
+    parser.add_argument("--data", default="digits", help="digits, or a folder with train/ and test/ (default digits)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
+    parser.add_argument("--batch", type=int, default=64, help="batch size (default 64)")
+    parser.add_argument("--bank", type=int, default=1024, help="rows of the memory bank (default 1024)")
+    parser.add_argument("--workers", type=int, default=0, help="workers of the data loader (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument(
+        "--double", dest="dtype", action="store_const", const=torch.float64, default=torch.float32, help="use float64"
+    )
     args = parser.parse_args()
-    torch.set_num_threads(1)  # in a network as small as this one threads mostly wait for one another
+    torch.set_num_threads(1)  # more threads slow down a network of this size
 
     losses: dict[str, Callable[..., nn.Module]] = {
         "lightly": lambda **settings: lightly.loss.NTXentLoss(**settings).to(args.dtype),

@@ -1,16 +1,16 @@
-"""MoCo as pytorch-metric-learning's notebook has it, with PML's memory and, by one changed line, with ours.
+"""Train MoCo as in the PML notebook, with the CrossBatchMemory of PML and with the one of this package.
 
     -from pytorch_metric_learning.losses import CrossBatchMemory
     +from selfsup_xbn import CrossBatchMemory
 
     python -m experiments.dropin.pml_moco [--data digits | --data DIR] [--steps 100] [--double]
 
-DIR is a tree of images, DIR/train/CLASS/* and DIR/test/CLASS/*. As in the notebook queries and keys are one batch, each
-image has a label of its own, an ``enqueue_mask`` says that the keys enter the memory, the keys are shuffled for
-BatchNorm, and the loss is NTXentLoss at temperature 0.1 with a key momentum of 0.99. Keys and queries have unit length.
+DIR contains DIR/train/CLASS/* and DIR/test/CLASS/*. As in the notebook, queries and keys form one batch, each image has
+a unique label, ``enqueue_mask`` selects the keys, the keys are shuffled for BatchNorm, and the loss is NTXentLoss with
+temperature 0.1 and key momentum 0.99. Keys and queries have unit norm.
 
-All three draw the same weights, batches and views. With ``xbm`` only rounding sets ours apart from PML's, which
-training makes visible in float32 within some dozen steps; with --double the curves stay together.
+All runs use the same weights, batches and views. With ``xbm`` the values equal PML's except for rounding, which
+training amplifies in float32 within a few dozen steps. With --double the curves agree.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from experiments.dropin.lightly_moco import DIM, SIDE, Transformed, report, seed
 
 
 def run(memory: Callable[..., nn.Module], items: Any, args: argparse.Namespace) -> list[float]:
-    """Loss of each step."""
+    """Train with a memory; return the loss of each step."""
     seed_all(args.seed)
     encoder_q = nn.Sequential(small_backbone(), nn.Linear(128, DIM)).to(args.dtype)
     encoder_k = copy.deepcopy(encoder_q)
@@ -44,9 +44,9 @@ def run(memory: Callable[..., nn.Module], items: Any, args: argparse.Namespace) 
     views = Transformed(items, list(range(len(items))), MoCoV2Transform(input_size=SIDE))
     loader = DataLoader(views, args.batch, shuffle=True, drop_last=True, num_workers=args.workers)
 
-    found: list[Tensor] = []
+    losses: list[Tensor] = []
     next_label = 0
-    while len(found) < args.steps:
+    while len(losses) < args.steps:
         for (x_q, x_k), _ in loader:
             update_momentum(encoder_q, encoder_k, m=0.99)
             q = F.normalize(encoder_q(x_q.to(args.dtype)), dim=1)
@@ -60,22 +60,24 @@ def run(memory: Callable[..., nn.Module], items: Any, args: argparse.Namespace) 
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            found.append(loss.detach())
-            if len(found) == args.steps:
+            losses.append(loss.detach())
+            if len(losses) == args.steps:
                 break
-    return torch.stack(found).tolist()
+    return torch.stack(losses).tolist()
 
 
 def main() -> None:
-    """Runs the program with each memory and prints the curves."""
+    """Run the program with each memory and print the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="digits", help="digits, or a folder with train/ and test/")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--memory", type=int, default=512, help="rows of the memory")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make views")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--double", dest="dtype", action="store_const", const=torch.float64, default=torch.float32)
+    parser.add_argument("--data", default="digits", help="digits, or a folder with train/ and test/ (default digits)")
+    parser.add_argument("--steps", type=int, default=100, help="training steps (default 100)")
+    parser.add_argument("--batch", type=int, default=32, help="batch size (default 32)")
+    parser.add_argument("--memory", type=int, default=512, help="rows of the memory (default 512)")
+    parser.add_argument("--workers", type=int, default=0, help="workers of the data loader (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
+    parser.add_argument(
+        "--double", dest="dtype", action="store_const", const=torch.float64, default=torch.float32, help="use float64"
+    )
     args = parser.parse_args()
     memories: dict[str, Callable[..., nn.Module]] = {
         "PML": peer.CrossBatchMemory,

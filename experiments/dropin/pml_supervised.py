@@ -1,16 +1,16 @@
-"""Supervised metric learning as PML's users write it, with PML's memory and, by one changed line, with ours.
+"""Train a PML program with the CrossBatchMemory of PyTorch Metric Learning (PML) and with the one of this package.
 
     -from pytorch_metric_learning.losses import CrossBatchMemory
     +from selfsup_xbn import CrossBatchMemory
 
     python -m experiments.dropin.pml_supervised [--epochs 10] [--batch 32] [--memory 512] [--dtype float64]
 
-PML's trainer learns to embed digits, PML's tester searches each held-out image among the others. Prints for each epoch
-the mean loss and the mean average precision at R (MAP@R) of the three runs, then how far apart the first two are.
-Losses with and without adaptation are not to be compared: the memories are different ones.
+PML's trainer trains an embedding of digits, and PML's tester evaluates it on other images. The program prints for each
+epoch the mean loss and the mean average precision at R (MAP@R) of three runs, and the largest differences between the
+first two. Losses with and without adaptation are not comparable, because the rows of the memories differ.
 
-All three draw the same weights and batches. With ``xbm`` only rounding sets ours apart from PML's. In float32, which
-most programs use, training makes of that some 1e-2 of the loss in ten epochs; in float64 it stays rounding.
+All runs use the same weights and batches. With ``xbm`` the values equal PML's except for rounding. In float32, training
+amplifies the differences to about 1e-2 of the loss in ten epochs. In float64 they remain rounding differences.
 """
 
 from __future__ import annotations
@@ -42,21 +42,21 @@ CPU = torch.device("cpu")
 
 
 class Curves(NamedTuple):
-    """Loss of each step, accuracy of each epoch in percent."""
+    """Loss of each step, and MAP@R of each epoch in percent."""
 
     losses: list[float]
     accuracies: list[float]
 
 
 def digits() -> tuple[TensorDataset, TensorDataset]:
-    """Images [N, 1, 8, 8] and labels to train with and to test with, which other people wrote."""
+    """Return the training set and the test set of images [N, 1, 8, 8] and labels [N], by different writers."""
     data = load_digits()
     images, labels = torch.tensor(data.images[:, None] / 16, dtype=torch.float32), torch.tensor(data.target)
     return TensorDataset(images[:900], labels[:900]), TensorDataset(images[900:], labels[900:])
 
 
 def small_convnet() -> nn.Sequential:
-    """Images [B, 1, 8, 8] to features [B, 64]."""
+    """Return a network that maps images [B, 1, 8, 8] to features [B, 64]."""
     layers: list[nn.Module] = []
     for inputs, outputs, stride in ((1, 32, 1), (32, 64, 2), (64, 64, 2)):
         layers += [nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()]
@@ -64,7 +64,7 @@ def small_convnet() -> nn.Sequential:
 
 
 def run(make_memory: Callable[..., nn.Module], args: argparse.Namespace) -> Curves:
-    """Trains and tests with one kind of memory."""
+    """Train and test with a memory."""
     torch.manual_seed(args.seed)
     np.random.seed(args.seed)
     dtype = getattr(torch, args.dtype)
@@ -101,7 +101,7 @@ def run(make_memory: Callable[..., nn.Module], args: argparse.Namespace) -> Curv
 
 
 def report(curves: dict[str, Curves], epochs: int) -> None:
-    """A row of mean losses and accuracies for each epoch, and the gap between the first two runs."""
+    """Print the mean loss and the accuracy of each epoch, and the largest differences between the first two runs."""
     print("epoch", *(name.rjust(9) for name in curves), "  |", *(f"{name} MAP@R".rjust(12) for name in curves))
     peer, ours, *_ = curves.values()
     steps = len(peer.losses) // epochs
@@ -110,18 +110,19 @@ def report(curves: dict[str, Curves], epochs: int) -> None:
         accuracies = [curve.accuracies[epoch] for curve in curves.values()]
         print(f"{epoch + 1:5}", *(f"{m:9.4f}" for m in means), "  |", *(f"{a:12.2f}" for a in accuracies))
     gaps = [max(abs(a - b) for a, b in zip(x, y, strict=True)) for x, y in zip(peer, ours, strict=True)]
-    print(f"largest difference of PML and xbm: {gaps[0]:.1e} of the loss, {gaps[1]:.1e} % of MAP@R")
+    print(f"largest difference between PML and xbm: loss {gaps[0]:.1e}, MAP@R {gaps[1]:.1e} %")
 
 
 def main() -> None:
+    """Run the program with each memory and print the curves."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--memory", type=int, default=512, help="rows of the memory")
-    parser.add_argument("--dtype", choices=["float32", "float64"], default="float64")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=10, help="training epochs (default 10)")
+    parser.add_argument("--batch", type=int, default=32, help="batch size (default 32)")
+    parser.add_argument("--memory", type=int, default=512, help="rows of the memory (default 512)")
+    parser.add_argument("--dtype", choices=["float32", "float64"], default="float64", help="(default float64)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default 0)")
     args = parser.parse_args()
-    torch.set_num_threads(1)  # threads cost such a small network more than they give it
+    torch.set_num_threads(1)  # more threads slow down a network of this size
 
     def xbm(loss: nn.Module, embedding_size: int, **settings: Any) -> nn.Module:
         return selfsup_xbn.CrossBatchMemory(loss, embedding_size, adaptation="xbm", **settings)
@@ -131,7 +132,7 @@ def main() -> None:
         "xbm": xbm,
         "xbn": selfsup_xbn.CrossBatchMemory,
     }
-    with contextlib.redirect_stderr(io.StringIO()):  # a progress bar an epoch
+    with contextlib.redirect_stderr(io.StringIO()):  # hides the progress bars
         curves = {name: run(make_memory, args) for name, make_memory in kinds.items()}
     report(curves, args.epochs)
 

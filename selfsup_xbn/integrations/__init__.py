@@ -1,1 +1,1 @@
-"""Drop-ins for programs that use another library: change an import, keep the program."""
+"""Replacements for classes of pytorch-metric-learning and lightly that use the adapted queue."""

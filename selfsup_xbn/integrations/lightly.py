@@ -1,17 +1,16 @@
-"""lightly's NTXentLoss and MemoryBankModule on the adapted queue: change the import, and nothing else.
+"""NTXentLoss and MemoryBankModule of lightly with an adapted queue as the memory bank.
 
-The interface is that of lightly 1.6, and so is the order of a step: the bank is adapted to the batch's keys, the loss
-is taken against it, then the keys enter, so that they are no negatives of one another. ``adaptation="xbm"`` adapts
-nothing and gives lightly's numbers, up to the first batch that passes the bank's end: lightly drops the rows past it.
+The interface and the order of a step are those of lightly 1.6: the bank is adapted to the keys of the batch, the loss
+is computed against the bank, and the keys are enqueued. No key is a negative of another key of the batch. With
+``adaptation="xbm"`` the values equal lightly's until a batch passes the end of the bank, where lightly drops rows.
 
-**Random rows at the start.** As in lightly, a new bank is full of random unit rows, drawn in the same way from the same
-generator. Adapted, they are noise with the keys' own mean and standard deviation: nearer to the queries than lightly's
-noise, so that the loss starts higher, and gone when as many keys have come as the bank has rows. A bank that starts
-empty gave the same accuracy, but has no negatives at the first step and no fixed shape.
+**Initial rows.** As in lightly, a new bank contains random unit rows. Adaptation moves them to the mean and standard
+deviation of the keys, where they are more similar to the queries than lightly's random rows. The loss therefore starts
+higher. The random rows are replaced after N keys.
 
-**Checkpoints.** The bank is in the ``state_dict()``. Where a ``state_dict`` has no bank at all, as lightly's never
-does, it loads without complaint and the bank stays as it is; one with a part of it, or of another size, is refused.
-lightly's class needs ``strict=False`` to load ours.
+**Checkpoints.** The ``state_dict()`` contains the bank. A ``state_dict`` without a bank, as that of lightly's class,
+loads and leaves the bank unchanged. One with an incomplete bank or a bank of another size raises an error. lightly's
+class loads a ``state_dict`` of this class with ``strict=False``.
 
 Axis legend: B batch, N rows of the bank, D dimensions.
 """
@@ -35,21 +34,29 @@ from selfsup_xbn.utils.distributed import gather, world
 
 
 class MemoryBankModule(nn.Module):
-    """Takes the place of ``lightly.models.modules.memory_bank.MemoryBankModule``, as it is or as a base class.
+    """Memory bank of N adapted rows, a replacement for ``lightly.models.modules.memory_bank.MemoryBankModule``.
 
-    A batch that passes the end of the bank goes on at its start, and of a batch larger than the bank the last rows are
-    kept. A batch with a non-finite value is left out. No step waits for the device.
+    Keys overwrite the oldest rows. A batch that passes the end of the bank continues at its start. Of a batch larger
+    than the bank, the last N rows are enqueued. A batch with a non-finite value is not enqueued. The host does not wait
+    for the device.
 
     Args:
         size: (N, D), or 0 for no bank.
-        gather_distributed: the bank takes the keys of all processes, in the order of their ranks. All then hold the
-            same bank if they start with the same one: seed alike, or wrap the module in DistributedDataParallel.
-        feature_dim_first: negatives are given as [D, N], otherwise as [N, D].
+        gather_distributed: whether the bank takes the keys of all ranks, in the order of the ranks. The banks of all
+            ranks are equal if their initial rows are: use the same seed, or wrap the module in
+            DistributedDataParallel.
+        feature_dim_first: whether negatives are returned as [D, N] instead of [N, D].
         adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``.
-        dtype: storage of the bank, which ``.double()``, ``.half()`` and autocast leave as it is.
+        dtype: dtype of the rows. ``.double()``, ``.half()`` and autocast do not change it.
 
     Raises:
-        UserError: a size that is neither 0 nor (N, D), or an adaptation that does not exist.
+        UserError: the size is neither 0 nor (N, D), or the adaptation is unknown.
+
+    Example:
+        >>> bank = MemoryBankModule((256, 16))
+        >>> keys, negatives = bank(torch.randn(8, 16), update=True)
+        >>> negatives.shape
+        torch.Size([16, 256])
     """
 
     def __init__(
@@ -62,7 +69,7 @@ class MemoryBankModule(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
-        self.size = _checked(size)
+        self.size = _bank_shape(size)
         self.gather_distributed, self.feature_dim_first = gather_distributed, feature_dim_first
         self.queue: FeatureQueue | None = None
         if self.size[0] > 0:
@@ -72,17 +79,20 @@ class MemoryBankModule(nn.Module):
     def forward(
         self, output: Float[Tensor, "B D"], labels: Tensor | None = None, update: bool = False
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "_ _"] | None]:
-        """The output and the bank's rows, adapted to the output if ``update`` says so, which then enqueues it as well.
+        """Return the output and the rows of the bank, before the output is enqueued.
 
-        Adapted rows of a bank of unit vectors are not of unit length: normalise them where cosines are meant.
+        Adapted rows do not have unit norm. Normalise them before computing cosine similarities.
 
         Args:
-            output: embeddings; their gradient is left alone, and none reaches the bank.
+            output: embeddings. No gradient flows to the bank.
             labels: ignored, as in lightly.
-            update: adapt the bank and enqueue; otherwise it is read as the last update left it.
+            update: whether to adapt the bank to the output and to enqueue the output.
 
         Returns:
-            The output itself, and the negatives [D, N] or [N, D]; None where there is no bank.
+            The output, and the negatives [D, N] or [N, D], or None without a bank.
+
+        Raises:
+            ValueError: the output has another shape than [B, D].
         """
         if self.queue is None:
             return output, None
@@ -97,37 +107,52 @@ class MemoryBankModule(nn.Module):
     @property
     @torch.no_grad()
     def bank(self) -> Float[Tensor, "N *D"]:
-        """All rows as last adapted, in the order of their slots."""
+        """Adapted rows in the order of their slots. Without a bank the tensor is empty."""
         if self.queue is None:
             return torch.empty(self.size)
         return self.queue.affine_map()(self.queue.rows)
 
     def gathered(self, output: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
-        """The batch's rows without gradient: this process's, or with ``gather_distributed`` those of all."""
+        """Return the output without gradient, with ``gather_distributed`` the outputs of all ranks.
+
+        Args:
+            output: embeddings of this rank. All ranks have the same number of rows B.
+        """
         return gather(output.detach(), len(output) * world()) if self.gather_distributed else output.detach()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Torch's hook for older checkpoints: one without any part of a bank leaves this bank as it is."""
+        """Load the bank. A state dict without a bank leaves it unchanged."""
         if not any(name.startswith(prefix) for name in state_dict):
             state_dict.update(self.state_dict(prefix=prefix))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class NTXentLoss(lightly.loss.NTXentLoss):
-    """Takes the place of ``lightly.loss.NTXentLoss``. Without a bank (SimCLR) it is that class.
+    """InfoNCE against an adapted memory bank, a replacement for ``lightly.loss.NTXentLoss``.
 
-    With one it is InfoNCE of queries and keys against the bank (MoCo), read block by block: neither the bank nor the
-    similarities to it are ever copied as a whole. Products are at least float32, under autocast too.
+    With a bank the loss is that of MoCo, computed blockwise over the bank: no copy of the bank and no [B, N] matrix is
+    created. Products are computed in float32 or float64, also under autocast. Without a bank (SimCLR) the loss is
+    computed by lightly.
 
     Args:
-        temperature: T > 0; lightly's other values are taken without a bank only.
+        temperature: temperature T of the logits, above 0.
         memory_bank_size: (N, D), or 0 for no bank.
-        gather_distributed: with a bank, it takes the keys of all processes; without, negatives are those of all.
-        adaptation, dtype: of the bank, see ``MemoryBankModule``.
+        gather_distributed: with a bank, whether it takes the keys of all ranks; without a bank, whether the outputs
+            of all ranks are negatives.
+        adaptation: adaptation of the bank, as in ``MemoryBankModule``.
+        dtype: dtype of the rows of the bank, as in ``MemoryBankModule``.
 
     Raises:
-        UserError: see ``MemoryBankModule``.
-        ValueError: lightly's own, for a temperature near 0 and for torch without distributed support.
+        UserError: the size is neither 0 nor (N, D), or the adaptation is unknown.
+        ValueError: raised by lightly for a temperature near 0, and for a torch build without distributed support.
+
+    Example:
+        >>> criterion = NTXentLoss(temperature=0.1, memory_bank_size=(4096, 128))
+        >>> queries, keys = torch.randn(8, 128, requires_grad=True), torch.randn(8, 128)
+        >>> loss = criterion(queries, keys)
+        >>> loss.backward()
+        >>> queries.grad.shape
+        torch.Size([8, 128])
     """
 
     memory_bank: MemoryBankModule
@@ -145,16 +170,28 @@ class NTXentLoss(lightly.loss.NTXentLoss):
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, adaptation=adaptation, dtype=dtype)
 
     def forward(self, out0: Float[Tensor, "B D"], out1: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
-        """The loss of queries and keys of any length. The bank takes the keys if ``out0`` requires a gradient."""
+        """Return the mean loss over the batch.
+
+        Args:
+            out0: queries, of any norm. Only if they require a gradient, the bank is adapted to the keys and takes them.
+            out1: keys, of any norm.
+
+        Raises:
+            UserError: the temperature is negative and there is a bank.
+            ValueError: the shape is not [B, D].
+        """
         if self.memory_bank.queue is None:
             return super().forward(out0, out1)
         return self.symmetric((out0, out1))
 
     def symmetric(self, *pairs: tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]) -> Float[Tensor, ""]:
-        """Mean loss of several (queries, keys) of the same images: ``criterion.symmetric((q0, k1), (q1, k0))``.
+        """Return the mean loss of several pairs of queries and keys of the same images.
 
-        All meet the bank as it was before any of their keys entered. Of two calls of ``criterion`` the second would
-        meet the first one's keys, and so each image a view of itself as a negative.
+        All keys are enqueued after the loss. With two separate calls, the keys of the first call would be negatives of
+        the same images in the second call.
+
+        Args:
+            pairs: queries and keys, for example ``criterion.symmetric((q0, k1), (q1, k0))``.
         """
         bank = self.memory_bank
         if bank.queue is None:
@@ -170,13 +207,13 @@ class NTXentLoss(lightly.loss.NTXentLoss):
 
 
 def _unit(output: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    """Rows of length 1, in float32 at least: the bank's precision does not depend on autocast."""
+    """Return the rows divided by their norm, in float32 or float64."""
     return F.normalize(output.to(torch.promote_types(output.dtype, torch.float32)), dim=1)
 
 
-def _checked(size: int | Sequence[int]) -> tuple[int, ...]:
-    """(0,) for no bank, otherwise (N, D)."""
+def _bank_shape(size: int | Sequence[int]) -> tuple[int, ...]:
+    """Return (0,) for no bank, otherwise (N, D)."""
     shape = (size,) if isinstance(size, int) else tuple(size)
     if shape == (0,) or (len(shape) == 2 and min(shape) >= 0):
         return shape
-    raise UserError(f"expected a memory bank size (num_features, dim), or 0 for no bank, got {size}")
+    raise UserError(f"expected memory_bank_size (num_features, dim) or 0, got {size}")

@@ -1,67 +1,71 @@
-"""PyTorch Metric Learning's CrossBatchMemory on the adapted queue: change the import, and nothing else.
+"""CrossBatchMemory of PyTorch Metric Learning (PML) with an adapted queue.
 
-The interface is that of PML 2.9. The order of a step is PML's and the paper's: the queue is adapted to the embeddings
-that enter it, they are enqueued, and the loss of the batch is taken against the queue, where no embedding meets itself.
-``adaptation="xbm"`` adapts nothing and gives PML's numbers. Mended: pointer and fill are in the ``state_dict``; a batch
-of one has no pair with itself; an ``enqueue_mask`` that is all False, or takes more than M rows, does no harm; half
-precision works; ranks agree on the order of the rows.
+The interface and the order of a step are those of PML 2.9: the queue is adapted to the new embeddings, they are
+enqueued, and the loss of the batch is computed against the queue without pairs of an embedding with itself. With
+``adaptation="xbm"`` the values equal PML's. Differences from PML: the ``state_dict`` contains the pointer and the
+number of filled rows; a batch of one embedding has no pair with itself; an ``enqueue_mask`` may be False everywhere or
+select more than M rows; half precision is supported; all ranks store the rows in the same order.
 
-**Two ways to the loss.** SupConLoss and NTXentLoss as PML makes them by default, with no miner or PairMarginMiner, are
-computed block by block (``selfsup_xbn.losses``), in memory of O(B D + B b) for blocks of b rows. All else is PML's own
-loss and miner on the adapted rows: other losses, miners, distances or reducers, an ``indices_tuple``, and whatever
-collects statistics (``collect_stats=True``).
+**Implementation of the loss.** SupConLoss and NTXentLoss with default settings, without a miner or with
+PairMarginMiner, are computed blockwise (``selfsup_xbn.losses``) in O(B D + B b) memory for blocks of b rows. PML
+computes all other losses, miners, distances and reducers on the adapted rows, and all losses with an ``indices_tuple``
+or ``collect_stats=True``.
 
-**Precision.** Half precision and autocast end here: losses are at least float32. The queue is float32, and becomes
-float64 with the first float64 embeddings.
+**Precision.** Losses are computed in float32 or float64, also for half precision inputs and under autocast. The queue
+is stored in float32, and in float64 after the first float64 embeddings.
 
 Axis legend: B batch, E rows that enter the queue, n filled rows, M queue rows, D dimensions.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
 from pytorch_metric_learning import losses as peer
-from pytorch_metric_learning.distances import CosineSimilarity, LpDistance
-from pytorch_metric_learning.miners import PairMarginMiner
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.losses import PairMargin, nt_xent, sup_con
+from selfsup_xbn.integrations._pml_blockwise import blockwise_loss
 from selfsup_xbn.memory.adaptation import Adaptation
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.utils.distributed import rank, world
 
-BLOCKWISE = {peer.SupConLoss: sup_con, peer.NTXentLoss: nt_xent}
-
 
 class CrossBatchMemory(peer.CrossBatchMemory):
-    """Takes the place of ``pytorch_metric_learning.losses.CrossBatchMemory``, under its trainers and wrappers too.
+    """Cross-batch memory of M adapted rows, a replacement for ``pytorch_metric_learning.losses.CrossBatchMemory``.
 
-    All state is in ``state_dict()``. Any number of rows may enter: of more than M the last M are kept, none change
-    nothing, and a batch with a non-finite value is left out. Under DistributedLossWrapper all ranks hold the same rows
-    in the same order. No step on the blockwise way waits for the device, unless ``enqueue_mask`` is on it.
+    Of more than M new embeddings, the last M are enqueued. A batch with a non-finite value is not enqueued. With PML's
+    DistributedLossWrapper all ranks store the same rows in the same order. If the loss is computed blockwise, the host
+    does not wait for the device, except for an ``enqueue_mask`` on the device.
 
-    Embeddings are matched and stored as they come. The paper matches the moments of unit vectors: for that, normalise
-    embeddings before.
+    Embeddings are stored without normalisation. Normalise them first to match the moments of unit vectors, as in the
+    paper (arXiv 2303.17127).
 
     Args:
-        loss: one of ``supported_losses()``.
-        embedding_size: D.
-        memory_size: M.
-        miner: a PML miner, of the pairs or triplets of the batch with the queue.
+        loss: a loss of ``supported_losses()``.
+        embedding_size: number of dimensions D.
+        memory_size: number of rows M.
+        miner: a PML miner of the pairs or triplets of the batch with the queue.
         adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``.
-        **kwargs: PML's, ``collect_stats``.
+        **kwargs: further arguments of PML's class, such as ``collect_stats``.
 
     Raises:
-        UserError: a size below 1, or an adaptation that does not exist.
-        Exception: PML's own, for a loss that is not supported.
+        UserError: a size is below 1, or the adaptation is unknown.
+        Exception: raised by PML for a loss that is not supported.
+
+    Example:
+        >>> from pytorch_metric_learning.losses import SupConLoss
+        >>> memory = CrossBatchMemory(SupConLoss(), embedding_size=16, memory_size=256)
+        >>> embeddings = torch.randn(8, 16, requires_grad=True)
+        >>> loss = memory(embeddings, torch.tensor([0, 0, 1, 1, 2, 2, 3, 3]))
+        >>> loss.backward()
+        >>> memory.queue_idx
+        8
     """
 
     loss: Any
@@ -77,7 +81,9 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         adaptation: str | Adaptation = "xbn",
         **kwargs: Any,
     ) -> None:
-        super(peer.CrossBatchMemory, self).__init__(loss=loss, **kwargs)  # past PML's class, which makes its own queue
+        super(peer.CrossBatchMemory, self).__init__(
+            loss=loss, **kwargs
+        )  # skips PML's class, which allocates its own queue
         self.loss, self.miner = loss, miner
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.queue = FeatureQueue(memory_size, embedding_size, adaptation, labels=True)
@@ -91,45 +97,49 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         indices_tuple: tuple[Tensor, ...] | None = None,
         enqueue_mask: Bool[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]:
-        """The loss of a batch, whose embeddings enter the queue before.
+        """Return the loss of the batch against the queue, after the embeddings are enqueued.
 
         Args:
-            embeddings: of any length, in any precision.
-            labels: class of each, in any type of whole numbers.
-            indices_tuple: pairs (a, p, a, n) or triplets (a, p, n) to add to the mined ones; a in the batch, p and n
-                slots of the queue, as in PML.
-            enqueue_mask: True for rows that enter the queue; the others are the anchors. None: each row is both.
+            embeddings: embeddings of any norm, in any floating point dtype.
+            labels: class of each embedding. Floating point labels must be whole numbers.
+            indices_tuple: pairs (a, p, a, n) or triplets (a, p, n) in addition to the mined ones. The anchors a are
+                indices of the batch, p and n are slots of the queue, as in PML.
+            enqueue_mask: True for the embeddings that are enqueued. The others are the anchors. With None all
+                embeddings are enqueued and are anchors.
 
         Raises:
-            ValueError: both an ``indices_tuple`` and an ``enqueue_mask``, or shapes that do not fit.
-            UserError: labels that are no whole numbers.
+            ValueError: both ``indices_tuple`` and ``enqueue_mask`` are given, or the shapes are inconsistent.
+            UserError: a label is not a whole number.
         """
         if indices_tuple is not None and enqueue_mask is not None:
-            raise ValueError("indices_tuple and enqueue_mask are mutually exclusive")
+            raise ValueError("expected indices_tuple or enqueue_mask, got both: they are mutually exclusive")
         if enqueue_mask is not None and len(enqueue_mask) != len(embeddings):
             raise ValueError(f"expected an enqueue_mask of {len(embeddings)} rows, got {len(enqueue_mask)}")
         if len(labels) != len(embeddings):
             raise ValueError(f"expected {len(embeddings)} labels, got {len(labels)}")
         self.reset_stats()
-        labels = _class_indices(_beside(labels, embeddings))
-        entering = _in_rank_order(len(embeddings), embeddings.device if enqueue_mask is None else enqueue_mask.device)
+        labels = _class_indices(_to_device_of(labels, embeddings))
+        enqueued = _in_rank_order(len(embeddings), embeddings.device if enqueue_mask is None else enqueue_mask.device)
         with torch.autocast(embeddings.device.type, enabled=False):
             if enqueue_mask is None:
-                self.add_to_memory(embeddings.detach()[entering], labels[entering], len(entering))
-                self.curr_batch_idx = torch.empty_like(entering).index_copy_(0, entering, self.curr_batch_idx)
+                self.add_to_memory(embeddings.detach()[enqueued], labels[enqueued], len(enqueued))
+                self.curr_batch_idx = torch.empty_like(enqueued).index_copy_(0, enqueued, self.curr_batch_idx)
                 return self._loss(embeddings, labels, indices_tuple, is_in_queue=True)
-            entering = _beside(entering[enqueue_mask[entering]], embeddings)
-            self.add_to_memory(embeddings.detach()[entering], labels[entering], len(entering))
-            anchors = _beside(enqueue_mask.logical_not().nonzero()[:, 0], embeddings)
+            enqueued = _to_device_of(enqueued[enqueue_mask[enqueued]], embeddings)
+            self.add_to_memory(embeddings.detach()[enqueued], labels[enqueued], len(enqueued))
+            anchors = _to_device_of(enqueue_mask.logical_not().nonzero()[:, 0], embeddings)
             return self._loss(embeddings[anchors], labels[anchors], None, is_in_queue=False)
 
     @torch.no_grad()
     def add_to_memory(self, embeddings: Float[Tensor, "E D"], labels: Shaped[Tensor, "E"], batch_size: int) -> None:
-        """Adapts the queue to embeddings and enqueues them; ``curr_batch_idx`` becomes their slots, -1 if not kept.
+        """Adapt the queue to the embeddings and enqueue them.
+
+        ``curr_batch_idx`` is set to their slots, and to -1 for embeddings that are not enqueued.
 
         Args:
-            embeddings, labels: as in ``forward``.
-            batch_size: E, for PML's sake.
+            embeddings: embeddings of any norm, in any floating point dtype.
+            labels: class of each embedding.
+            batch_size: number of embeddings E, an argument of PML's interface.
         """
         if self.queue.rows.device != embeddings.device:
             self.queue.to(embeddings.device)
@@ -150,7 +160,16 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         input_indices_tuple: tuple[Tensor, ...] | None,
         do_remove_self_comparisons: bool,
     ) -> tuple[Tensor, ...]:
-        """The mined pairs or triplets, without those of an embedding with itself, and the given ones after them."""
+        """Return the mined pairs or triplets, followed by those of ``input_indices_tuple``.
+
+        Args:
+            embeddings: anchors.
+            labels: class of each anchor.
+            E_mem: adapted rows of the queue.
+            L_mem: class of each row.
+            input_indices_tuple: pairs or triplets to append; None for none.
+            do_remove_self_comparisons: whether to remove pairs of an anchor with its own row at ``curr_batch_idx``.
+        """
         mined = super().create_indices_tuple(embeddings, labels, E_mem, L_mem, None, False)
         if do_remove_self_comparisons:
             anchor, positive, *negative = mined
@@ -163,35 +182,35 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         return c_f.concatenate_indices_tuples(mined, same_kind(input_indices_tuple, labels))
 
     def reset_queue(self) -> None:
-        """Empties the queue and forgets what its adaptation observed."""
+        """Empty the queue and reset its adaptation."""
         self.queue.reset()
 
     @property
     def embedding_memory(self) -> Float[Tensor, "M D"]:
-        """The adapted rows in the order of their slots, zeros where there is none yet. Waits for the device."""
+        """Adapted rows in the order of their slots, zero for empty slots. The host waits for the device."""
         rows = self.queue.features()
         return nn.functional.pad(rows, (0, 0, 0, self.memory_size - len(rows)))
 
     @property
     def label_memory(self) -> Int64[Tensor, "M"]:
-        """The label of each slot, 0 where there is none yet."""
+        """Label of each slot, 0 for empty slots."""
         assert self.queue.labels is not None
         return self.queue.labels
 
     @property
     def queue_idx(self) -> int:
-        """The slot that is written next. Waits for the device."""
+        """Slot of the next embedding. The host waits for the device."""
         return int(self.queue.pointer)
 
     @property
     def has_been_filled(self) -> bool:
-        """Whether every slot holds a row. Waits for the device."""
+        """Whether every slot is filled. The host waits for the device."""
         return len(self.queue) == self.memory_size
 
     def _loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None, is_in_queue: bool
     ) -> Tensor:
-        """The loss of anchors against the queue, in which they stand at ``curr_batch_idx`` if they do."""
+        """Return the loss of the anchors against the queue. If they are in it, their slots are ``curr_batch_idx``."""
         blockwise = None if indices_tuple is not None else self._blockwise()
         if blockwise is not None:
             return blockwise(embeddings, labels, self.queue, self_indices=self.curr_batch_idx if is_in_queue else None)
@@ -204,21 +223,13 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         return self.loss(embeddings, labels, indices_tuple, rows, row_labels)
 
     def _blockwise(self) -> Callable[..., Tensor] | None:
-        """The blockwise form of loss and miner, if there is one that does all that they do."""
-        function = BLOCKWISE.get(type(self.loss))
-        margin = None if self.miner is None else _pair_margin(self.miner)
-        collects = any(getattr(module, "collect_stats", False) for module in self.modules())
-        if function is None or not _is_plain(self.loss) or (margin is None) != (self.miner is None) or collects:
+        """Return the blockwise function that equals the loss and the miner, or None."""
+        if any(getattr(module, "collect_stats", False) for module in self.modules()):
             return None
-        return functools.partial(
-            function,
-            temperature=self.loss.temperature,
-            miner=margin,
-            on_pairs=None if margin is None else self._record_pairs,
-        )
+        return blockwise_loss(self.loss, self.miner, self._record_pairs)
 
     def _record_pairs(self, positives: Int64[Tensor, ""], negatives: Int64[Tensor, ""]) -> None:
-        """Set what PML's miners record at each call: integers, or, so that no step waits, tensors on an accelerator."""
+        """Set the counts that PML's miners record. On CUDA they are tensors, so that the host does not wait."""
         counts = positives, negatives
         self.miner.num_pos_pairs, self.miner.num_neg_pairs = (c if c.is_cuda else int(c) for c in counts)
 
@@ -226,44 +237,17 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         self.queue.rows = self.queue.rows.to(dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Torch's hook; the queue's precision is that of the checkpoint, so that it goes on as it was."""
+        """Load the queue with the dtype of the state dict."""
         if prefix + "queue.rows" in state_dict:
             self._store_as(state_dict[prefix + "queue.rows"].dtype)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-def _is_plain(loss: Any) -> bool:
-    """Whether a SupConLoss or NTXentLoss has PML's default parts. (A regularizer would bring another reducer.)"""
-    return (
-        type(loss.reducer) is type(loss.get_default_reducer())
-        and getattr(loss.reducer, "high", None) is None
-        and _is_cosine(loss.distance)
-        and isinstance(loss.temperature, int | float)
-    )
-
-
-def _is_cosine(distance: Any) -> bool:
-    return type(distance) is CosineSimilarity and distance.p == 2 and distance.power == 1
-
-
-def _pair_margin(miner: Any) -> PairMargin | None:
-    """The blockwise form of a miner: PairMarginMiner by cosine, or by Euclidean distance of unit vectors."""
-    if type(miner) is not PairMarginMiner:
-        return None
-    positive, negative, distance = miner.pos_margin, miner.neg_margin, miner.distance
-    if _is_cosine(distance):
-        return PairMargin(positive, negative, "cosine")
-    of_unit_vectors = type(distance) is LpDistance and distance.normalize_embeddings
-    if of_unit_vectors and distance.p == 2 and distance.power == 1 and min(positive, negative) >= 0:
-        return PairMargin(positive, negative)
-    return None
-
-
 def _in_rank_order(rows: int, device: torch.device) -> Int64[Tensor, "B"]:
-    """Indices that put the rows of a gathered batch in the order of the ranks they come from.
+    """Return indices that sort the rows of a gathered batch by rank.
 
-    DistributedLossWrapper gives each rank its own rows first, then the others'. Whether a batch was gathered cannot be
-    known here; one that was not has its rows in another order, which is as good.
+    DistributedLossWrapper puts the rows of this rank first. A batch that was not gathered cannot be distinguished from
+    a gathered one, and is enqueued in a different order.
     """
     index = torch.arange(rows, device=device)
     if world() == 1 or rows % world():
@@ -272,14 +256,14 @@ def _in_rank_order(rows: int, device: torch.device) -> Int64[Tensor, "B"]:
     return torch.cat([*others[: rank()], own, *others[rank() :]])
 
 
-def _beside(tensor: Tensor, other: Tensor) -> Tensor:
-    """On the other's device; from a CPU without waiting for it."""
+def _to_device_of(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return the tensor on the device of another one. A copy from the CPU is asynchronous."""
     return tensor.to(other.device, non_blocking=tensor.device.type == "cpu")
 
 
 def _class_indices(labels: Shaped[Tensor, "B"]) -> Int64[Tensor, "B"]:
-    """Labels as int64, whatever they are given as."""
+    """Return the labels as int64."""
     if labels.is_floating_point() and not torch.equal(labels, labels.round()):
         fraction = labels[labels != labels.round()][0].item()
-        raise UserError(f"expected whole numbers as labels, got {fraction}: number the classes before")
+        raise UserError(f"expected whole numbers as labels, got {fraction}")
     return labels.long()

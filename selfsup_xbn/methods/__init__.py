@@ -1,1 +1,1 @@
-"""Methods: what a training step is. Each reads like its paper's algorithm."""
+"""Training methods: MoCo and supervised metric learning, each with an adapted queue."""

@@ -1,6 +1,6 @@
-"""What a method is to the rest of the package, and what most methods are made of.
+"""Base class of the training methods, and the construction of their queues from a config.
 
-Axis legend: B batch, b this process's shard of it, C channels, S side of an image, M queue rows, D dimensions.
+Axis legend: B batch, b shard of the batch on this rank, C channels, S side of an image, D dimensions.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from selfsup_xbn.models.encoder import Encoder
 
 
 class Method(nn.Module):
-    """A module whose ``forward`` is the loss of a step, and which moves its queue meanwhile.
+    """Base class: a module whose ``forward`` returns the loss of a training step and updates the queue.
 
-    A run trains the parameters that require a gradient, evaluates ``encoder``, and saves ``state_dict()``.
+    The trainer optimises the parameters that require a gradient, evaluates ``encoder`` and saves ``state_dict()``.
 
     Attributes:
         encoder: the encoder that is evaluated and exported.
-        queue: the memory, or None.
-        encoder_name: the encoder's name in the state dict.
+        queue: the queue of past embeddings, or None.
+        encoder_name: name of the encoder in the state dict.
     """
 
     encoder: Encoder
@@ -37,7 +37,13 @@ class Method(nn.Module):
     @classmethod
     @abstractmethod
     def from_config(cls, config: Config, encoder: Encoder, images: int) -> Method:
-        """Return the method with the config's settings, for a training set of so many images."""
+        """Return the method with the settings of a config.
+
+        Args:
+            config: settings of the run.
+            encoder: encoder to train.
+            images: number of training images, of which the queue size may be a percentage.
+        """
 
     @abstractmethod
     def forward(
@@ -46,29 +52,45 @@ class Method(nn.Module):
         """Return the loss of a step.
 
         Args:
-            views: random views of each image of this process's shard of the batch, ``Config.views`` of them.
+            views: ``Config.views`` random views of each image of this rank's shard of the batch.
             labels: class of each image of the whole batch.
-            step, steps: position in the run.
+            step: number of steps before this one.
+            steps: number of steps of the run.
         """
 
     @property
     def capturable(self) -> bool:
-        """Whether a CUDA graph of one step repeats every step: no number of the host may change from step to step."""
+        """Whether one CUDA graph can replay every step. No Python number that a step uses may change between steps."""
         return False
 
     def head_loss(self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
-        """Return the loss of a step in the stage that trains the head alone (``Config.head_epochs``)."""
-        raise NotImplementedError(f"{type(self).__name__} has no stage in which the head alone is trained")
+        """Return the loss of a step in the first stage, which trains only the head (``Config.head_epochs``).
+
+        Args:
+            views: views of this rank's shard of the batch, as in ``forward``.
+            labels: class of each image of the whole batch.
+
+        Raises:
+            NotImplementedError: the method has no such stage.
+        """
+        raise NotImplementedError(
+            f"expected head_epochs=0 for {type(self).__name__}, which does not train the head alone"
+        )
 
 
 def method_class(config: Config) -> type[Method]:
-    """Return the class that a run of ``config`` trains."""
+    """Return the class of the config's method."""
     kind: type[Method] = imported(config.method)
     return kind
 
 
 def queue_from_config(config: Config, images: int) -> FeatureQueue | None:
-    """Return the config's queue for a training set of so many images; None for a queue of no rows."""
+    """Return the queue of a config, or None for a queue size of 0.
+
+    Args:
+        config: settings of the run.
+        images: number of training images, of which the queue size may be a percentage.
+    """
     rows, dtype = queue_rows(config, images), getattr(torch, config.queue_dtype)
     if not rows:
         return None
@@ -76,7 +98,7 @@ def queue_from_config(config: Config, images: int) -> FeatureQueue | None:
 
 
 def adaptation_from_config(config: Config) -> Adaptation:
-    """Return the config's adaptation; AXBN with the config's constants."""
+    """Return the adaptation of a config. AXBN gets the constants of its Kalman filter from the config."""
     kind: type[Adaptation] = ADAPTATIONS.find(config.adaptation)
     if issubclass(kind, AXBN):
         return kind(config.kalman_q, config.kalman_r, config.kalman_p0, config.gain_interval)

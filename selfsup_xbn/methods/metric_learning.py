@@ -1,6 +1,6 @@
 """Supervised metric learning with a cross-batch memory: XBM (arXiv 1912.06798), XBN and AXBN (arXiv 2303.17127).
 
-Axis legend: B batch, b this process's shard of it, C channels, S side of an image, D dimensions, M queue rows.
+Axis legend: B batch, b shard of the batch on this rank, C channels, S side of an image, D dimensions.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from selfsup_xbn.utils.distributed import gather
 
 @runtime_checkable
 class MemoryLoss(Protocol):
-    """A loss of a batch against the queue, its own rows left out, or, without a queue, in the batch."""
+    """Loss of the pairs of a batch with the rows of a queue or, without a queue, within the batch."""
 
     def __call__(
         self,
@@ -32,21 +32,41 @@ class MemoryLoss(Protocol):
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
         self_indices: Int64[Tensor, "B"] | None = None,
-    ) -> Float[Tensor, ""]: ...
+    ) -> Float[Tensor, ""]:
+        """Return the loss.
+
+        Args:
+            embeddings: unit embeddings of the batch, the anchors.
+            labels: class of each anchor.
+            queue: the queue with labels; None for pairs within the batch.
+            self_indices: slot of each anchor in the queue, which is excluded from its pairs.
+        """
+        ...
 
 
 class MetricLearning(Method):
-    """One encoder, unit embeddings, and a memory of them.
+    """Supervised metric learning with an encoder and a queue of its past embeddings (arXiv 2303.17127).
 
-    A step is: embed, adapt the memory to the batch, enqueue the batch, loss of the batch against the memory with each
-    anchor's own row left out (the paper's Algorithm, with XBM's union of memory and batch).
+    A step embeds the batch, adapts the queue to it, enqueues it, and returns the loss of the batch against the queue,
+    where the row of each anchor itself is excluded.
 
     Args:
-        encoder: maps images [B, C, S, S] to embeddings [B, D], which are L2-normalised here.
-        queue: a FeatureQueue with labels; None: the loss is that of the batch (the paper's No-XBM).
-        loss: how pairs are scored.
-        batch_loss_weight: weight of the loss in the batch beside that against the memory; 1 makes XBM into XBM*.
-        memory_start: steps in which the memory fills but the loss is that of the batch.
+        encoder: module that maps images [B, C, S, S] to embeddings [B, D], which are L2-normalised by the method.
+        queue: FeatureQueue with labels. With None the loss is computed within the batch ("No-XBM" in the paper).
+        loss: loss of the pairs.
+        batch_loss_weight: weight of an additional loss within the batch. With 1, XBM becomes XBM*.
+        memory_start: number of first steps whose loss is computed within the batch while the queue fills.
+
+    Example:
+        >>> from selfsup_xbn.memory import FeatureQueue
+        >>> from selfsup_xbn.models.encoder import build_encoder
+        >>> encoder = build_encoder("convnet-digits", 64, channels=1, image_size=8)
+        >>> method = MetricLearning(encoder, FeatureQueue(256, 64, "xbn", labels=True), SupCon(0.1, PairMargin()))
+        >>> images, labels = torch.rand(16, 1, 8, 8), torch.arange(4).repeat(4)
+        >>> loss = method((images,), labels)
+        >>> loss.backward()
+        >>> len(method.queue)
+        16
     """
 
     def __init__(
@@ -66,7 +86,16 @@ class MetricLearning(Method):
 
     @classmethod
     def from_config(cls, config: Config, encoder: Encoder, images: int) -> MetricLearning:
-        """Return the method with the config's settings, for a training set of so many images."""
+        """Return the method with the settings of a config.
+
+        Args:
+            config: a ``SuperviseConfig``.
+            encoder: encoder to train.
+            images: number of training images, of which the queue size may be a percentage.
+
+        Raises:
+            UserError: the loss or the miner is unknown, or does not accept its arguments.
+        """
         assert isinstance(config, SuperviseConfig)
         return cls(
             encoder,
@@ -79,7 +108,14 @@ class MetricLearning(Method):
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
     ) -> Float[Tensor, ""]:
-        """The loss of a step; moves the queue. Only the first view is used."""
+        """Return the loss of a step, and adapt and extend the queue.
+
+        Args:
+            views: views of this rank's shard of the batch. Only the first one is used.
+            labels: class of each image of the whole batch.
+            step: number of steps before this one.
+            steps: number of steps of the run; not used.
+        """
         z = gather(self.encoder(views[0]), len(labels))
         z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
         if self.queue is None:
@@ -94,7 +130,12 @@ class MetricLearning(Method):
         return loss
 
     def head_loss(self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
-        """Plain SupCon in the batch, for the stage in which the head alone is trained; the backbone stays as it is."""
+        """Return the SupCon loss within the batch. Gradient flows to the head only, and the backbone does not change.
+
+        Args:
+            views: views of this rank's shard of the batch. Only the first one is used.
+            labels: class of each image of the whole batch.
+        """
         self.encoder.backbone.eval()
         with torch.no_grad():
             features = self.encoder.features(views[0])
@@ -103,7 +144,12 @@ class MetricLearning(Method):
 
 
 class SupCon:
-    """The project's own supervised contrastive loss: blockwise over the queue (``losses.sup_con``)."""
+    """Supervised contrastive loss, computed blockwise over the queue (``losses.sup_con``).
+
+    Args:
+        temperature: temperature of the logits, above 0.
+        miner: margins of the pairs that count; None counts all pairs.
+    """
 
     def __init__(self, temperature: float, miner: PairMargin | None) -> None:
         self.temperature, self.miner = temperature, miner
@@ -115,16 +161,27 @@ class SupCon:
         queue: FeatureQueue | None = None,
         self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]:
+        """Return the loss.
+
+        Args:
+            embeddings: unit embeddings of the batch, the anchors.
+            labels: class of each anchor.
+            queue: the queue with labels; None for pairs within the batch.
+            self_indices: slot of each anchor in the queue, which is excluded from its pairs.
+        """
         return sup_con(
             embeddings, labels, queue, temperature=self.temperature, miner=self.miner, self_indices=self_indices
         )
 
 
 def make_loss(config: SuperviseConfig) -> MemoryLoss:
-    """Return the loss that the config names: the project's own where it has one, else pytorch-metric-learning's.
+    """Return the loss of a config.
+
+    SupConLoss without a miner or with PairMarginMiner is computed blockwise by this package. All other losses and
+    miners are those of pytorch-metric-learning.
 
     Raises:
-        UserError: no such loss or miner, or arguments that it does not take.
+        UserError: the loss or the miner is unknown, or does not accept its arguments.
     """
     own_miners = {"none", "PairMarginMiner"}
     miner_args = parse_arguments(config.miner_args, "--miner-args")
@@ -135,14 +192,14 @@ def make_loss(config: SuperviseConfig) -> MemoryLoss:
             "positive": _positive(miner_args.pop("pos_margin", 0.2), "--miner-args: pos_margin"),
             "negative": _positive(miner_args.pop("neg_margin", 0.8), "--miner-args: neg_margin"),
         }
-        if left := [*loss_args, *(miner_args if config.miner != "none" else ())]:
+        if unknown := [*loss_args, *(miner_args if config.miner != "none" else ())]:
             raise UserError(
-                f"{config.loss} with {config.miner} takes temperature, pos_margin and neg_margin, not {left[0]!r}"
+                f"{config.loss} with {config.miner}: expected temperature, pos_margin or neg_margin, got {unknown[0]!r}"
             )
         return SupCon(
             temperature, None if config.miner == "none" else PairMargin(**margins, distance=config.miner_distance)
         )
-    from selfsup_xbn.methods.pml_loss import make_pml_loss  # loads pytorch-metric-learning
+    from selfsup_xbn.methods.pml_loss import make_pml_loss  # imports pytorch-metric-learning
 
     miner = "" if config.miner == "none" else config.miner
     return make_pml_loss(config.loss, parse_arguments(config.loss_args, "--loss-args"), miner, miner_args)

@@ -1,6 +1,6 @@
-"""MoCo (He et al., arXiv 1911.05722) whose queue is adapted at each step (arXiv 2303.17127, Sec. 5.3).
+"""MoCo (He et al., arXiv 1911.05722) with a queue that is adapted at each step (arXiv 2303.17127, Sec. 5.3).
 
-Axis legend: B batch, b this process's shard of it, C channels, S side of an image, D dimensions.
+Axis legend: B batch, b shard of the batch on this rank, C channels, S side of an image, D dimensions.
 """
 
 from __future__ import annotations
@@ -23,20 +23,32 @@ from selfsup_xbn.utils.distributed import from_first, gather, shard_slice
 
 
 class MoCo(Method):
-    """Query encoder, key encoder that follows it, and the queue of keys.
+    """Momentum contrast: a query encoder, a key encoder that is its moving average, and a queue of past keys.
 
     Args:
-        encoder: the query encoder; its embeddings [B, D] may have any length. The key encoder starts as its copy.
+        encoder: query encoder, which maps images [B, C, S, S] to embeddings [B, D] of any norm. The key encoder is
+            initialised as its copy.
         queue: FeatureQueue of D dimensions.
-        temperature: T of InfoNCE.
-        momentum: m; each step the key encoder's parameters become ``m * key + (1 - m) * query``. Buffers (running
-            statistics) are each encoder's own.
-        momentum_schedule: ``"constant"``, or ``"cosine"``: from m up to 1 over the run (BYOL, arXiv 2006.07733).
-        enqueue: ``"before_loss"``: adapt, enqueue, loss, so that the batch's keys are negatives of one another (the
-            paper); ``"after_loss"``: adapt, loss, enqueue (classic MoCo).
-        normalize_first: whether keys are L2-normalised before their moments are matched and they are enqueued, or
-            matched and enqueued as the encoder gives them. Similarities are cosines in either case.
-        symmetric: both views are queries and keys; the queue takes both sets of keys, once a step.
+        temperature: temperature T of InfoNCE, above 0.
+        momentum: momentum m of the key encoder. At each step its parameters become ``m * key + (1 - m) * query``. Its
+            buffers, such as running statistics, are not averaged.
+        momentum_schedule: ``"constant"``, or ``"cosine"`` to increase the momentum from m to 1 over the run (BYOL,
+            arXiv 2006.07733).
+        enqueue: ``"before_loss"`` to enqueue the keys before the loss, so that the other keys of the batch are
+            negatives (arXiv 2303.17127); ``"after_loss"`` to enqueue them after it (arXiv 1911.05722).
+        normalize_first: whether keys are L2-normalised before the queue is adapted to them and takes them. The loss
+            uses cosine similarities in both cases.
+        symmetric: whether both views serve as queries and as keys. The queue then takes 2 B keys a step.
+
+    Example:
+        >>> from selfsup_xbn.memory import FeatureQueue
+        >>> from selfsup_xbn.models.encoder import build_encoder
+        >>> moco = MoCo(build_encoder("convnet4", 128), FeatureQueue(4096, 128, "xbn"))
+        >>> views = torch.rand(8, 3, 32, 32), torch.rand(8, 3, 32, 32)
+        >>> loss = moco(views, torch.zeros(8, dtype=torch.int64))
+        >>> loss.backward()
+        >>> len(moco.queue)
+        8
     """
 
     encoder_name = "encoder_q"
@@ -63,7 +75,13 @@ class MoCo(Method):
 
     @classmethod
     def from_config(cls, config: Config, encoder: Encoder, images: int) -> MoCo:
-        """Return MoCo with the config's settings, for a training set of so many images."""
+        """Return MoCo with the settings of a config.
+
+        Args:
+            config: a ``PretrainConfig``.
+            encoder: query encoder.
+            images: number of training images, of which the queue size may be a percentage.
+        """
         assert isinstance(config, PretrainConfig)
         queue = queue_from_config(config, images)
         assert queue is not None
@@ -85,18 +103,19 @@ class MoCo(Method):
 
     @property
     def capturable(self) -> bool:
-        """Whether the momentum is constant: a graph would freeze it."""
+        """Whether the momentum is constant. A CUDA graph stores it as a constant."""
         return self.momentum_schedule == "constant"
 
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
     ) -> Float[Tensor, ""]:
-        """The loss of a step; moves the key encoder and the queue.
+        """Return the loss of a step, and update the key encoder and the queue.
 
         Args:
-            views: two random views of each image: queries, keys; of this process's shard of the batch.
-            labels: those of the whole batch, of which only the number is used.
-            step, steps: position in the run, for the momentum schedule.
+            views: views of the queries and of the keys, of this rank's shard of the batch.
+            labels: labels of the whole batch. Only their number B is used.
+            step: number of steps before this one, for the momentum schedule.
+            steps: number of steps of the run.
         """
         view_q, view_k = views
         B = len(labels)
@@ -108,23 +127,32 @@ class MoCo(Method):
         return self.contrast([(q, k), (gather(self.encoder_q(view_k), B), self.keys(view_q, B))])
 
     def contrast(self, pairs: list[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]]) -> Float[Tensor, ""]:
-        """Return InfoNCE of each (queries, keys) against the queue, the mean over the pairs, and enqueue the keys."""
+        """Return the mean InfoNCE of several pairs of queries and keys, and adapt and extend the queue.
+
+        Args:
+            pairs: queries and keys, whose rows of equal index are positive pairs.
+        """
         keys = torch.cat([k for _, k in pairs])
         self.queue.adapt(keys)
-        own = None
+        self_indices = None
         if self.enqueue == "before_loss":
-            # An image meets none of its own keys as a negative: [B, pairs] slots.
-            own = torch.stack(self.queue.enqueue(keys).chunk(len(pairs)), dim=1)
-        loss = torch.stack([info_nce(q, k, self.queue, self.temperature, own) for q, k in pairs]).mean()
+            # [B, pairs]: no key of an image is a negative of the same image.
+            self_indices = torch.stack(self.queue.enqueue(keys).chunk(len(pairs)), dim=1)
+        loss = torch.stack([info_nce(q, k, self.queue, self.temperature, self_indices) for q, k in pairs]).mean()
         if self.enqueue == "after_loss":
             self.queue.enqueue(keys)
         return loss
 
     @torch.no_grad()
     def keys(self, view: Float[Tensor, "b C S S"], batch_size: int) -> Float[Tensor, "B D"]:
-        """Keys of a view, embedded in shuffled order so that BatchNorm's splits do not tell which query is whose.
+        """Return the keys of a view, embedded in shuffled order (Sec. 3.3 of arXiv 1911.05722).
 
-        Several processes shuffle the whole batch among them, as MoCo does: each embeds images of all.
+        Shuffling prevents BatchNorm statistics from revealing which key belongs to a query. In distributed training
+        the whole batch is shuffled across the ranks.
+
+        Args:
+            view: images of this rank's shard of the batch.
+            batch_size: number of images B of the whole batch.
         """
         order = from_first(torch.randperm(batch_size, device=view.device))
         k = self.encoder_k(gather(view, batch_size)[order[shard_slice(batch_size)]])
@@ -134,12 +162,16 @@ class MoCo(Method):
 
     @torch.no_grad()
     def update_key_encoder(self, momentum: float) -> None:
-        """``key <- m * key + (1 - m) * query`` for all parameters at once (Eq. 2 of arXiv 1911.05722)."""
+        """Set ``key <- m * key + (1 - m) * query`` for all parameters (Eq. 2 of arXiv 1911.05722).
+
+        Args:
+            momentum: m, from 0 to 1.
+        """
         key, query = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
         get_ema_multi_avg_fn(momentum)(key, query, None)
 
     def momentum_at(self, progress: float) -> float:
-        """M at a fraction of the run."""
+        """Return the momentum m at a fraction of the run, from 0 to 1."""
         if self.momentum_schedule == "constant":
             return self.momentum
         return 1 - (1 - self.momentum) * (math.cos(math.pi * progress) + 1) / 2

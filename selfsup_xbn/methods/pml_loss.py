@@ -1,4 +1,4 @@
-"""Losses and miners of pytorch-metric-learning against the queue.
+"""Adapter of the losses and miners of pytorch-metric-learning to the queue.
 
 Axis legend: B batch, D dimensions.
 """
@@ -19,7 +19,12 @@ from selfsup_xbn.memory.feature_queue import FeatureQueue
 
 
 class PmlLoss:
-    """Any pair or triplet loss and miner of pytorch-metric-learning, through its ``ref_emb``."""
+    """Loss and miner of pytorch-metric-learning, with the rows of the queue as reference embeddings (``ref_emb``).
+
+    Args:
+        loss: a pair or triplet loss of pytorch-metric-learning.
+        miner: a miner of pytorch-metric-learning; None counts all pairs.
+    """
 
     def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
         self.loss, self.miner = loss, miner
@@ -31,6 +36,14 @@ class PmlLoss:
         queue: FeatureQueue | None = None,
         self_indices: Int64[Tensor, "B"] | None = None,
     ) -> Float[Tensor, ""]:
+        """Return the loss.
+
+        Args:
+            embeddings: unit embeddings of the batch, the anchors.
+            labels: class of each anchor.
+            queue: the queue with labels; None for pairs within the batch.
+            self_indices: slot of each anchor in the queue, which is excluded from its pairs.
+        """
         if queue is None:
             return self.loss(embeddings, labels, self.miner(embeddings, labels) if self.miner else None)
         assert queue.labels is not None
@@ -46,31 +59,39 @@ class PmlLoss:
 
 
 def _without_self(pairs: tuple[Tensor, ...], self_indices: Int64[Tensor, "B"]) -> tuple[Tensor, ...]:
-    """Pairs (a, p, a, n) or triplets (a, p, n) whose positive is not the anchor's own row."""
+    """Return the pairs (a, p, a, n) or triplets (a, p, n) whose positive is not the row of the anchor itself."""
     anchor, positive, *negative = pairs
     others = positive != self_indices[anchor]
     return (anchor[others], positive[others], *(negative if len(pairs) == 4 else [negative[0][others]]))
 
 
 def make_pml_loss(loss: str, loss_args: dict[str, Any], miner: str, miner_args: dict[str, Any]) -> PmlLoss:
-    """Return the loss and the miner of these names; ``""`` is no miner.
+    """Return a loss and a miner of pytorch-metric-learning by their class names.
+
+    Args:
+        loss: class name of the loss.
+        loss_args: arguments of the loss.
+        miner: class name of the miner; ``""`` for no miner.
+        miner_args: arguments of the miner.
 
     Raises:
-        UserError: no such loss or miner, or arguments that it does not take.
+        UserError: the loss or the miner is unknown, or does not accept its arguments.
     """
     supported = pml_losses.CrossBatchMemory.supported_losses()
     if loss not in supported:
         known = ", ".join(supported)
-        raise UserError(f"--loss: no loss against a memory named {loss!r}{near(loss, supported)}; choose from {known}")
-    scored = _from_pml(pml_losses, loss, loss_args, "--loss")
-    return PmlLoss(scored, _from_pml(pml_miners, miner, miner_args, "--miner") if miner else None)
+        raise UserError(
+            f"--loss: expected a loss that supports a queue, got {loss!r}{near(loss, supported)}; choose from {known}"
+        )
+    criterion = _from_pml(pml_losses, loss, loss_args, "--loss")
+    return PmlLoss(criterion, _from_pml(pml_miners, miner, miner_args, "--miner") if miner else None)
 
 
 def _from_pml(module: Any, name: str, arguments: dict[str, Any], flag: str) -> nn.Module:
     names = [other for other, kind in vars(module).items() if inspect.isclass(kind) and not other.startswith("Base")]
     if name not in names:
-        raise UserError(f"{flag}: pytorch-metric-learning has no {name!r}{near(name, names)}")
+        raise UserError(f"{flag}: expected a class of pytorch-metric-learning, got {name!r}{near(name, names)}")
     try:
         return getattr(module, name)(**arguments)
     except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{flag}-args: {name} does not take {arguments}: {error}") from None
+        raise UserError(f"{flag}-args: {name} does not accept {arguments}: {error}") from None

@@ -1,1 +1,1 @@
-"""Models."""
+"""Encoders: backbones, heads, split BatchNorm and pretrained weights."""

@@ -1,4 +1,4 @@
-"""Backbones by name: small ones for a CPU, torchvision's and timm's.
+"""Build backbones by name: small convolutional networks, torchvision models and timm models.
 
 Axis legend: B batch, C channels, S side of the square images in pixels, F features.
 """
@@ -19,18 +19,22 @@ CIFAR = "-cifar"
 
 
 def build_backbone(name: str, channels: int, image_size: int, weights: str | None) -> nn.Module:
-    """Return a network from images [B,C,S,S] to features [B,F].
+    """Return a network that maps images [B, C, S, S] to features [B, F].
 
-    Args: those of ``build_encoder``.
+    Args:
+        name: name of the backbone, as in ``build_encoder``.
+        channels: number of image channels C.
+        image_size: side S of the images in pixels.
+        weights: ``"imagenet"`` for the weights of the library, None for random weights.
 
     Raises:
-        UserError: unknown name, or weights that cannot be fetched.
-        RuntimeError, AssertionError, ValueError: the library's, for an image size that the network cannot take.
+        UserError: the name is unknown, or the weights cannot be loaded.
+        RuntimeError, AssertionError, ValueError: the library does not build the network for this image size.
     """
     if weights is not None and (name in SMALL_BACKBONES or name.endswith(CIFAR)):
-        raise UserError(f"there are no {weights} weights for {name!r}; give a file: --weights FILE")
+        raise UserError(f"backbone {name!r} has no {weights} weights; pass a file with --weights FILE")
     if name in SMALL_BACKBONES:
-        return SMALL_BACKBONES[name](channels).to(memory_format=torch.channels_last)  # 1.4 times as fast on a CPU
+        return SMALL_BACKBONES[name](channels).to(memory_format=torch.channels_last)  # 1.4 times faster on a CPU
     build = _timm if name.startswith(TIMM) else _torchvision
     return build(name, channels, image_size, weights)
 
@@ -39,7 +43,7 @@ def build_backbone(name: str, channels: int, image_size: int, weights: str | Non
 
 
 def _torchvision_names() -> list[str]:
-    """Names of torchvision's classification models whose classifier ends in one linear layer."""
+    """Return the torchvision classification models whose classifier ends in one linear layer."""
     headless = ("googlenet", "inception", "squeezenet")
     return [n for n in torchvision.models.list_models(torchvision.models) if not n.startswith(headless)]
 
@@ -49,7 +53,9 @@ def _torchvision(name: str, channels: int, image_size: int, weights: str | None)
     resnets = [n + CIFAR for n in known if n.startswith(("resnet", "resnext", "wide_resnet"))]
     require_known(name, [*SMALL_BACKBONES, *known, *resnets], "backbone")
     if weights is not None and channels != 3:
-        raise UserError(f"the {weights} weights of {name!r} are for 3 channels, got {channels}; try {TIMM + name!r}")
+        raise UserError(
+            f"expected 3 channels for the {weights} weights of {name!r}, got {channels}; try {TIMM + name!r}"
+        )
     size = {"image_size": image_size} if name.startswith("vit_") else {}
     model = _with_weights(
         lambda tag: torchvision.models.get_model(name.removesuffix(CIFAR), weights=tag, **size),
@@ -82,24 +88,30 @@ def _timm(name: str, channels: int, image_size: int, weights: str | None) -> nn.
 
 
 def _with_weights(build: Callable[[str | None], nn.Module], weights: str | None, name: str) -> nn.Module:
-    """``build(weights)``; whatever goes wrong with weights to fetch is one line for the user."""
+    """Return ``build(weights)``.
+
+    Raises:
+        UserError: the weights cannot be loaded.
+    """
     if weights is None:
         return build(None)
     try:
         return build(weights)
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise UserError(f"no ImageNet weights for {name!r} ({reason}); give a file: --weights FILE") from error
+        raise UserError(
+            f"cannot load the ImageNet weights of {name!r} ({reason}); pass a file with --weights FILE"
+        ) from error
 
 
 def _use_small_stem(resnet: nn.Module) -> None:
-    """3x3 stride-1 stem and no max-pool, initialised as the MoCo CIFAR-10 notebook does (PyTorch's default)."""
+    """Replace the stem by a 3x3 convolution of stride 1 with PyTorch's default initialisation, without max-pooling."""
     resnet.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     resnet.maxpool = nn.Identity()
 
 
 def _replace_first_conv(model: nn.Module, channels: int) -> None:
-    """The first convolution again, at random, with ``channels`` inputs."""
+    """Replace the first convolution by one with ``channels`` input channels and random weights."""
     name, conv = next((n, m) for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     fresh = nn.Conv2d(
         channels,
@@ -113,30 +125,36 @@ def _replace_first_conv(model: nn.Module, channels: int) -> None:
 
 
 def _remove_classifier(model: nn.Module) -> None:
-    """The last linear layer becomes the identity; all other names stay."""
+    """Replace the last linear layer by the identity. The names of all other parameters are unchanged."""
     name = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)][-1]
     model.set_submodule(name, nn.Identity())
 
 
 def require_known(name: str, known: Iterable[str], kind: str) -> None:
-    """Check that a name is one of those known.
+    """Check that a name is known.
+
+    Args:
+        name: name to check.
+        known: all valid names.
+        kind: what the names denote, for the message.
 
     Raises:
-        UserError: it is not; the message offers the nearest one.
+        UserError: the name is unknown. The message suggests the most similar valid name.
     """
     choices = list(known)
     if name in choices:
         return
-    raise UserError(f"no {kind} named {name!r}{near(name, choices, likeness=0.0)}")
+    raise UserError(f"unknown {kind} {name!r}{near(name, choices, likeness=0.0)}")
 
 
 # ---------------------------------------------------------------- small backbones
 
 
 def _convnet(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
-    """3x3 convolutions with BatchNorm and ReLU, each but the last max-pooled; then the mean over pixels.
+    """Return blocks of 3x3 convolution, max-pooling, BatchNorm and ReLU, followed by global average pooling.
 
-    The max-pool stands before BatchNorm and ReLU: these then see a quarter of the pixels (1.35 times as fast a step).
+    The last block has no max-pooling. Pooling before BatchNorm and ReLU makes a step 1.35 times faster, because both
+    process a quarter of the pixels.
     """
     blocks = [
         nn.Sequential(nn.Conv2d(i, o, 3, padding=1, bias=False), nn.MaxPool2d(2), nn.BatchNorm2d(o), nn.ReLU())
@@ -147,7 +165,7 @@ def _convnet(channels: int, widths: tuple[int, ...]) -> nn.Sequential:
 
 
 def _conv4(channels: int) -> nn.Sequential:
-    """Few-shot learning's four blocks of 64 channels (Vinyals et al., arXiv 1606.04080), from 16 x 16 on."""
+    """Return the Conv-4 network of few-shot learning (arXiv 1606.04080), for images of at least 16 x 16 pixels."""
     blocks = [
         nn.Sequential(nn.Conv2d(width, 64, 3, padding=1, bias=False), nn.BatchNorm2d(64), nn.ReLU(), nn.MaxPool2d(2))
         for width in (channels, 64, 64, 64)

@@ -1,4 +1,4 @@
-"""Encoders: a backbone (images to features) and a head (features to embeddings), both by name.
+"""Build encoders: a backbone (images to features) followed by a head (features to embeddings).
 
 Axis legend: B batch, C channels, S side of the square images in pixels, F features, D embedding dimensions.
 """
@@ -20,13 +20,13 @@ from selfsup_xbn.utils.distributed import world
 
 
 class Encoder(nn.Module):
-    """``head(backbone(images))``.
+    """Backbone followed by a head.
 
-    Attributes:
-        backbone: images [B,C,S,S] to features [B,F].
-        head: features [B,F] to embeddings [B,D], not normalised.
-        feature_dim: F.
-        dim: D.
+    Args:
+        backbone: module that maps images [B, C, S, S] to features [B, F].
+        head: module that maps features [B, F] to embeddings [B, D]. The embeddings are not normalised.
+        feature_dim: number of features F.
+        dim: number of embedding dimensions D.
     """
 
     def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int, dim: int) -> None:
@@ -37,11 +37,11 @@ class Encoder(nn.Module):
         self.dim = dim
 
     def features(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B F"]:
-        """The backbone's output, which is what other tasks use."""
+        """Return the output of the backbone, the representation for downstream tasks."""
         return self.backbone(images)
 
     def forward(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
-        """Embeddings as the head leaves them."""
+        """Return the output of the head, which is not normalised."""
         return self.head(self.backbone(images))
 
 
@@ -55,23 +55,31 @@ def build_encoder(
     bn_splits: int = 1,
     weights: str | None = None,
 ) -> Encoder:
-    """An encoder from the names of its parts.
+    """Return an encoder with the given backbone and head.
 
     Args:
-        backbone: ``"convnet4"``, ``"convnet-digits"`` or ``"conv4-64"`` (small, for a CPU), a torchvision
-            classification model (``"resnet50"``), a torchvision ResNet with the stem for small images
-            (``"resnet18-cifar"``), or a timm model (``"timm:vit_small_patch16_224"``). Parameters keep the names of
-            their library.
-        dim: D, dimensions of the embedding.
-        channels: C, channels of the images.
-        image_size: S, side of the images in pixels; an architecture that adapts to it is built for it.
-        head: one of ``HEADS``.
-        bn_splits: parts of a batch whose BatchNorm statistics are apart (``SplitBatchNorm2d``); MoCo's notebook has 8.
-        weights: ``"imagenet"`` fetches the library's weights; ``None`` starts at random.
+        backbone: name of a small network for CPUs (``"convnet4"``, ``"convnet-digits"``, ``"conv4-64"``), a torchvision
+            classification model (``"resnet50"``), a torchvision ResNet with a stem for small images
+            (``"resnet18-cifar"``), or a timm model (``"timm:vit_small_patch16_224"``). Parameters keep the names of the
+            library.
+        dim: number of embedding dimensions D.
+        channels: number of image channels C.
+        image_size: side S of the images in pixels. Architectures that depend on it are built for this size.
+        head: a key of ``HEADS``.
+        bn_splits: number of splits of a batch with separate BatchNorm statistics (``SplitBatchNorm2d``).
+        weights: ``"imagenet"`` for the weights of the library, None for random weights.
+
+    Returns:
+        Encoder of images [B, C, S, S], in training mode.
 
     Raises:
-        UserError: unknown name, an image size that the backbone cannot take, weights that cannot be fetched, or
-            ``bn_splits`` for a backbone without plain BatchNorm.
+        UserError: a name is unknown, the backbone does not accept the image size, the weights cannot be loaded, or the
+            backbone has no BatchNorm2d to split.
+
+    Example:
+        >>> encoder = build_encoder("convnet4", 128, channels=3, image_size=32)
+        >>> encoder(torch.rand(2, 3, 32, 32)).shape
+        torch.Size([2, 128])
     """
     require_known(head, HEADS, "head")
     if weights is not None:
@@ -82,8 +90,11 @@ def build_encoder(
     except UserError:
         raise
     except (RuntimeError, AssertionError, ValueError) as error:
-        reason = f"{image_size}-pixel images: {error}".partition("\n")[0]
-        raise UserError(f"{backbone!r} cannot take {reason}; try another image size, or a '-cifar' ResNet") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"backbone {backbone!r} does not accept {image_size}-pixel images ({reason}); "
+            "try another image size or a '-cifar' ResNet"
+        ) from error
     if bn_splits > 1:
         _split_norms(network, bn_splits, backbone)
     return Encoder(network, HEADS[head](feature_dim, dim), feature_dim, dim)
@@ -92,9 +103,16 @@ def build_encoder(
 def random_encoder(
     config: Config, channels: int, image_size: int, weights: Literal["imagenet"] | None = None
 ) -> Encoder:
-    """Return the config's network for images of ``channels`` and ``image_size``, with random or ImageNet weights.
+    """Return the encoder of a config, with random or ImageNet weights.
 
-    Each of several processes has its share of ``bn_splits``: BatchNorm then sees the parts that one process would see.
+    In distributed training each rank uses ``bn_splits / world_size`` splits, so that the BatchNorm statistics are
+    those of a single process.
+
+    Args:
+        config: settings of the run.
+        channels: number of image channels C.
+        image_size: side S of the images in pixels.
+        weights: ``"imagenet"``, or None for random weights.
     """
     return build_encoder(
         config.backbone,
@@ -110,12 +128,12 @@ def random_encoder(
 def _split_norms(network: nn.Module, splits: int, name: str) -> None:
     split_batch_norms(network, splits)
     if not any(isinstance(module, SplitBatchNorm2d) for module in network.modules()):
-        raise UserError(f"backbone {name!r} has no plain BatchNorm to split; use bn_splits=1, got {splits}")
+        raise UserError(f"expected bn_splits=1 for backbone {name!r}, which has no BatchNorm2d, got {splits}")
 
 
 @torch.no_grad()
 def _feature_dim(network: nn.Module, channels: int, image_size: int) -> int:
-    """F, by a look at one blank image in eval mode (the running statistics stay as they are)."""
+    """Return F, from a forward pass of one blank image in eval mode. Running statistics do not change."""
     features = network.eval()(torch.zeros(1, channels, image_size, image_size))
     network.train()
     return features.shape[1]

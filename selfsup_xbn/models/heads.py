@@ -1,6 +1,6 @@
-"""Heads by name: from features to embeddings.
+"""Heads by name: modules that map features [B, F] to embeddings [B, D].
 
-Axis legend: B batch, D embedding dimensions.
+Axis legend: B batch, F features, D embedding dimensions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from torch.nn import functional as F
 
 
 class UnitLength(nn.Module):
-    """Rows of Euclidean length 1."""
+    """Divide each row by its Euclidean norm."""
 
     def forward(self, z: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+        """Return rows of norm 1."""
         return F.normalize(z)
 
 
@@ -25,7 +26,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda features, dim: nn.Sequential(
         nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, dim)
     ),
-    # Table 3 of the paper; the L2 normalisation of "l2" is the method's own
+    # Table 3 of arXiv 2303.17127; for "l2" the method normalises the embeddings
     "l2": lambda features, dim: nn.Linear(features, dim),
     "l2+ln": lambda features, dim: nn.Sequential(nn.Linear(features, dim), UnitLength(), nn.LayerNorm(dim)),
     "l2+bn": lambda features, dim: nn.Sequential(nn.Linear(features, dim), UnitLength(), nn.BatchNorm1d(dim)),

@@ -1,8 +1,8 @@
-"""Encoders from elsewhere: fit the tensors of a checkpoint to an encoder by name and shape.
+"""Load pretrained weights: match the tensors of a checkpoint with those of an encoder by name and shape.
 
-One rule serves every source. All tensors of the file, however deeply nested, get a dotted name. Wrappers
-(``state_dict``, ``module.``, ``encoder_q.``, ``backbone.``, ...) are prefixes of those names; the prefix and the naming
-under which most tensors fit is the one that is read.
+Each tensor of the file, at any depth of nesting, gets a dotted name. Wrappers (``state_dict``, ``module.``,
+``encoder_q.``, ``backbone.``, ...) are prefixes of these names. The prefix and the naming scheme with the most matching
+tensors are used.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from selfsup_xbn.utils.safe_loading import read_values
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of the tensors of a file and of an encoder.
+    """Result of ``load_weights``.
 
     Attributes:
-        path: the file.
-        prefix: what stands before the names in the file.
-        matched: the encoder's tensors that were read.
-        missing: the encoder's tensors that the file lacks; they are as they were.
-        mismatched: the encoder's tensors that the file has in another shape, with both; they are as they were.
-        unexpected: tensors under the prefix that the encoder has no place for, named without it.
-        outside: number of tensors elsewhere in the file (a second encoder, an optimiser).
+        path: path of the file.
+        prefix: prefix of the names in the file.
+        matched: names of the tensors that were loaded.
+        missing: names of the model's tensors that are not in the file. They are unchanged.
+        mismatched: names of the model's tensors with another shape in the file, with both shapes. They are unchanged.
+        unexpected: names, without the prefix, of the tensors of the file that the model does not have.
+        outside: number of tensors of the file without the prefix, such as those of a second encoder or an optimiser.
     """
 
     path: str
@@ -47,60 +47,69 @@ class LoadReport:
     outside: int
 
     def lines(self) -> list[str]:
-        """The report for a reader, long lists cut short."""
+        """Return the report as lines of text. Each list shows at most four names."""
         total = len(self.matched) + len(self.missing) + len(self.mismatched)
         under = f" under {self.prefix!r}" if self.prefix else ""
         lists = {
             "missing in the file": self.missing,
-            "of another shape": self.mismatched,
-            "left over in the file": self.unexpected,
+            "mismatched in shape": self.mismatched,
+            "unexpected in the file": self.unexpected,
         }
         lines = [f"{self.path}: {len(self.matched)} of {total} tensors matched{under}"]
-        lines += [f"  {what} ({len(names)}): {_shortened(names)}" for what, names in lists.items() if names]
+        lines += [f"  {title} ({len(names)}): {_shortened(names)}" for title, names in lists.items() if names]
         if self.outside:
-            lines.append(f"  elsewhere in the file, not used: {self.outside} tensors")
+            lines.append(f"  not loaded, without the prefix: {self.outside} tensors")
         return lines
 
 
 def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
-    """Read what fits of the checkpoint ``path`` into ``model``, and say what did and what did not.
+    """Load the tensors of a checkpoint that match the model in name and shape.
 
-    Known by test: torchvision and timm state dicts, MoCo checkpoints (``module.encoder_q.*``), lightly's
-    (``backbone.*``, with the names of the ResNet's children or their numbers in an ``nn.Sequential``), Lightning's, and
-    this project's ``checkpoint.pt``. Where a file holds two encoders that fit alike the first one is read: the
-    query encoder. No code in the file is run.
+    Supported are state dicts of torchvision and timm, checkpoints of MoCo (``module.encoder_q.*``), lightly
+    (``backbone.*``, with the names of the ResNet's children or their indices in an ``nn.Sequential``) and Lightning,
+    and ``checkpoint.pt`` of this package. If two encoders of the file match equally well, the first one is loaded,
+    which is the query encoder of MoCo. No code in the file is executed.
 
     Args:
-        model: an ``Encoder``, or any module, such as a backbone alone.
-        path: a file of ``torch.save``, or ``.safetensors``.
+        model: an ``Encoder`` or another module, such as a backbone.
+        path: file written by ``torch.save``, or a ``.safetensors`` file.
+
+    Returns:
+        Names of the tensors that were loaded, missing, mismatched and unexpected.
 
     Raises:
-        UserError: no such file, not a checkpoint, one that is more than tensors and plain values, or nothing fits.
+        UserError: the file does not exist, is no checkpoint, contains objects other than tensors and plain values, or
+            no tensor matches.
     """
     tensors = _read_tensors(Path(path))
     own = model.state_dict()
     prefix, names = _best_fit(tensors, own, _namings(model))
     under = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-    found = {names[alias]: tensor for alias, tensor in under.items() if alias in names}
-    fitting = {name: tensor for name, tensor in found.items() if tensor.shape == own[name].shape}
-    if not any(tensor.ndim for tensor in fitting.values()):  # a BatchNorm's step count fits anything
+    candidates = {names[alias]: tensor for alias, tensor in under.items() if alias in names}
+    fitting = {name: tensor for name, tensor in candidates.items() if tensor.shape == own[name].shape}
+    if not any(tensor.ndim for tensor in fitting.values()):  # the scalar step count of a BatchNorm matches any model
         raise UserError(_nothing_fits(path, tensors, own))
     model.load_state_dict(fitting, strict=False)
     return LoadReport(
         path=fspath(path),
         prefix=prefix,
         matched=tuple(fitting),
-        missing=tuple(n for n in own if n not in found and not n.endswith("num_batches_tracked")),
-        mismatched=tuple(_shapes(n, t, own[n]) for n, t in found.items() if n not in fitting),
+        missing=tuple(n for n in own if n not in candidates and not n.endswith("num_batches_tracked")),
+        mismatched=tuple(_shapes(n, t, own[n]) for n, t in candidates.items() if n not in fitting),
         unexpected=tuple(alias for alias in under if alias not in names),
         outside=len(tensors) - len(under),
     )
 
 
 def initial_encoder(config: Config, channels: int, image_size: int) -> Encoder:
-    """Return the network that training starts from: with random weights, ImageNet's, or a file's.
+    """Return the encoder of a config with its initial weights: random, of ImageNet, or of a file.
 
-    Of a file it prints which tensors fitted.
+    For a file, the report of ``load_weights`` is printed.
+
+    Args:
+        config: settings of the run.
+        channels: number of image channels.
+        image_size: side of the images in pixels.
     """
     if config.weights in ("", "imagenet"):
         return random_encoder(config, channels, image_size, "imagenet" if config.weights else None)
@@ -113,12 +122,12 @@ def initial_encoder(config: Config, channels: int, image_size: int) -> Encoder:
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of the file by dotted name."""
+    """Return all tensors of the file by dotted name."""
     if not path.is_file():
-        raise UserError(f"no weights file {str(path)!r}; give the path of a .pt, .pth, .ckpt or .safetensors file")
+        raise UserError(f"expected a .pt, .pth, .ckpt or .safetensors file, got {str(path)!r}, which is not a file")
     try:
         content = _load(path)
-    except Exception as error:  # a damaged file can make the readers raise nearly anything
+    except Exception as error:  # the readers raise many types of errors for a damaged file
         raise UserError(_unreadable(path, error)) from error
     return {name.replace("_orig_mod.", ""): tensor for name, tensor in _flat(content)}
 
@@ -128,19 +137,19 @@ def _load(path: Path) -> object:
         from safetensors.torch import load_file
 
         return load_file(path)
-    with torch.serialization.safe_globals([argparse.Namespace]):  # the `args` of many training scripts: plain values
+    with torch.serialization.safe_globals([argparse.Namespace]):  # many training scripts store their `args`
         return read_values(path)
 
 
 def _unreadable(path: Path, error: Exception) -> str:
     code = re.search(r"GLOBAL (\S+)", str(error))
     if code:
-        return f"{str(path)!r} holds Python objects ({code[1]}), which are not loaded; save its state_dict() alone"
-    return f"{str(path)!r} is no checkpoint, or is cut short; give a file of torch.save or safetensors"
+        return f"expected tensors and plain values in {str(path)!r}, got {code[1]}; save only the state_dict()"
+    return f"expected a file of torch.save or safetensors, got {str(path)!r}, which is no checkpoint or is truncated"
 
 
 def _flat(value: object, name: str = "") -> list[tuple[str, Tensor]]:
-    """Tensors in nested mappings, named by their keys joined with dots."""
+    """Return the tensors of nested mappings with their names, the keys joined by dots."""
     if isinstance(value, Tensor):
         return [(name, value)]
     if not isinstance(value, Mapping):
@@ -152,7 +161,7 @@ def _flat(value: object, name: str = "") -> list[tuple[str, Tensor]]:
 
 
 def _namings(model: nn.Module) -> list[dict[str, str]]:
-    """The ways in which a file may name the tensors of ``model``: alias to own name, the model's own way first."""
+    """Return the naming schemes of files, as maps from their names to the model's. The model's own scheme is first."""
     own = {name: name for name in model.state_dict()}
     if not isinstance(model, Encoder):
         return [own, *_numberings(model)]
@@ -162,19 +171,19 @@ def _namings(model: nn.Module) -> list[dict[str, str]]:
 
 
 def _numberings(backbone: nn.Module) -> list[dict[str, str]]:
-    """Names in an ``nn.Sequential`` of the backbone's children: of all, or without identities (a dropped max-pool)."""
+    """Return the names in an ``nn.Sequential`` of the backbone's children, with and without identities."""
     children = list(backbone.named_children())
     kept = [(name, child) for name, child in children if not isinstance(child, nn.Identity)]
     return [
-        {f"{i}.{inner}": f"{name}.{inner}" for i, (name, child) in enumerate(part) for inner in child.state_dict()}
-        for part in (children, kept)
+        {f"{i}.{inner}": f"{name}.{inner}" for i, (name, child) in enumerate(group) for inner in child.state_dict()}
+        for group in (children, kept)
     ]
 
 
 def _best_fit(
     tensors: Mapping[str, Tensor], own: Mapping[str, Tensor], namings: list[dict[str, str]]
 ) -> tuple[str, dict[str, str]]:
-    """The prefix and the naming under which most tensors agree in name and shape; of equals the first."""
+    """Return the first prefix and naming scheme with the largest number of tensors equal in name and shape."""
     fits: Counter[tuple[str, int]] = Counter()
     for i, names in enumerate(namings):
         for name, tensor in tensors.items():
@@ -187,21 +196,21 @@ def _best_fit(
     return prefix, namings[i]
 
 
-# ---------------------------------------------------------------- wording
+# ---------------------------------------------------------------- messages
 
 
 def _nothing_fits(path: str | PathLike[str], tensors: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
     if not tensors:
-        return f"{fspath(path)!r} holds no tensors; give a checkpoint with a state_dict"
-    has, wants = next(iter(tensors)), next(iter(own))
+        return f"expected a checkpoint with a state_dict, got {fspath(path)!r}, which contains no tensors"
+    name, own_name = next(iter(tensors)), next(iter(own))
     return (
-        f"nothing in {fspath(path)!r} fits this encoder: it has {has} {list(tensors[has].shape)}, "
-        f"wanted are {wants} {list(own[wants].shape)} and so on; name the architecture of the file with --backbone"
+        f"no tensor of {fspath(path)!r} matches the encoder: expected {own_name} {list(own[own_name].shape)}, ..., "
+        f"got {name} {list(tensors[name].shape)}, ...; set --backbone to the architecture of the file"
     )
 
 
-def _shapes(name: str, found: Tensor, wanted: Tensor) -> str:
-    return f"{name} {list(found.shape)} in place of {list(wanted.shape)}"
+def _shapes(name: str, tensor: Tensor, own: Tensor) -> str:
+    return f"{name}: expected {list(own.shape)}, got {list(tensor.shape)}"
 
 
 def _shortened(names: tuple[str, ...], limit: int = 4) -> str:

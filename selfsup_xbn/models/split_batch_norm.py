@@ -1,7 +1,9 @@
-"""BatchNorm over parts of a batch: what several GPUs with a plain BatchNorm each would compute, on one device.
+"""BatchNorm over splits of a batch, as several GPUs with separate BatchNorm statistics compute it.
 
-In MoCo, BatchNorm lets a query and its key recognise each other by the statistics of their common batch. Small parts,
-with the keys shuffled, take that short cut away (He et al., arXiv 1911.05722, section 3.3).
+In MoCo, the statistics of a shared batch reveal which key belongs to a query. Separate statistics of small splits, with
+shuffled keys, remove this information (He et al., arXiv 1911.05722, Sec. 3.3).
+
+Axis legend: B batch, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -13,16 +15,25 @@ from torch.nn import functional as F
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d whose training statistics are those of ``splits`` consecutive parts of the batch, each on its own.
+    """BatchNorm2d that normalises each of ``splits`` consecutive splits of the batch by its own statistics.
 
-    The parts' sizes differ by one at most. A part has at least two samples: a batch with fewer than ``2 * splits``
-    is cut into fewer parts, one of 2 or 3 into one. Each part takes one step of the running statistics from where they
-    stood, and the mean over the parts is kept. In eval mode this is BatchNorm2d.
+    The sizes of the splits differ by at most one, and a split has at least two samples. A batch of fewer than
+    ``2 * splits`` samples is divided into fewer splits. The running statistics are updated with the mean of the
+    statistics over the splits. In eval mode the module equals BatchNorm2d.
 
     Args:
-        num_features: channels C.
-        splits: parts that the batch is cut into; 1 is BatchNorm2d.
-        eps, momentum, affine: as in BatchNorm2d; the momentum must be a number.
+        num_features: number of channels C.
+        splits: number of splits. With 1 the module equals BatchNorm2d.
+        eps: added to the variance, as in BatchNorm2d.
+        momentum: momentum of the running statistics, as in BatchNorm2d. None is not supported.
+        affine: whether the module has a learnable weight and bias, as in BatchNorm2d.
+
+    Raises:
+        ValueError: ``splits`` is below 1.
+
+    Example:
+        >>> SplitBatchNorm2d(16, splits=4)(torch.randn(8, 16, 5, 5)).shape
+        torch.Size([8, 16, 5, 5])
     """
 
     running_mean: Tensor
@@ -35,26 +46,27 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
     ) -> None:
         super().__init__(num_features, eps, momentum, affine)
         if splits < 1:
-            raise ValueError(f"expected at least one split, got {splits}")
+            raise ValueError(f"expected splits of at least 1, got {splits}")
         self.splits = splits
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Normalise each channel of each part; the output has the memory format of ``input``."""
-        count = min(self.splits, len(input) // 2) if self.training else 1  # no look at the size where a graph is made
+        """Normalise each channel of each split. The output has the memory format of the input."""
+        # A graph traced in eval mode must not depend on the batch size.
+        count = min(self.splits, len(input) // 2) if self.training else 1
         if count <= 1:
             return super().forward(input)
         means, variances = self.running_mean.repeat(count), self.running_var.repeat(count)
         if len(input) % count == 0:
-            output = self._equal_parts(input, count, means, variances)
+            output = self._normalize_equal_splits(input, count, means, variances)
         else:
-            sizes = _part_sizes(len(input), count)
+            sizes = _split_sizes(len(input), count)
             statistics = zip(input.split(sizes), means.chunk(count), variances.chunk(count), strict=True)
-            output = torch.cat([self._normalize(*part, self.weight, self.bias) for part in statistics])
-        self._keep(means.view(count, -1).mean(0), variances.view(count, -1).mean(0))
+            output = torch.cat([self._normalize(*split, self.weight, self.bias) for split in statistics])
+        self._update_running(means.view(count, -1).mean(0), variances.view(count, -1).mean(0))
         return output
 
-    def _equal_parts(self, input: Tensor, count: int, means: Tensor, variances: Tensor) -> Tensor:
-        """Normalise ``count`` parts of one size by a single BatchNorm whose channels are the channels of all parts."""
+    def _normalize_equal_splits(self, input: Tensor, count: int, means: Tensor, variances: Tensor) -> Tensor:
+        """Normalise ``count`` splits of equal size with one BatchNorm over the channels of all splits."""
         weight, bias = (None if p is None else p.repeat(count) for p in (self.weight, self.bias))
         if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
             images = input.permute(0, 2, 3, 1).unflatten(0, (count, -1))  # [count, B / count, H, W, C], a view
@@ -72,24 +84,32 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return F.batch_norm(input, mean, variance, weight, bias, True, self.momentum, self.eps)
 
     @torch.no_grad()
-    def _keep(self, mean: Float[Tensor, "C"], variance: Float[Tensor, "C"]) -> None:
+    def _update_running(self, mean: Float[Tensor, "C"], variance: Float[Tensor, "C"]) -> None:
         self.running_mean.copy_(mean)
         self.running_var.copy_(variance)
         self.num_batches_tracked.add_(1)
 
     def extra_repr(self) -> str:
+        """Return the arguments of the module for ``print(module)``."""
         return f"{super().extra_repr()}, splits={self.splits}"
 
 
-def _part_sizes(size: int, count: int) -> list[int]:
-    """``size`` as a sum of ``count`` integers that differ by one at most, the larger ones first."""
+def _split_sizes(size: int, count: int) -> list[int]:
+    """Return ``count`` integers that sum to ``size`` and differ by at most one, in descending order."""
     return [(size + i) // count for i in reversed(range(count))]
 
 
 def split_batch_norms(model: nn.Module, splits: int) -> nn.Module:
     """Replace each BatchNorm2d inside ``model`` by a SplitBatchNorm2d with the same parameters and statistics.
 
-    Layers derived from BatchNorm2d (timm's fused BatchNorm + activation) are left alone.
+    Subclasses of BatchNorm2d, such as the fused BatchNorm and activation of timm, are not replaced.
+
+    Args:
+        model: module that is changed in place. The module itself is not replaced.
+        splits: number of splits of each SplitBatchNorm2d.
+
+    Returns:
+        The same module.
     """
     for name, module in model.named_children():
         if type(module) is nn.BatchNorm2d:

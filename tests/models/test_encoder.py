@@ -143,7 +143,7 @@ def test_bn_splits_separates_the_parts_of_a_batch():
 
 
 def test_bn_splits_without_batch_norm_is_refused():
-    with pytest.raises(UserError, match=r"'swin_t' has no plain BatchNorm to split; use bn_splits=1, got 4"):
+    with pytest.raises(UserError, match=r"expected bn_splits=1 for backbone 'swin_t', which has no BatchNorm2d, got 4"):
         build_encoder("swin_t", 8, bn_splits=4)
 
 
@@ -186,15 +186,15 @@ def test_embeddings_are_the_heads_output_not_normalised():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "convnet5"}, "no backbone named 'convnet5'; did you mean convnet4?"),
-        ({"backbone": "resnet18_cifar"}, "no backbone named 'resnet18_cifar'; did you mean resnet18-cifar?"),
-        ({"backbone": "timm:resnet18q"}, "no backbone named 'timm:resnet18q'; did you mean timm:resnet18?"),
-        ({"head": "mpl"}, "no head named 'mpl'; did you mean mlp?"),
-        ({"weights": "imagenet1k"}, "no weights named 'imagenet1k'; did you mean imagenet?"),
-        ({"weights": "imagenet"}, "there are no imagenet weights for 'convnet4'; give a file: --weights FILE"),
+        ({"backbone": "convnet5"}, "unknown backbone 'convnet5'; did you mean convnet4?"),
+        ({"backbone": "resnet18_cifar"}, "unknown backbone 'resnet18_cifar'; did you mean resnet18-cifar?"),
+        ({"backbone": "timm:resnet18q"}, "unknown backbone 'timm:resnet18q'; did you mean timm:resnet18?"),
+        ({"head": "mpl"}, "unknown head 'mpl'; did you mean mlp?"),
+        ({"weights": "imagenet1k"}, "unknown weights 'imagenet1k'; did you mean imagenet?"),
+        ({"weights": "imagenet"}, "backbone 'convnet4' has no imagenet weights; pass a file with --weights FILE"),
         (
             {"backbone": "resnet18", "weights": "imagenet", "channels": 1},
-            "the imagenet weights of 'resnet18' are for 3 channels, got 1; try 'timm:resnet18'",
+            "expected 3 channels for the imagenet weights of 'resnet18', got 1; try 'timm:resnet18'",
         ),
     ],
 )
@@ -206,7 +206,7 @@ def test_unknown_or_impossible_choices_are_named_in_one_line(arguments, message)
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 32), ("vit_b_16", 30), ("timm:mixer_s32_224", 32)])
 def test_unsuitable_image_size_is_refused_in_one_line(name, size):
-    with pytest.raises(UserError, match=f"'{name}' cannot take {size}-pixel images") as fault:
+    with pytest.raises(UserError, match=f"'{name}' does not accept {size}-pixel images") as fault:
         build_encoder(name, 8, image_size=size)
     assert "\n" not in str(fault.value)
 
