@@ -41,7 +41,8 @@ def info_nce(
     The mean over the batch of ``-log(exp(s_qk) / (exp(s_qk) + sum_j exp(s_qj)))``; 0 for an empty batch.
 
     Args:
-        q, k: queries and keys; row i of one belongs to row i of the other.
+        q: queries.
+        k: keys; row i belongs to row i of the queries.
         queue: the memory of past keys.
         temperature: T > 0.
         self_indices: slots that a query does not meet, such as those of its own key; -1 for none.
@@ -141,7 +142,14 @@ def nt_xent(
     positive pairs x negative pairs.
 
     Args:
-        embeddings, labels, queue, temperature, miner, self_indices, implementation, on_pairs: as in ``sup_con``.
+        embeddings: the anchors.
+        labels: class of each anchor, of any integer type.
+        queue: a queue with labels.
+        temperature: T > 0.
+        miner: which pairs count; None for all.
+        self_indices: as in ``sup_con``.
+        implementation: as in ``sup_con``.
+        on_pairs: as in ``sup_con``.
 
     Raises:
         UserError, ValueError: as in ``sup_con``.
