@@ -75,7 +75,7 @@ class Watch:
         return watched
 
     def generator(self, part: str, generator: Callable[..., Iterator[Any]]) -> Callable[..., Iterator[Any]]:
-        """Return the generator, wrapped to add its time to a part; to a whole part, also the time between its values."""
+        """Return the generator, wrapped to add its time to a part; for a whole part, the time between values too."""
 
         def watched(*arguments: Any, **named: Any) -> Iterator[Any]:
             if self.current in self.whole:
