@@ -12,6 +12,9 @@ higher. The random rows are replaced after N keys.
 loads and leaves the bank unchanged. One with an incomplete bank or a bank of another size raises an error. lightly's
 class loads a ``state_dict`` of this class with ``strict=False``.
 
+**torch.compile.** Compiled code does not refresh the queue. Call ``loss.memory_bank.queue.refresh()`` every N / B
+steps.
+
 Axis legend: B batch, N rows of the bank, D dimensions.
 """
 
