@@ -168,7 +168,7 @@ def _run(config: Config, threads: int) -> dict[str, Any]:
 
 
 def _outcome(folder: Path) -> dict[str, Any]:
-    """What a run has logged, where, and its seconds: 0 as long as it is not done."""
+    """Return the records of a run, its environment, and its duration in seconds, 0 for an unfinished run."""
     seconds = folder / "seconds.txt"
     return {
         "records": read_metrics(folder),

@@ -71,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(f"expected the beginning of the name of a work, got {name!r}{near(name, works())}")
     selected = [work for work in works() if work in itertools.chain(*named.values())]
     if options.from_results and not path.exists():
-        parser.error(f"no results in {path}")
+        parser.error(f"no results in {path}; run without --from-results")
     options.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
     measured_with = {"threads": options.threads, "environment": environment() | device_name(options.device)}

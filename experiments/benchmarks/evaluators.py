@@ -45,6 +45,7 @@ def recall_inputs(scale: float) -> tuple[np.ndarray, np.ndarray]:
 
 
 def knn_ours(scale: float) -> Callable[[], list[int]]:
+    """Return weighted k-NN of this package."""
     import torch
 
     from selfsup_xbn.evaluation import knn_classify
@@ -54,6 +55,7 @@ def knn_ours(scale: float) -> Callable[[], list[int]]:
 
 
 def knn_faiss(scale: float) -> Callable[[], list[int]]:
+    """Return weighted k-NN with an exact index of faiss."""
     import faiss
 
     queries, bank, labels = knn_inputs(scale)
@@ -71,6 +73,7 @@ def knn_faiss(scale: float) -> Callable[[], list[int]]:
 
 
 def knn_lightly(scale: float) -> Callable[[], list[int]]:
+    """Return weighted k-NN of lightly, in chunks of 512 queries."""
     import torch
     from lightly.utils.benchmarking.knn import knn_predict
 
@@ -86,6 +89,7 @@ def knn_lightly(scale: float) -> Callable[[], list[int]]:
 
 
 def knn_sklearn(scale: float) -> Callable[[], list[int]]:
+    """Return weighted k-NN of scikit-learn with brute-force search."""
     from sklearn.neighbors import KNeighborsClassifier
 
     queries, bank, labels = knn_inputs(scale)
@@ -101,6 +105,7 @@ def knn_sklearn(scale: float) -> Callable[[], list[int]]:
 
 
 def recall_ours(scale: float) -> Callable[[], dict[int, float]]:
+    """Return Recall@K of this package."""
     import torch
 
     from selfsup_xbn.evaluation import recall_at_k
@@ -110,6 +115,7 @@ def recall_ours(scale: float) -> Callable[[], dict[int, float]]:
 
 
 def recall_faiss(scale: float) -> Callable[[], dict[int, float]]:
+    """Return Recall@K with an exact index of faiss."""
     import faiss
 
     features, labels = recall_inputs(scale)
@@ -125,6 +131,7 @@ def recall_faiss(scale: float) -> Callable[[], dict[int, float]]:
 
 
 def recall_pml(scale: float) -> Callable[[], dict[int, float]]:
+    """Return Recall@K of PyTorch Metric Learning."""
     import torch
     from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 

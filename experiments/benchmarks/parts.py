@@ -93,14 +93,14 @@ class Watch:
 
 
 def measure(
-    work: Callable[[], Any], parts: tuple[Part, ...], beside: str, other: Callable[[], Any], rounds: int
+    work: Callable[[], Any], parts: tuple[Part, ...], other_name: str, other: Callable[[], Any], rounds: int
 ) -> dict[str, float]:
     """Return the median milliseconds of each part of a work, of the whole work, and of another work.
 
     Args:
         work: function that performs the work once.
         parts: functions whose time is measured.
-        beside: name of the other work.
+        other_name: name of the other work.
         other: function that performs the other work once. Both works alternate.
         rounds: number of measured calls.
     """
@@ -113,26 +113,26 @@ def measure(
         for _ in range(rounds + WARM):
             watch.begin()
             work()
-            watch.enter(beside)
+            watch.enter(other_name)
             other()
             watch.enter(REST)
             elapsed = dict(watch.seconds)
-            for name, value in (elapsed | {ALL: sum(elapsed.values()) - elapsed[beside]}).items():
+            for name, value in (elapsed | {ALL: sum(elapsed.values()) - elapsed[other_name]}).items():
                 seconds[name].append(value)
     return {name: round(1000 * statistics.median(values[WARM:]), 4) for name, values in seconds.items()}
 
 
-def report(milliseconds: dict[str, float], beside: str, setting: dict[str, Any], path: Path) -> None:
+def report(milliseconds: dict[str, float], other_name: str, setting: dict[str, Any], path: Path) -> None:
     """Print a line for each part in descending order, the work and the other work, and write the results.
 
     Args:
         milliseconds: result of ``measure``.
-        beside: name of the other work.
+        other_name: name of the other work.
         setting: settings of the measurement, which are written with the results.
         path: JSON file to write.
     """
-    for name in sorted(milliseconds, key=lambda name: (name == beside, name == ALL, -milliseconds[name])):
-        print(f"{name:<45}{milliseconds[name]:9.2f} ms {milliseconds[name] / milliseconds[beside]:6.2f}")
+    for name in sorted(milliseconds, key=lambda name: (name == other_name, name == ALL, -milliseconds[name])):
+        print(f"{name:<45}{milliseconds[name]:9.2f} ms {milliseconds[name] / milliseconds[other_name]:6.2f}")
     path.parent.mkdir(parents=True, exist_ok=True)
     text = json.dumps(setting | {"environment": environment(), "milliseconds": milliseconds}, indent=1)
     path.write_text(text + "\n")

@@ -106,6 +106,7 @@ def copy(rows: int, dim: int, device: str) -> Step:
 
 
 def supervised_ours(adaptation: str, sizes: tuple[int, int, int, float], device: str) -> Step:
+    """Return a supervised step of this package."""
     from selfsup_xbn import FeatureQueue
     from selfsup_xbn.losses import PairMargin, sup_con
 
@@ -123,6 +124,7 @@ def supervised_ours(adaptation: str, sizes: tuple[int, int, int, float], device:
 
 
 def supervised_pml(sizes: tuple[int, int, int, float], device: str) -> Step:
+    """Return a supervised step of PyTorch Metric Learning."""
     from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
     from pytorch_metric_learning.miners import PairMarginMiner
 
@@ -134,6 +136,7 @@ def supervised_pml(sizes: tuple[int, int, int, float], device: str) -> Step:
 
 
 def moco_ours(adaptation: str, sizes: tuple[int, int, int], device: str) -> Step:
+    """Return a MoCo step of this package."""
     from selfsup_xbn import FeatureQueue
     from selfsup_xbn.losses import info_nce
 
@@ -170,6 +173,7 @@ def moco_plain(sizes: tuple[int, int, int], device: str) -> Step:
 
 
 def moco_lightly(sizes: tuple[int, int, int], device: str) -> Step:
+    """Return a MoCo step of lightly."""
     from lightly.loss import NTXentLoss
 
     queries, keys, memory = moco_inputs(*sizes)

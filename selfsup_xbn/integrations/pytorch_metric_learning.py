@@ -81,9 +81,8 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         adaptation: str | Adaptation = "xbn",
         **kwargs: Any,
     ) -> None:
-        super(peer.CrossBatchMemory, self).__init__(
-            loss=loss, **kwargs
-        )  # skips PML's class, which allocates its own queue
+        # Skips the constructor of PML's class, which allocates another queue.
+        super(peer.CrossBatchMemory, self).__init__(loss=loss, **kwargs)
         self.loss, self.miner = loss, miner
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.queue = FeatureQueue(memory_size, embedding_size, adaptation, labels=True)
