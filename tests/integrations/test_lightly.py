@@ -35,7 +35,7 @@ def literal(q, k, rows, temperature):
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("size", [(7, 3), (0, 3), 0])
-def test_a_new_bank_and_the_generator_after_it_are_lightlys_to_the_last_bit(adaptation, size):
+def test_new_bank_and_generator_equal_lightlys_bit_for_bit(adaptation, size):
     ours, draw = seeded(MemoryBankModule, size, adaptation=adaptation), torch.rand(3)
     peer, peer_draw = seeded(PeerBank, size), torch.rand(3)
     assert ours.size == peer.size
@@ -46,7 +46,7 @@ def test_a_new_bank_and_the_generator_after_it_are_lightlys_to_the_last_bit(adap
 @pytest.mark.parametrize("key_grad", [False, True])
 @pytest.mark.parametrize("temperature", [0.07, 0.5])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-6), (torch.float64, 1e-9)])
-def test_xbm_has_lightlys_value_and_gradients_over_three_turns_of_the_bank(dtype, tolerance, temperature, key_grad):
+def test_xbm_equals_lightly_over_three_passes_of_the_bank(dtype, tolerance, temperature, key_grad):
     ours = seeded(NTXentLoss, temperature, (32, DIM), adaptation="xbm", dtype=dtype)
     peer = seeded(PeerLoss, temperature, (32, DIM)).to(dtype)
     # Drawn in float32, lightly's rows have length 1 to 1e-7; ours are read as exactly unit vectors.
@@ -98,7 +98,7 @@ def test_the_bank_stays_as_it_is_for_queries_without_gradient():
 
 
 @pytest.mark.parametrize("batch", [8, 10])
-def test_a_moco_program_has_lightlys_loss_curve_up_to_the_first_row_that_lightly_drops(batch):
+def test_moco_program_has_lightlys_loss_until_lightly_drops_rows(batch):
     def curve(criterion):
         return train(MoCo(criterion).double(), range(12), batch, torch.float64)
 
@@ -117,7 +117,7 @@ def test_a_moco_program_has_lightlys_loss_curve_up_to_the_first_row_that_lightly
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-def test_value_and_gradient_are_those_of_the_literal_equations_in_lightlys_order(adaptation):
+def test_value_and_gradient_equal_the_equations_in_lightlys_order(adaptation):
     temperature, size = 0.2, 21
     ours = NTXentLoss(temperature, (size, DIM), adaptation=adaptation)
     reference = ReferenceQueue(size, adaptation)
@@ -136,7 +136,7 @@ def test_value_and_gradient_are_those_of_the_literal_equations_in_lightlys_order
 
 
 @pytest.mark.parametrize("adaptation", ["xbn", "axbn"])
-def test_the_bank_module_gives_rows_adapted_to_the_output_before_it_enters(adaptation):
+def test_bank_module_returns_rows_adapted_before_enqueue(adaptation):
     ours, reference = MemoryBankModule((10, 3), adaptation=adaptation), ReferenceQueue(10, adaptation)
     reference.enqueue(ours.bank.double().numpy())
     slot = 0

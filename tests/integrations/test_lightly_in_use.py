@@ -38,7 +38,7 @@ def elsewhere(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", ["compiled_loss", "compiled_bank"])
-def test_a_compiled_step_has_no_graph_break_and_equals_the_eager_one(elsewhere, name):
+def test_compiled_step_has_no_graph_break_and_equals_eager(elsewhere, name):
     # Not in this process: the annotations' checks, which a user does not have, cannot be compiled.
     compiled, eager = elsewhere[name]
     assert compiled["values"] == pytest.approx(eager["values"], abs=1e-5)
@@ -59,7 +59,7 @@ def test_the_bank_survives_a_state_dict():
     assert_same_state(state(saved), state(loaded))
 
 
-def test_a_checkpoint_of_lightlys_loads_and_leaves_the_bank_as_it_is():
+def test_checkpoint_of_lightly_loads_and_keeps_the_bank():
     ours, peer = (nn.ModuleDict({"net": nn.Linear(3, 3), "loss": make(0.1, (8, 3))}) for make in (NTXentLoss, PeerLoss))
     before = state(ours["loss"])
     ours.load_state_dict(peer.state_dict())

@@ -104,7 +104,7 @@ def test_a_batch_as_large_as_the_memory_gives_pmls_numbers():
 @pytest.mark.parametrize("adaptation", ["xbn", "axbn"])
 @pytest.mark.parametrize("miner", [None, PairMarginMiner(0.2, 1.2)])
 @pytest.mark.parametrize("loss", [*BLOCKWISE, peer.ContrastiveLoss])
-def test_xbn_gives_pmls_loss_against_the_literally_adapted_memory(loss, miner, adaptation):
+def test_xbn_equals_pmls_loss_on_the_adapted_memory(loss, miner, adaptation):
     ours, reference = CrossBatchMemory(loss(), D, M, miner, adaptation), ReferenceQueue(M, adaptation)
     for _ in range(5):
         embeddings, labels = draw(10)

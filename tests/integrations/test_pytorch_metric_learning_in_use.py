@@ -35,7 +35,7 @@ def test_a_batch_of_one_does_not_meet_itself(loss, miner):
 
 
 @pytest.mark.parametrize("loss", peer.CrossBatchMemory.supported_losses())
-def test_a_mask_that_enqueues_nothing_leaves_an_empty_memory_empty(loss):
+def test_mask_without_rows_leaves_an_empty_memory_empty(loss):
     memory = CrossBatchMemory(getattr(peer, loss)(), D, M, MultiSimilarityMiner())
     embeddings, labels = draw(6)
     found = memory(embeddings, labels, enqueue_mask=torch.zeros(6, dtype=torch.bool))
@@ -49,7 +49,7 @@ def test_a_mask_that_enqueues_nothing_leaves_an_empty_memory_empty(loss):
 
 
 @pytest.mark.parametrize("loss", [peer.SupConLoss(), peer.ContrastiveLoss()])
-def test_of_a_masked_batch_larger_than_the_memory_the_last_rows_are_kept_once(loss):
+def test_masked_oversize_batch_keeps_its_last_rows_once(loss):
     memory = CrossBatchMemory(loss, D, 10, adaptation="xbm")
     memory(*draw(4))
     embeddings, labels = draw(40)
@@ -63,7 +63,7 @@ def test_of_a_masked_batch_larger_than_the_memory_the_last_rows_are_kept_once(lo
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
-def test_an_unmasked_batch_larger_than_the_memory_meets_its_last_rows_but_not_itself():
+def test_oversize_batch_meets_its_last_rows_and_not_itself():
     for loss in (peer.SupConLoss(), peer.ContrastiveLoss()):
         memory = CrossBatchMemory(loss, D, 10, adaptation="xbm")
         embeddings, labels = draw(16)
@@ -92,7 +92,7 @@ def test_a_batch_that_is_not_finite_stays_out():
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("miner", MINERS)
 @pytest.mark.parametrize("loss", [*BLOCKWISE, peer.TripletMarginLoss])
-def test_half_precision_gives_the_float32_loss_of_the_same_values(loss, miner, dtype, autocast):
+def test_half_precision_loss_equals_float32_of_the_same_values(loss, miner, dtype, autocast):
     half = CrossBatchMemory(loss(), D, M, MINERS[miner](), adaptation="xbn")
     full = copy.deepcopy(half)
     for _ in range(3):
@@ -108,7 +108,7 @@ def test_half_precision_gives_the_float32_loss_of_the_same_values(loss, miner, d
     assert half.queue.rows.dtype == torch.float32
 
 
-def test_save_load_in_a_fresh_process_and_go_on_is_as_not_to_have_stopped(tmp_path):
+def test_resume_in_a_new_process_equals_an_uninterrupted_run(tmp_path):
     states, expected = {}, {}
     for kind in KINDS:
         torch.manual_seed(1)
@@ -145,7 +145,7 @@ def rank_batch(step, rank):
     return *draw(6), torch.rand(6) < 0.5
 
 
-def test_under_distributed_loss_wrapper_all_ranks_hold_the_same_rows_in_the_order_of_ranks(tmp_path):
+def test_distributed_loss_wrapper_keeps_rows_in_rank_order(tmp_path):
     context = torch.multiprocessing.get_context("fork")
     processes = [context.Process(target=rank_steps, args=(rank, 2, str(tmp_path))) for rank in range(2)]
     for process in processes:
@@ -206,7 +206,7 @@ def test_labels_of_any_type_of_whole_numbers_are_the_same_labels():
         assert torch.equal(CrossBatchMemory(peer.SupConLoss(), D, M)(embeddings, labels.to(dtype)), expected)
 
 
-def test_in_a_lightning_module_the_memory_is_in_the_checkpoint_and_goes_on(tmp_path):
+def test_lightning_checkpoint_contains_the_memory(tmp_path):
     lightning = pytest.importorskip("pytorch_lightning")
 
     class Module(lightning.LightningModule):

@@ -17,7 +17,7 @@ HALF = SuperviseConfig(validation="40%", batch_size=12, images_per_class=4, seed
 OPTIONS = ["supervise", "--validation", "40%", "--batch-size", "12", "--images-per-class", "4", "--epochs", "3"]
 
 
-def test_held_out_classes_are_drawn_with_the_seed_and_do_not_train():
+def test_validation_classes_follow_the_seed_and_do_not_train():
     whole, data = data_of(replace(HALF, validation="0")), data_of(HALF)
     trained, held_out = set(data.train.labels.tolist()), set(data.validation.labels.tolist())
     assert len(held_out) == 2
