@@ -37,6 +37,7 @@ def elsewhere(tmp_path_factory):
 # -------------------------------------------------------------------------------------------------------- torch.compile
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["compiled_loss", "compiled_bank"])
 def test_compiled_step_has_no_graph_break_and_equals_eager(elsewhere, name):
     # Not in this process: the annotations' checks, which a user does not have, cannot be compiled.

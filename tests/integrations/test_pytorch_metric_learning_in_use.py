@@ -108,6 +108,7 @@ def test_half_precision_loss_equals_float32_of_the_same_values(loss, miner, dtyp
     assert half.queue.rows.dtype == torch.float32
 
 
+@pytest.mark.slow
 def test_resume_in_a_new_process_equals_an_uninterrupted_run(tmp_path):
     states, expected = {}, {}
     for kind in KINDS:

@@ -450,6 +450,7 @@ for loss in (
 """
 
 
+@pytest.mark.slow
 def test_a_loss_compiles_without_a_graph_break():
     # Not in this process: the checks of annotations cannot be compiled.
     env = os.environ | {"PYTHONPATH": str(Path(selfsup_xbn.__file__).parents[1])}

@@ -18,7 +18,7 @@ from selfsup_xbn.errors import UserError
 
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
-@pytest.mark.parametrize("statistics", [torch.float64, torch.float32])
+@pytest.mark.parametrize("statistics", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_equals_the_literal_equations_over_2000_steps(adaptation, statistics, unchecked, monkeypatch):
     monkeypatch.setattr("selfsup_xbn.memory.feature_queue.statistics_dtype", lambda device: statistics)
     size, dim, rng = 37, 5, np.random.default_rng(0)

@@ -116,6 +116,7 @@ def compiled():
     return json.loads(subprocess.run([sys.executable, program], env=env, check=True, timeout=200, stdout=-1).stdout)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 def test_compiled_steps_equal_eager_ones_and_compile_once(adaptation, compiled):
     assert compiled[adaptation]["recompilations"] == 0
@@ -123,6 +124,7 @@ def test_compiled_steps_equal_eager_ones_and_compile_once(adaptation, compiled):
     assert compiled[adaptation]["difference"] < 1e-5
 
 
+@pytest.mark.slow
 def test_moments_hold_for_20000_steps_without_a_refresh(unchecked, monkeypatch):
     monkeypatch.setattr("selfsup_xbn.memory.feature_queue.can_refresh", lambda tensor: False)
     queue = FeatureQueue(4096, 2)
