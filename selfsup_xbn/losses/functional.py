@@ -3,7 +3,7 @@
 All use s = cos / T. Embeddings may have any length and any precision; sums and products are at least float32, under
 autocast too. Gradient flows to the batch alone.
 
-``implementation`` names the way to the sums. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
+``implementation`` selects how the sums are computed. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
 O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"auto"`` is blockwise.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
@@ -64,6 +64,7 @@ def info_nce(
         query, key = _at_unit_length(q), _at_unit_length(k)
         sums = read.pair_sums(query, Pairs(queue, temperature, self_indices))
         gap = sums.logsumexp - (query * key).sum(1) / temperature
+        # -log(exp(s_qk) / (exp(s_qk) + exp(logsumexp))) = log(1 + exp(gap))
         return F.softplus(gap, threshold=40).sum() / max(len(q), 1)
 
 
@@ -114,7 +115,7 @@ def sup_con(
         sums = read.pair_sums(anchors, Pairs(queue, temperature, self_indices, labels, miner), include_positives=True)
         positives, negatives = sums.positives, sums.negatives
         losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
-        # The loss of a single pair is 0, and may be rounded to more.
+        # An anchor with one pair has loss 0, which rounding can make positive; it is not averaged, as in PML.
         averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1) & (negatives.sum() > 0)
         if on_pairs is not None:
             on_pairs(positives.sum(), negatives.sum())

@@ -57,7 +57,9 @@ class FeatureQueue(FixedPrecision):
         device: where the queue is created; ``.to(device)`` moves it.
 
     Attributes:
+        rows: stored rows z [M, D]; ``features()`` returns the embeddings.
         written, skipped: rows written since the last reset, and batches left out because a value was not finite.
+        offered: rows passed to ``enqueue`` since the last refresh.
         recording, record: where ``recording`` is True, each ``adapt`` leaves an ``AdaptRecord`` in ``record``.
 
     Raises:
@@ -114,7 +116,8 @@ class FeatureQueue(FixedPrecision):
         """Move the queue's moments to the target that the adaptation returns for the batch (Eqs. 6 and 23).
 
         Nothing moves for a batch or a queue of one row, or a batch with a non-finite value. A dimension that is
-        constant in the queue or in the target is shifted and not scaled. Of an empty queue, the map alone moves.
+        constant in the queue or in the target is shifted and not scaled. The map of an empty queue moves too: its first
+        rows are stored standardised.
         """
         self._check(batch)
         before = self.moments() if self.recording and len(batch) > 1 else None
@@ -123,7 +126,7 @@ class FeatureQueue(FixedPrecision):
             finite = observed.std.sum() < torch.inf  # False for NaN
             target = self.adaptation(observed, len(batch), finite)
             moved = AffineMap.between(self.moments(), target).after(self._map)
-            self._assign_map(moved, finite & (self.written != 1))
+            self._assign_map(moved, finite & (self.written != 1))  # a single row has no spread to match
         if before is not None:
             self.record = AdaptRecord(batch_moments(batch, self.sums.dtype), before, self.moments())
 
@@ -169,7 +172,7 @@ class FeatureQueue(FixedPrecision):
     def refresh(self) -> None:
         """Standardise the stored rows and sum them again, O(M D). The embeddings stay as they are, to rounding.
 
-        Due once per pass. Without it the spread of z shrinks: moments hold to 1e-6 for about 8 M steps with float64
+        Due once per pass. Without it the spread of z shrinks: moments hold to 1e-6 for about 8 * M steps with float64
         statistics, and M steps with float32; then dimensions seem constant and are no longer scaled.
         """
         self._offered = 0
