@@ -17,6 +17,7 @@ def loaded(code):
     return set(done.stdout.splitlines()[-1].removeprefix("loaded: ").split())
 
 
+@pytest.mark.slow
 def test_a_moco_run_loads_no_library_that_it_does_not_use(tmp_path):
     command = ["pretrain", *TINY, "--out", str(tmp_path)]
     modules = loaded(f"from selfsup_xbn.cli import main\nassert main({command!r}) == 0")

@@ -95,6 +95,7 @@ def test_safetensors_hold_the_whole_encoder_and_its_settings(tmp_path):
     close(fresh.eval()(images), encoder(images))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_onnx_graph_computes_both_outputs_for_any_batch(tmp_path, unchecked):
     for package in ("onnx", "onnxscript"):

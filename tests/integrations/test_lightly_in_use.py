@@ -89,6 +89,7 @@ def test_copies_go_on_alike_and_apart(clone):
     assert not torch.equal(criterion.memory_bank.bank, copied.memory_bank.bank)
 
 
+@pytest.mark.slow
 def test_going_on_in_a_fresh_process_is_not_having_stopped(elsewhere):
     model = resumable_model()
     losses = train(model, range(STEPS), batch=6)

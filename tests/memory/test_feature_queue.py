@@ -17,7 +17,9 @@ from selfsup_xbn import AXBN, XBN, FeatureQueue
 from selfsup_xbn.errors import UserError
 
 
-@pytest.mark.parametrize("adaptation", ADAPTATIONS)
+@pytest.mark.parametrize(
+    "adaptation", ["xbn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("xbm", "axbn"))]
+)
 @pytest.mark.parametrize("statistics", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
 def test_equals_the_literal_equations_over_2000_steps(adaptation, statistics, unchecked, monkeypatch):
     monkeypatch.setattr("selfsup_xbn.memory.feature_queue.statistics_dtype", lambda device: statistics)

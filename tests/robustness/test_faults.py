@@ -22,6 +22,7 @@ def test_faults_of_several_configurations_change_no_run(tmp_path, unchecked):
     check(tmp_path, ["supervise axbn", "pretrain xbn, 2 workers", "supervise none"], kills=5, damaged=3, full=2)
 
 
+@pytest.mark.slow
 def test_comparison_of_runs_finds_another_seed_and_rate(tmp_path):
     argv = [*run_arguments(tmp_path)["supervise xbn"], "--epochs", "1", "--eval-every", "0"]
     for name, options in {"a": [], "b": [], "c": ["--seed", "1"], "d": ["--lr", "0.0011"]}.items():

@@ -30,6 +30,7 @@ def test_validation_classes_follow_the_seed_and_do_not_train():
     assert len(draws) > 1
 
 
+@pytest.mark.slow
 def test_the_best_model_is_the_best_on_held_out_classes(tmp_path, monkeypatch):
     values = iter([10.0, 50.0, 90.0, 30.0])
     trained = set()
