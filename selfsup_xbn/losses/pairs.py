@@ -105,8 +105,7 @@ class Pairs:
             return
         for block, rows, logits in self._compare(anchors, None):
             if self.same_class is None:
-                if (excluded := self._excluded(block)) is not None:
-                    logits.masked_fill_(excluded, NOT_COUNTED)
+                self._leave_out_(logits, block)
             else:
                 assert isinstance(block.slots, slice)
                 ends = torch.tensor([block.slots.start, block.slots.stop])
@@ -142,6 +141,17 @@ class Pairs:
         if (excluded := self._excluded(block)) is not None:
             positive, negative = positive & ~excluded, negative & ~excluded
         return rows, logits, positive, negative
+
+    def _leave_out_(self, logits: Float[Tensor, "B b"], block: Block) -> None:
+        """Set the logits of empty slots and of the anchors' own rows to ``NOT_COUNTED``; slots are a slice."""
+        assert isinstance(block.slots, slice)
+        if block.valid is not None:
+            logits.masked_fill_(~block.valid, NOT_COUNTED)
+        for index in self.self_indices:
+            column = index[:, None] - block.slots.start
+            nearest = column.clamp(0, logits.shape[1] - 1)
+            kept = logits.gather(1, nearest).masked_fill_(column == nearest, NOT_COUNTED)
+            logits.scatter_(1, nearest, kept)
 
     def _excluded(self, block: Block) -> Bool[Tensor, "*B b"] | None:
         """Return which pairs are with an empty slot or with the anchor's own row; None if none is."""
