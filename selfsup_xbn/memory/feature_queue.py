@@ -8,8 +8,8 @@ It is the same affine map for every row, so no row is rewritten: a stored row z 
 
 - ``adapt`` composes Eq. 6 onto (scale, shift), O(D). The moments of the queue come from power sums of z.
 - ``enqueue`` writes the batch over the oldest rows and changes the sums by the rows that come and go, O(B D).
-- ``refresh`` standardises the stored rows and sums them again, O(M D), once per pass of the ring, that is every M / B
-  steps. So scale stays in the range in which float32 is exact, and no rounding error outlives a pass.
+- ``refresh`` standardises the stored rows and sums them again, O(M D), once per pass of the ring (M / B steps): scale
+  stays near 1, and no rounding error outlives a pass.
 
 Axis legend: B batch, M queue rows, D dimensions, n filled rows, b rows of a block.
 """
@@ -17,7 +17,7 @@ Axis legend: B batch, M queue rows, D dimensions, n filled rows, b rows of a blo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,38 +28,28 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.adaptation import Adaptation, make_adaptation
 from selfsup_xbn.memory.device import FixedPrecision, can_refresh, can_sync, statistics_dtype
 from selfsup_xbn.memory.moments import PIECE, AdaptRecord, AffineMap, Moments, batch_moments, power_sums
-
-
-class Block(NamedTuple):
-    """Some slots of a queue: stored rows z (a view, for a slice of slots), labels, and which are filled (None: all)."""
-
-    slots: slice | Int64[Tensor, "b"]
-    rows: Float[Tensor, "b D"]
-    labels: Int64[Tensor, "b"] | None
-    valid: Bool[Tensor, "b"] | None
+from selfsup_xbn.memory.reading import Block, check_batch, nearest_rows
 
 
 class FeatureQueue(FixedPrecision):
     """First-in-first-out memory of M embeddings, adapted to each batch (Eqs. 6 and 23 of arXiv 2303.17127).
 
     A step is ``adapt``, ``enqueue``, and a loss of the batch against the queue with each anchor's own slot left out. It
-    never waits for the device. All state is in buffers that are changed in place, so a step can be compiled
-    (``fullgraph=True``) or captured as a CUDA graph. ``enqueue`` calls ``refresh`` once per pass of the ring, except in
-    compiled or captured code: there the owner of the step calls ``refresh`` every M / B steps.
+    never waits for the device, and it can be compiled (``fullgraph=True``) or captured as a CUDA graph. ``enqueue``
+    calls ``refresh`` once per pass; the owner of a compiled or captured step calls it every M / B steps.
 
     Args:
         size: number of rows M.
         dim: dimensions D of an embedding.
         adaptation: "xbm", "xbn", "axbn", or an instance such as ``AXBN(r=1.0)``, which is copied.
         labels: keep an int64 label for each row.
-        dtype: storage of the rows. Statistics are float64 (float32 on Apple MPS). Neither autocast nor
-            ``module.half()`` changes either.
+        dtype: storage of the rows. Statistics are float64 (float32 on MPS). ``module.half()`` changes neither.
         device: where the queue is created; ``.to(device)`` moves it.
 
     Attributes:
         rows: stored rows z [M, D]; ``features()`` returns the embeddings.
-        written, skipped: rows written since the last reset, and batches left out because a value was not finite.
-        offered: rows passed to ``enqueue`` since the last refresh.
+        written, offered: rows written since the last reset, and rows passed to ``enqueue`` since the last refresh.
+        skipped: batches left out because a value was not finite.
         recording, record: where ``recording`` is True, each ``adapt`` leaves an ``AdaptRecord`` in ``record``.
 
     Raises:
@@ -68,9 +58,8 @@ class FeatureQueue(FixedPrecision):
     Example:
         >>> queue, keys = FeatureQueue(4096, 128, "xbn"), F.normalize(torch.randn(64, 128), dim=1)
         >>> queue.adapt(keys)
-        >>> slots = queue.enqueue(keys)
-        >>> len(queue), slots[-1].item()
-        (64, 63)
+        >>> queue.enqueue(keys)[-1].item(), len(queue)
+        (63, 64)
     """
 
     rows: Tensor
@@ -79,6 +68,7 @@ class FeatureQueue(FixedPrecision):
     written: Tensor
     offered: Tensor
     skipped: Tensor
+    record: AdaptRecord | None
 
     def __init__(
         self,
@@ -108,18 +98,16 @@ class FeatureQueue(FixedPrecision):
         self.adaptation = make_adaptation(adaptation)
         self.adaptation.allocate(dim, statistics, device)
         self.adaptation.to(device)
-        self.recording = False
-        self.record: AdaptRecord | None = None
+        self.recording, self.record = False, None
 
     @torch.no_grad()
     def adapt(self, batch: Float[Tensor, "B D"]) -> None:
         """Move the queue's moments to the target that the adaptation returns for the batch (Eqs. 6 and 23).
 
         Nothing moves for a batch or a queue of one row, or a batch with a non-finite value. A dimension that is
-        constant in the queue or in the target is shifted and not scaled. The map of an empty queue moves too: its first
-        rows are stored standardised.
+        constant in the queue or in the target is shifted and not scaled. The first rows are stored standardised.
         """
-        self._check(batch)
+        check_batch(batch, self.dim)
         before = self.moments() if self.recording and len(batch) > 1 else None
         if self.adaptation.moves_queue and len(batch) > 1:
             observed = batch_moments(batch, self.sums.dtype)
@@ -140,7 +128,7 @@ class FeatureQueue(FixedPrecision):
         Returns:
             The slot of each row of the batch, -1 for a row that was not kept.
         """
-        self._check(batch, labels)
+        check_batch(batch, self.dim, labels)
         if (labels is None) != (self.labels is None):
             raise ValueError("expected labels if, and only if, the queue was made with labels=True")
         if can_refresh(self.rows):
@@ -150,9 +138,7 @@ class FeatureQueue(FixedPrecision):
         stored = self._map.inverse(batch.detach()).to(self.rows.dtype)
         lost, kept = stored[: -self.size], stored[-self.size :]
         entering = power_sums(kept, self.sums.dtype)
-        finite = entering.sum() < torch.inf
-        if len(lost):
-            finite = finite & lost.isfinite().all()
+        finite = (entering.sum() < torch.inf) & lost.isfinite().all()
         slots = (self.written + torch.arange(len(kept), device=self.rows.device)).remainder_(self.size)
         replaced = self.rows.index_select(0, slots)  # zeros in a slot that was never written
         if self.adaptation.moves_queue:
@@ -160,8 +146,8 @@ class FeatureQueue(FixedPrecision):
             self.sums.add_(torch.where(finite, change, 0.0))
         self.rows.index_copy_(0, slots, torch.where(finite, kept, replaced))
         if self.labels is not None and labels is not None:
-            labels = labels[-self.size :].to(self.rows.device)
-            self.labels.index_copy_(0, slots, torch.where(finite, labels, self.labels[slots]))
+            kept_labels = torch.where(finite, labels[-self.size :].to(self.labels.device), self.labels[slots])
+            self.labels.index_copy_(0, slots, kept_labels)
         self.written.add_(finite * len(kept))
         self.skipped.add_(~finite)
         self.offered.add_(len(kept))
@@ -172,8 +158,8 @@ class FeatureQueue(FixedPrecision):
     def refresh(self) -> None:
         """Standardise the stored rows and sum them again, O(M D). The embeddings stay as they are, to rounding.
 
-        Due once per pass. Without it the spread of z shrinks: moments hold to 1e-6 for about 8 * M steps with float64
-        statistics, and M steps with float32; then dimensions seem constant and are no longer scaled.
+        Without it the spread of z shrinks: moments hold to 1e-6 for about 8 * M steps with float64 statistics, and M
+        steps with float32; then dimensions seem constant and are no longer scaled.
         """
         self._offered = 0
         self.offered.zero_()
@@ -195,10 +181,7 @@ class FeatureQueue(FixedPrecision):
         self.adaptation.reset()
 
     def moments(self) -> Moments:
-        """Return mean and unbiased standard deviation of the adapted rows, in O(D); with "xbm" in O(M D).
-
-        An empty queue has the moments (shift, scale), and a queue of one row a deviation of 0.
-        """
+        """Return mean and unbiased standard deviation (of one row: 0) of the adapted rows, O(D); with "xbm" O(M D)."""
         return self._map.moments(self._stored_moments())
 
     def affine_map(self) -> AffineMap:
@@ -221,37 +204,21 @@ class FeatureQueue(FixedPrecision):
     def blocks(self, block_rows: int) -> Iterator[Block]:
         """Yield the slots in blocks of at most ``block_rows``, as views of the stored rows.
 
-        On a CPU, only filled slots are read. On an accelerator and in compiled code, where the host does not know how
-        many are filled, all M slots are read and ``Block.valid`` masks them.
+        On a CPU only filled slots are read. On an accelerator and in compiled code all M slots are read, and
+        ``Block.valid`` marks the filled ones.
         """
         end, filled = (len(self), None) if can_sync(self.rows) else (self.size, self._filled())
         for start in range(0, end, block_rows):
-            slots = slice(start, min(start + block_rows, end))
-            labels = None if self.labels is None else self.labels[slots]
-            yield Block(slots, self.rows[slots], labels, None if filled is None else filled[slots])
+            yield Block.of(slice(start, min(start + block_rows, end)), self.rows, self.labels, filled)
 
     def gather(self, indices: Int64[Tensor, "b"]) -> Block:
-        """Return a copy of the stored rows at these slots, which must be filled."""
-        return Block(indices, self.rows[indices], None if self.labels is None else self.labels[indices], None)
+        """Return a copy of the stored rows at these filled slots."""
+        return Block.of(indices, self.rows, self.labels, None)
 
-    @torch.no_grad()
     def nearest(self, queries: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-        """Return, for each query, the filled row of largest cosine similarity (NNCLR, arXiv 2104.14548).
-
-        Rows are adapted and not normalised. An empty queue returns the queries.
-        """
-        self._check(queries)
-        affine_map, nearest = self.affine_map(), queries.detach().to(self._read_dtype)
-        unit, best = F.normalize(nearest, dim=1), nearest.new_full((len(nearest), 1), -torch.inf)
-        for block in self.blocks(max(1, PIECE // max(len(queries), self.dim))):
-            embeddings = affine_map(block.rows)
-            cosine = unit @ F.normalize(embeddings, dim=1).T
-            if block.valid is not None:
-                cosine.masked_fill_(~block.valid, -torch.inf)
-            largest, column = cosine.max(dim=1, keepdim=True)
-            nearest = torch.where(largest > best, embeddings[column[:, 0]], nearest)
-            best = torch.maximum(largest, best)
-        return nearest
+        """Return, for each query, the adapted row of largest cosine similarity; see ``reading.nearest_rows``."""
+        check_batch(queries, self.dim)
+        return nearest_rows(self.blocks, self.affine_map(), queries)
 
     def extra_repr(self) -> str:
         """Return size, dimensions and storage, for ``print(module)``."""
@@ -266,7 +233,6 @@ class FeatureQueue(FixedPrecision):
         return torch.promote_types(self.rows.dtype, torch.float32)
 
     def _assign_map(self, value: AffineMap, condition: Bool[Tensor, ""] | None = None) -> None:
-        """Replace the map in place, where the condition holds."""
         for buffer, new in zip(self._map, value, strict=True):
             buffer.copy_(new if condition is None else torch.where(condition, new, buffer))
 
@@ -276,14 +242,6 @@ class FeatureQueue(FixedPrecision):
 
     def _filled(self) -> Bool[Tensor, "M"]:
         return torch.arange(self.size, device=self.rows.device) < self.written
-
-    def _check(self, batch: Tensor, labels: Tensor | None = None) -> None:
-        if batch.ndim != 2 or batch.shape[1] != self.dim or len(batch) == 0:
-            raise ValueError(f"expected a batch of shape [B, {self.dim}], got {list(batch.shape)}")
-        if labels is not None and (labels.shape != batch.shape[:1] or labels.is_floating_point()):
-            raise ValueError(
-                f"expected whole numbers [{len(batch)}] as labels, got {labels.dtype} {list(labels.shape)}"
-            )
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load the buffers, and the host's copy of ``offered``: a resumed run refreshes at the same step."""

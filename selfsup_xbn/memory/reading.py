@@ -1,0 +1,75 @@
+"""How the rows of a queue are read: in blocks of stored rows, decoded by the queue's affine map.
+
+Axis legend: B queries, M queue rows, D dimensions, b rows of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
+from torch import Tensor
+
+from selfsup_xbn.memory.moments import PIECE, AffineMap
+
+
+class Block(NamedTuple):
+    """Some slots of a queue: stored rows z (a view, for a slice of slots), labels, and which are filled (None: all)."""
+
+    slots: slice | Int64[Tensor, "b"]
+    rows: Float[Tensor, "b D"]
+    labels: Int64[Tensor, "b"] | None
+    valid: Bool[Tensor, "b"] | None
+
+    @staticmethod
+    def of(slots: slice | Tensor, rows: Tensor, labels: Tensor | None, filled: Tensor | None) -> Block:
+        """Return the block at these slots of a queue's rows, labels and marks of filled slots."""
+        return Block(slots, rows[slots], *(None if values is None else values[slots] for values in (labels, filled)))
+
+
+def check_batch(batch: Tensor, dim: int, labels: Tensor | None = None) -> None:
+    """Check the shapes of a batch and its labels.
+
+    Raises:
+        ValueError: the batch is not [B, dim] with B > 0, or the labels are not B whole numbers.
+    """
+    if batch.ndim != 2 or batch.shape[1] != dim or len(batch) == 0:
+        raise ValueError(f"expected a batch of shape [B, {dim}], got {list(batch.shape)}")
+    if labels is not None and (labels.shape != batch.shape[:1] or labels.is_floating_point()):
+        raise ValueError(f"expected whole numbers [{len(batch)}] as labels, got {labels.dtype} {list(labels.shape)}")
+
+
+@torch.no_grad()
+def nearest_rows(
+    blocks: Callable[[int], Iterator[Block]], affine_map: AffineMap, queries: Float[Tensor, "B D"]
+) -> Float[Tensor, "B D"]:
+    """Return, for each query, the filled row of largest cosine similarity (NNCLR, arXiv 2104.14548).
+
+    Rows are adapted and not normalised. An empty queue returns the queries.
+
+    Args:
+        blocks: yields the queue in blocks of at most so many rows.
+        affine_map: the map from stored rows to embeddings.
+        queries: rows of any length.
+
+    Example:
+        >>> from selfsup_xbn import FeatureQueue
+        >>> queue = FeatureQueue(4, 2, "xbm")
+        >>> slots = queue.enqueue(torch.tensor([[1.0, 0.0], [0.0, 3.0]]))
+        >>> queue.nearest(torch.tensor([[0.1, 0.9]]))
+        tensor([[0., 3.]])
+    """
+    nearest = queries.detach().to(affine_map.scale.dtype)
+    unit, best = F.normalize(nearest, dim=1), nearest.new_full((len(nearest), 1), -torch.inf)
+    for block in blocks(max(1, PIECE // max(queries.shape))):
+        embeddings = affine_map(block.rows)
+        cosine = unit @ F.normalize(embeddings, dim=1).T
+        if block.valid is not None:
+            cosine.masked_fill_(~block.valid, -torch.inf)
+        largest, column = cosine.max(dim=1, keepdim=True)
+        nearest = torch.where(largest > best, embeddings[column[:, 0]], nearest)
+        best = torch.maximum(largest, best)
+    return nearest
