@@ -138,7 +138,8 @@ class FeatureQueue(FixedPrecision):
         stored = self._map.inverse(batch.detach()).to(self.rows.dtype)
         lost, kept = stored[: -self.size], stored[-self.size :]
         entering = power_sums(kept, self.sums.dtype)
-        finite = (entering.sum() < torch.inf) & lost.isfinite().all()
+        finite = entering.sum() < torch.inf
+        finite = finite & lost.isfinite().all() if len(lost) else finite
         slots = (self.written + torch.arange(len(kept), device=self.rows.device)).remainder_(self.size)
         replaced = self.rows.index_select(0, slots)  # zeros in a slot that was never written
         if self.adaptation.moves_queue:
