@@ -157,8 +157,9 @@ def steps_of(config: Config, count: int) -> tuple[Run, list[float]]:
 
 @pytest.mark.parametrize("adaptation", ["xbm", "xbn", "axbn"])
 def test_graph_equals_eager(adaptation: str) -> None:
-    eager, expected = steps_of(digits(adaptation=adaptation, cuda_graph=False), 12)
-    graph, losses = steps_of(digits(adaptation=adaptation), 12)
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        eager, expected = steps_of(digits(adaptation=adaptation, cuda_graph=False), 8)
+        graph, losses = steps_of(digits(adaptation=adaptation), 8)
     assert graph.graphed is not None
     assert graph.graphed.graph is not None
     # Keys are shuffled by random numbers that a graph draws at other offsets; only BatchNorm's rounding sees the order.
