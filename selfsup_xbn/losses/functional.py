@@ -4,7 +4,10 @@ All use s = cos / T. Embeddings may have any length and any precision; sums and 
 autocast too. Gradient flows to the batch alone.
 
 ``implementation`` selects how the sums are computed. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
-O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"auto"`` is blockwise.
+O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"triton"`` runs InfoNCE and SupCon
+with a queue as two or three GPU kernels, in memory of O(B D) for each multiprocessor; it refuses a second derivative.
+``"auto"`` is triton on a GPU of compute capability 8.0 or higher, if Triton is installed and takes the sizes and
+dtypes, and blockwise elsewhere and in compiled code.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
@@ -22,9 +25,11 @@ from torch import Tensor
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import blockwise, dense
 from selfsup_xbn.losses.pairs import PairMargin, Pairs
+from selfsup_xbn.memory.device import has_kernels, has_triton
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 
-IMPLEMENTATIONS = {"auto": blockwise, "dense": dense, "blockwise": blockwise}
+IMPLEMENTATIONS = ("auto", "dense", "blockwise", "triton")
+_SUMS = {"dense": dense, "blockwise": blockwise}
 
 
 def info_nce(
@@ -59,10 +64,14 @@ def info_nce(
         >>> info_nce(keys, keys, queue, temperature=1.0, self_indices=slots)  # log(1 + exp(-1))
         tensor(0.3133)
     """
-    read = _checked(q, queue, temperature, implementation, k=k, self_indices=self_indices)
+    _check(q, queue, temperature, k=k, self_indices=self_indices)
+    kernels = _kernels(implementation, q, queue, temperature)
     with torch.autocast(q.device.type, enabled=False):
+        pairs = Pairs(queue, temperature, self_indices)
+        if kernels is not None:
+            return kernels.info_nce(q, k, pairs)
         query, key = _at_unit_length(q), _at_unit_length(k)
-        sums = read.pair_sums(query, Pairs(queue, temperature, self_indices))
+        sums = _SUMS.get(implementation, blockwise).pair_sums(query, pairs)
         gap = sums.logsumexp - (query * key).sum(1) / temperature
         # -log(exp(s_qk) / (exp(s_qk) + exp(logsumexp))) = log(1 + exp(gap))
         return F.softplus(gap, threshold=40).sum() / max(len(q), 1)
@@ -107,12 +116,19 @@ def sup_con(
         >>> sup_con(embeddings, labels, temperature=1.0)  # log(1 + exp(-1))
         tensor(0.3133)
     """
-    read = _checked(embeddings, queue, temperature, implementation, labels=labels, self_indices=self_indices)
+    _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
     if queue is None:
-        read, self_indices = dense, torch.arange(len(labels), device=embeddings.device)
+        implementation, self_indices = "dense", torch.arange(len(labels), device=embeddings.device)
+    kernels = _kernels(implementation, embeddings, queue, temperature)
     with torch.autocast(embeddings.device.type, enabled=False):
+        pairs = Pairs(queue, temperature, self_indices, labels, miner)
+        if kernels is not None:
+            loss, *counts = kernels.sup_con(embeddings, pairs)
+            if on_pairs is not None:
+                on_pairs(*counts)
+            return loss
         anchors = _at_unit_length(embeddings)
-        sums = read.pair_sums(anchors, Pairs(queue, temperature, self_indices, labels, miner), include_positives=True)
+        sums = _SUMS.get(implementation, blockwise).pair_sums(anchors, pairs, include_positives=True)
         positives, negatives = sums.positives, sums.negatives
         losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
         # An anchor with one pair has loss 0, which rounding can make positive; it is not averaged, as in PML.
@@ -162,7 +178,11 @@ def nt_xent(
         >>> nt_xent(embeddings, labels, queue, temperature=1.0, self_indices=slots)  # log(1 + exp(-1))
         tensor(0.3133)
     """
-    read = _checked(embeddings, queue, temperature, implementation, labels=labels, self_indices=self_indices)
+    _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
+    implementation = "blockwise" if implementation == "auto" else implementation
+    if implementation not in _SUMS:
+        raise UserError(f"expected an implementation out of {['auto', *_SUMS]}, got {implementation!r}")
+    read = _SUMS[implementation]
     with torch.autocast(embeddings.device.type, enabled=False):
         anchors, pairs = _at_unit_length(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
         sums = read.pair_sums(anchors, pairs)
@@ -176,17 +196,38 @@ def _at_unit_length(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
 
 
-def _checked(
-    embeddings: Tensor, queue: FeatureQueue | None, temperature: float, implementation: str, **beside: Tensor | None
-) -> ModuleType:
-    """Return the module that makes the sums; ``beside`` are tensors with a row for each embedding."""
+def _check(embeddings: Tensor, queue: FeatureQueue | None, temperature: float, **beside: Tensor | None) -> None:
+    """Check shapes and temperature; ``beside`` are tensors with a row for each embedding."""
     if not 0 < temperature < float("inf"):
         raise UserError(f"expected a temperature above 0, got {temperature}")
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"expected an implementation out of {list(IMPLEMENTATIONS)}, got {implementation!r}")
     if embeddings.ndim != 2 or (queue is not None and embeddings.shape[1] != queue.dim):
         raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*embeddings.shape]}")
     for name, rows in beside.items():
         if rows is not None and (len(rows) != len(embeddings) or (name == "k" and rows.shape != embeddings.shape)):
             raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
-    return IMPLEMENTATIONS[implementation]
+
+
+def _kernels(
+    implementation: str, embeddings: Tensor, queue: FeatureQueue | None, temperature: float
+) -> ModuleType | None:
+    """Return the Triton kernels if they are to be used, else None.
+
+    Raises:
+        UserError: an unknown implementation, or "triton" where it cannot be used.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"expected an implementation out of {list(IMPLEMENTATIONS)}, got {implementation!r}")
+    wanted = implementation == "triton" or (implementation == "auto" and has_kernels(embeddings.device))
+    if queue is None or not wanted:
+        return None
+    if has_triton():
+        from selfsup_xbn.losses import kernels
+
+        if kernels.supports(embeddings, queue, temperature):
+            return kernels
+    if implementation == "triton":
+        raise UserError(
+            "expected Triton and embeddings of at most 512 dimensions, no float64, and a temperature of at least 1e-4 "
+            f"for implementation='triton', got {[*embeddings.shape]} of {embeddings.dtype}, T {temperature}"
+        )
+    return None

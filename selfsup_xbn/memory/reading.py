@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.moments import PIECE, AffineMap
 
 
@@ -30,12 +31,27 @@ class Block(NamedTuple):
         return Block(slots, rows[slots], *(None if values is None else values[slots] for values in (labels, filled)))
 
 
-def check_batch(batch: Tensor, dim: int, labels: Tensor | None = None) -> None:
+def check_sizes(size: int, dim: int, dtype: torch.dtype) -> None:
+    """Check the arguments of a queue.
+
+    Raises:
+        UserError: no rows, no dimensions, or a dtype that is not floating point.
+    """
+    if size < 1 or dim < 1:
+        raise UserError(f"expected a queue of at least 1 row and 1 dimension, got size={size}, dim={dim}")
+    if not dtype.is_floating_point:
+        raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
+
+
+def check_batch(batch: Tensor, dim: int, labels: Tensor | None = None, *, labelled: bool = False) -> None:
     """Check the shapes of a batch and its labels.
 
     Raises:
-        ValueError: the batch is not [B, dim] with B > 0, or the labels are not B whole numbers.
+        ValueError: the batch is not [B, dim] with B > 0, the labels are not B whole numbers, or there are labels for a
+            queue without, or none for one with labels (``labelled``).
     """
+    if labelled != (labels is not None):
+        raise ValueError("expected labels if, and only if, the queue was made with labels=True")
     if batch.ndim != 2 or batch.shape[1] != dim or len(batch) == 0:
         raise ValueError(f"expected a batch of shape [B, {dim}], got {list(batch.shape)}")
     if labels is not None and (labels.shape != batch.shape[:1] or labels.is_floating_point()):
