@@ -12,7 +12,7 @@ import torch
 from selfsup_xbn.utils.files import open_regular, unpacked_bytes
 
 
-def read_values(path: Path) -> Any:
+def read_values(path: Path, lazily: bool = False) -> Any:
     """Load a file of ``torch.save`` that has tensors and plain values only, to the CPU.
 
     Code in the file is not executed. A compressed archive, which ``torch.save`` does not write, is refused, because a
@@ -20,6 +20,7 @@ def read_values(path: Path) -> Any:
 
     Args:
         path: File to load.
+        lazily: Whether to map the tensors into memory, so that only those that are used are read.
 
     Raises:
         Exception: The file has other content. The type of the exception depends on the content.
@@ -29,4 +30,4 @@ def read_values(path: Path) -> Any:
         if (unpacked := unpacked_bytes(file)) > size:
             raise ValueError(f"expected an archive without compression, got {size} bytes that unpack to {unpacked}")
         warnings.filterwarnings("ignore", "Detected pickle protocol")  # an error follows
-        return torch.load(file, map_location="cpu", weights_only=True)
+        return torch.load(str(path) if lazily else file, map_location="cpu", weights_only=True, mmap=lazily)
