@@ -8,6 +8,7 @@ a run contains the SHA-256 of its ``metrics.jsonl`` at that time.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -85,6 +86,13 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
         message = f"{paths[0]} is damaged (the checksum does not match): using {path.name} instead"
         warnings.warn(printable(message), stacklevel=2)
     return _read(path)
+
+
+def has_intact(folder: Path) -> bool:
+    """Return whether the folder has an intact checkpoint, which only this program writes."""
+    with contextlib.suppress(UserError):  # a file that cannot be read
+        return any(is_intact(path) for path in _newest_first(folder))
+    return False
 
 
 def covered_log(folder: Path) -> tuple[int, str]:

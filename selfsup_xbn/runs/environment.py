@@ -60,8 +60,8 @@ UNKNOWN = "not recorded"
 def git_commit() -> str:
     """Return the Git commit of the package, with ``+`` if files were modified.
 
-    For a copy that pip installed from a Git repository, this is the commit that pip recorded. For any other copy outside
-    of a checkout the result is ``"not recorded"``, and the version of the package identifies it.
+    For a copy that pip installed from a Git repository, this is the commit that pip recorded. For any other copy
+    outside of a checkout the result is ``"not recorded"``, and the version of the package identifies it.
     """
     package = Path(__file__).resolve().parents[1]
     try:

@@ -42,7 +42,7 @@ def read_config(folder: Path) -> Config:
     try:
         return from_resolved(json.loads(read_bytes(path)))
     except (FileNotFoundError, NotADirectoryError):
-        if checkpoint.exists(folder):
+        if checkpoint.has_intact(folder):
             raise UserError(_config_missing(folder)) from None
         raise UserError(f"no run in {folder}: expected a file {CONFIG} there") from None
     except UserError as error:
@@ -149,7 +149,7 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     if overwrite:
         return
     if not has_run(folder):
-        if checkpoint.exists(folder):
+        if checkpoint.has_intact(folder):
             raise UserError(_config_missing(folder))
         if names := [path.name for path in run_files(folder) if path.suffix != atomic.TEMPORARY]:
             raise UserError(f"{folder} has a file {names[0]} that belongs to no run: choose another --out")

@@ -1,6 +1,6 @@
 """Readers of randomly damaged files must return a result or raise an error of one line.
 
-python -m tests.robustness.bad_input        # 2,500 cases, less than a minute on one core
+python -m tests.robustness.bad_input        # 2,500 cases
 
 ``bad_input_targets.py`` writes valid files for every loader, the configuration, the metrics, the checkpoint and
 pretrained weights. A case changes bytes, lines, fields or the encoding of one file, cuts off its end, or puts a FIFO, a
