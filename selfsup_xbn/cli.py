@@ -17,7 +17,8 @@ from typing import Any, NoReturn, get_type_hints
 from selfsup_xbn.config.recipes import RECIPES, default_recipe
 from selfsup_xbn.config.registry import EVALUATORS, METHODS
 from selfsup_xbn.config.schema import EXPORTS, Config, resolved
-from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near
+from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near, printable
+from selfsup_xbn.utils.console import show
 
 EXIT_CODES = (
     "exit codes: 0 success; 2 invalid input, or a file could not be written; 3 the loss diverged; "
@@ -72,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Idle OpenMP threads that spin slow other programs down. OpenMP reads the variable when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
+    warnings.showwarning = lambda message, *_: print(f"warning: {printable(message)}", file=sys.stderr)
     try:
         options = _parser().parse(sys.argv[1:] if argv is None else argv)
         with _first_process_prints():
@@ -96,7 +97,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _fail(kind: str, error: object, code: int) -> int:
     if not getattr(error, "already_reported", _rank() > 0):
-        print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+        print(f"{kind}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code
 
 
@@ -206,12 +207,11 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
         from selfsup_xbn.commands.dry_run import cost_lines
 
         print(json.dumps(resolved(config), indent=2))
-        print(*cost_lines(config), sep="\n")
+        show(cost_lines(config))
         return
     from selfsup_xbn.commands.train import train_run
 
-    lines = train_run(config, resume=options.resume, overwrite=options.overwrite)
-    print(*lines, sep="\n", end="\n" * bool(lines))
+    show(train_run(config, resume=options.resume, overwrite=options.overwrite))
 
 
 def _add_evaluate(parser: _Parser) -> None:
@@ -231,7 +231,8 @@ def _add_evaluate(parser: _Parser) -> None:
             "--weights", metavar="FILE", help="state dict of a backbone: torchvision, timm, MoCo or lightly"
         )
         evaluation.add_argument("--backbone", metavar="NAME", help="architecture of the backbone in --weights")
-        for name in ["data", "data_root", "image_size", "limit_train", *entry.options, "device", "workers"]:
+        names = ["partial_weights", "data", "data_root", "image_size", "limit_train", *entry.options]
+        for name in [*names, "device", "workers"]:
             _add_option(evaluation, options[name], types[name])
         evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
 
@@ -243,15 +244,16 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"expected one of --run DIR and --weights FILE, got {'both' if options.run else 'neither'}")
     if options.weights and not (options.backbone and "data" in overrides):
         raise UserError("--weights requires --backbone NAME and --data SPEC")
-    if options.run and options.backbone:
-        raise UserError("--backbone is valid with --weights only: the backbone of a run is in its configuration")
+    if options.run and (options.backbone or overrides.pop("partial_weights", False)):
+        option = "--backbone" if options.backbone else "--partial-weights"
+        raise UserError(f"{option} is valid with --weights only: the backbone of a run is in its configuration")
     from selfsup_xbn.commands.evaluate import evaluate_run, evaluate_weights
 
     if options.run:
         lines = evaluate_run(options.kind, Path(options.run), overrides, best=options.best)
     else:
         lines = evaluate_weights(options.kind, options.weights, options.backbone, overrides)
-    print(*lines, sep="\n")
+    show(lines)
 
 
 def _add_report(parser: _Parser) -> None:
@@ -266,7 +268,7 @@ def _report(options: argparse.Namespace) -> None:
     from selfsup_xbn.report.page import write_report
 
     path, notes = write_report([Path(run) for run in options.runs], Path(options.out))
-    print(*notes, path, sep="\n")
+    show([*notes, str(path)])
 
 
 def _add_export(parser: _Parser) -> None:
@@ -288,4 +290,4 @@ def _export(options: argparse.Namespace) -> None:
     from selfsup_xbn.commands.export import export_run
 
     out = Path(options.out) if options.out else None
-    print(*export_run(Path(options.run), options.format, out, best=options.best, overwrite=options.overwrite), sep="\n")
+    show(export_run(Path(options.run), options.format, out, best=options.best, overwrite=options.overwrite))

@@ -24,7 +24,7 @@ def differences(one: Path, other: Path) -> list[str]:
 def _state(folder: Path, name: str) -> dict[str, Any]:
     state = checkpoint.load(folder, name)
     state["meter"].pop("seconds")
-    return {key: value for key, value in state.items() if key not in ("config", "log_bytes")}
+    return {key: value for key, value in state.items() if key not in ("config", "log_bytes", "log_sha256")}
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:

@@ -69,7 +69,7 @@ def evaluate_weights(kind: str, weights: str, backbone: str, overrides: dict[str
     untrained = random_encoder(config, data.channels, data.image_size)
     untrained = Encoder(untrained.backbone, nn.Identity(), untrained.feature_dim, untrained.feature_dim)
     trained = copy.deepcopy(untrained)
-    report = load_weights(trained.backbone, weights)
+    report = load_weights(trained.backbone, weights, partial=config.partial_weights)
     values = _compare(kind, config, data, trained, untrained)
     shown = {name: value for name, value in values.items() if not name.startswith("knn_top1_backbone")}
     title = f"{EVALUATORS.find(kind).title(config)}, features of {backbone} from {weights}"

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from selfsup_xbn.config.schema import Config
+from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
 from selfsup_xbn.report.curves import draw_curves, result_lines
 from selfsup_xbn.report.gallery import draw_gallery
@@ -41,5 +42,5 @@ def _draw(run: Run, folder: Path) -> None:
         draw_curves(folder)
         if isinstance(run.evaluator, RetrievalEvaluator):
             draw_gallery(folder, run.evaluator, run.method.encoder)
-    except OSError as error:  # such as a full disk: the run itself is complete and saved
-        warnings.warn(f"could not draw a plot in {folder} ({error.strerror})", stacklevel=2)
+    except UserError as error:  # such as a full disk: the run itself is complete and saved
+        warnings.warn(f"could not draw a plot: {error}", stacklevel=2)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, get_type_hints
 
 from selfsup_xbn.config.options import check_option, option
 from selfsup_xbn.config.parsing import parse_arguments, parse_numbers, parse_rows, parse_save_interval, parse_validation
-from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS, METHODS
+from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS
 from selfsup_xbn.errors import UserError
 
 DATA_HELP = "data set: {names}; append :PATH to set the directory of its files (folder:PATH has train/ and test/)"
@@ -51,6 +51,12 @@ class Config:
     head: str = option("linear", "projection head from features to embeddings: linear, mlp, ...")
     dim: int = option(128, "dimension D of the embeddings", minimum=1, maximum=2**20)
     weights: str = option("", "initial weights of the backbone: path of a state dict, or 'imagenet'; random if not set")
+
+    partial_weights: bool = option(
+        False,
+        "load the file of --weights even if it fits less than 90% of the tensors of the backbone",
+        affects_results=False,
+    )
 
     # Memory
     queue_size: str = option("1024", "number of rows M in the queue, or P% of the training images")
@@ -255,39 +261,3 @@ def queue_rows(config: Config, images: int) -> int:
 def resolved(config: Config) -> dict[str, Any]:
     """Return the mode and all fields as a dictionary, which is the content of ``config.json``."""
     return {"mode": config.mode, **asdict(config)}
-
-
-def from_resolved(values: Any) -> Config:
-    """Return the configuration that the content of a ``config.json`` describes.
-
-    Keys that are not options, such as ``environment``, are ignored. A missing option gets its default value if it does
-    not affect results or if it is marked ``added_later``.
-
-    Args:
-        values: Parsed content of the file.
-
-    Raises:
-        UserError: The mode is unknown, an option is missing, or a value is invalid.
-    """
-    mode = values.get("mode") if isinstance(values, dict) else None
-    if not isinstance(mode, str) or mode not in METHODS:
-        raise UserError(f"expected a configuration with a mode out of {', '.join(METHODS)}, got {mode!r}")
-    kind: type[Config] = METHODS[mode]
-    if type(rows := values.get("queue_size")) is int:  # written so by older versions of mode pretrain
-        values = values | {"queue_size": str(rows)}
-    for item in fields(kind):
-        if item.name not in values and item.metadata["affects_results"] and not item.metadata["added_later"]:
-            raise UserError(f"expected the option {item.name!r} in the configuration, got none")
-    return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
-
-
-def differences(a: Config, b: Config) -> list[str]:
-    """Return ``"name: value in a, value in b"`` for each field that affects results and differs."""
-    if a.mode != b.mode:
-        return [f"mode: {a.mode}, {b.mode}"]
-    pairs = [
-        (item.name, getattr(a, item.name), getattr(b, item.name))
-        for item in fields(a)
-        if item.metadata["affects_results"]
-    ]
-    return [f"{name}: {left!r}, {right!r}" for name, left, right in pairs if left != right]

@@ -51,7 +51,7 @@ def _torchvision_names() -> list[str]:
 def _torchvision(name: str, channels: int, image_size: int, weights: str | None) -> nn.Module:
     known = _torchvision_names()
     resnets = [n + CIFAR for n in known if n.startswith(("resnet", "resnext", "wide_resnet"))]
-    require_known(name, [*SMALL_BACKBONES, *known, *resnets], "backbone")
+    require_known(name, [*SMALL_BACKBONES, *known, *resnets, f"{TIMM}NAME"], "backbone")
     if weights is not None and channels != 3:
         raise UserError(
             f"expected 3 channels for the {weights} weights of {name!r}, got {channels}; try {TIMM + name!r}"
@@ -75,7 +75,11 @@ def _timm(name: str, channels: int, image_size: int, weights: str | None) -> nn.
 
     short = name.removeprefix(TIMM)
     if not timm.is_model(short):
-        require_known(name, [TIMM + n for n in timm.list_models()], "backbone")
+        names = timm.list_models()
+        raise UserError(
+            f"unknown backbone {name!r}{near(name, [TIMM + known for known in names], likeness=0.8)} "
+            f"(valid: {TIMM} and one of the {len(names):,} names that timm.list_models() returns)"
+        )
     model = _with_weights(
         lambda tag: timm.create_model(short, pretrained=tag is not None, num_classes=0, in_chans=channels),
         weights,
@@ -139,12 +143,11 @@ def require_known(name: str, known: Iterable[str], kind: str) -> None:
         kind: what the names denote, for the message.
 
     Raises:
-        UserError: the name is unknown. The message suggests the most similar valid name.
+        UserError: the name is unknown. The message lists the valid names, and suggests one that is similar.
     """
     choices = list(known)
-    if name in choices:
-        return
-    raise UserError(f"unknown {kind} {name!r}{near(name, choices, likeness=0.0)}")
+    if name not in choices:
+        raise UserError(f"unknown {kind} {name!r}{near(name, choices)} (valid: {', '.join(choices)})")
 
 
 # ---------------------------------------------------------------- small backbones

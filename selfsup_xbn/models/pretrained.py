@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.models.encoder import Encoder, random_encoder
+from selfsup_xbn.utils.console import show
 from selfsup_xbn.utils.safe_loading import read_values
 
 
@@ -62,7 +63,11 @@ class LoadReport:
         return lines
 
 
-def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
+SHARE = 0.9
+"""Smallest share of the tensors of a backbone that a file must fit. A first layer of another shape is one tensor."""
+
+
+def load_weights(model: nn.Module, path: str | PathLike[str], *, partial: bool = False) -> LoadReport:
     """Load the tensors of a checkpoint that match the model in name and shape.
 
     Supported are state dicts of torchvision and timm, checkpoints of MoCo (``module.encoder_q.*``), lightly
@@ -73,13 +78,15 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
     Args:
         model: an ``Encoder`` or another module, such as a backbone.
         path: file written by ``torch.save``, or a ``.safetensors`` file.
+        partial: whether to load a file that fits less than ``SHARE`` of the backbone, whose other tensors stay random,
+            or has further layers. A head that is missing or has another shape is no reason to refuse a file.
 
     Returns:
         Names of the tensors that were loaded, missing, mismatched and unexpected.
 
     Raises:
         UserError: the file does not exist, is no checkpoint, contains objects other than tensors and plain values, or
-            no tensor matches.
+            no tensor matches, or too few match and ``partial`` is False.
     """
     tensors = _read_tensors(Path(path))
     own = model.state_dict()
@@ -89,8 +96,7 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
     fitting = {name: tensor for name, tensor in candidates.items() if tensor.shape == own[name].shape}
     if not any(tensor.ndim for tensor in fitting.values()):  # the scalar step count of a BatchNorm matches any model
         raise UserError(_nothing_fits(path, tensors, own))
-    model.load_state_dict(fitting, strict=False)
-    return LoadReport(
+    report = LoadReport(
         path=fspath(path),
         prefix=prefix,
         matched=tuple(fitting),
@@ -99,6 +105,10 @@ def load_weights(model: nn.Module, path: str | PathLike[str]) -> LoadReport:
         unexpected=tuple(alias for alias in under if alias not in names),
         outside=len(tensors) - len(under),
     )
+    if not partial:
+        _check_share(report, model, names)
+    model.load_state_dict(fitting, strict=False)
+    return report
 
 
 def initial_encoder(config: Config, channels: int, image_size: int) -> Encoder:
@@ -114,7 +124,7 @@ def initial_encoder(config: Config, channels: int, image_size: int) -> Encoder:
     if config.weights in ("", "imagenet"):
         return random_encoder(config, channels, image_size, "imagenet" if config.weights else None)
     encoder = random_encoder(config, channels, image_size)
-    print(*load_weights(encoder, config.weights).lines(), sep="\n")
+    show(load_weights(encoder, config.weights, partial=config.partial_weights).lines())
     return encoder
 
 
@@ -123,7 +133,7 @@ def initial_encoder(config: Config, channels: int, image_size: int) -> Encoder:
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
     """Return all tensors of the file by dotted name."""
-    if not path.is_file():
+    if not path.is_file():  # a FIFO would block the reader of safetensors
         raise UserError(f"expected a .pt, .pth, .ckpt or .safetensors file, got {str(path)!r}, which is not a file")
     try:
         content = _load(path)
@@ -194,6 +204,39 @@ def _best_fit(
         return "", namings[0]
     prefix, i = max(fits, key=lambda fit: fits[fit])
     return prefix, namings[i]
+
+
+def _check_share(report: LoadReport, model: nn.Module, names: Mapping[str, str]) -> None:
+    """Check that file and backbone are the same network, up to ``1 - SHARE`` of the tensors of both.
+
+    Tensors of the file count if they are in a part of the network that the model has too, such as ``layer3``: the
+    tensors of a smaller network may all fit a larger one and leave layers random, or the other way round.
+
+    Args:
+        report: what would be loaded.
+        model: the encoder or backbone.
+        names: naming scheme of the file.
+
+    Raises:
+        UserError: too few tensors match.
+    """
+    backbone = {
+        name
+        for name in model.state_dict()
+        if not (isinstance(model, Encoder) and name.startswith("head.")) and not name.endswith("num_batches_tracked")
+    }
+    parts = {alias.split(".")[0] for alias, name in names.items() if name in backbone}
+    further = sum(
+        (alias.split(".")[0] in parts or alias[0].isdigit()) and not alias.endswith("num_batches_tracked")
+        for alias in report.unexpected
+    )
+    loaded, total = len(backbone & set(report.matched)), len(backbone) + further
+    if loaded < SHARE * total:
+        raise UserError(
+            f"{report.path!r} fits {loaded} of the {len(backbone)} tensors of the backbone and has {further} further "
+            f"tensors for it; expected at least {SHARE:.0%} of them in common: set --backbone to the architecture of "
+            "the file, or insist with --partial-weights"
+        )
 
 
 # ---------------------------------------------------------------- messages

@@ -6,16 +6,17 @@ import math
 from pathlib import Path
 from typing import Any
 
+from selfsup_xbn.errors import printable
 from selfsup_xbn.evaluation.summary import comparison_table, latest, panels
 from selfsup_xbn.runs.folder import read_config, read_metrics
+from selfsup_xbn.utils.atomic import replacing
 
 
 def draw_curves(folder: Path) -> Path:
     """Plot the logged metrics against the epoch to ``curves.png`` in the run folder, and return its path.
 
     Raises:
-        UserError: The folder has no run, or its metrics are damaged.
-        OSError: The file could not be written.
+        UserError: The folder has no run, its metrics are damaged, or the file could not be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -25,7 +26,8 @@ def draw_curves(folder: Path) -> Path:
     shown = [(title, keys) for title, keys in panels().items() if logged & keys.keys()]
     figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(f"{config.mode} on {config.data}, {config.adaptation}, seed {config.seed}")
+    title = f"{config.mode} on {config.data}, {config.adaptation}, seed {config.seed}"
+    figure.suptitle(printable(title), parse_math=False)
     for axes, (title, keys) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for color, (key, label) in enumerate(keys.items()):
             _curve(axes, points_of(records, key), label, f"C{color}")
@@ -35,7 +37,8 @@ def draw_curves(folder: Path) -> Path:
         if len(keys) > 1:
             axes.legend(fontsize="small")
     path = folder / "curves.png"
-    figure.savefig(path, dpi=110)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)
     return path
 
 

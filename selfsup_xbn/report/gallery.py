@@ -18,6 +18,7 @@ from selfsup_xbn.data import ImageData, Split
 from selfsup_xbn.data.files import EvalFile
 from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
 from selfsup_xbn.models.encoder import Encoder
+from selfsup_xbn.utils.atomic import replacing
 
 BLOCK = 1024
 
@@ -39,7 +40,7 @@ def draw_gallery(
         nearest: Number of images K per query.
 
     Raises:
-        OSError: The file could not be written.
+        UserError: The file could not be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -56,7 +57,8 @@ def draw_gallery(
         for cell, index, right in zip(axes[1:], row.nearest, row.right, strict=True):
             _thumbnail(cell, image_pixels(searched, index, data), "tab:green" if right else "tab:red")
     path = folder / "retrieval.png"
-    figure.savefig(path, dpi=100)
+    with replacing(path) as file:
+        figure.savefig(file, dpi=100)
     return path
 
 

@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.schema import Config, PretrainConfig, queue_rows, resolved
 from selfsup_xbn.data import ImageData, data_of
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, printable
 from selfsup_xbn.evaluation.summary import columns, comparison_rows, latest, panels
 from selfsup_xbn.report import map as embedding_map
 from selfsup_xbn.report.curves import Points, is_baseline, points_of
@@ -26,6 +27,7 @@ from selfsup_xbn.report.thumbnails import Pictures, draw_pictures
 from selfsup_xbn.runs.folder import read_config, read_environment, read_metrics
 from selfsup_xbn.runs.load import load_run
 from selfsup_xbn.utils.atomic import replacing
+from selfsup_xbn.utils.files import read_bytes
 
 NAME = "index.html"
 GENERATOR = "selfsup-xbn report"
@@ -114,7 +116,7 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
 def _check_out(path: Path) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise UserError(f"{path.parent} is a file: choose another --out")
-    if path.exists() and GENERATOR not in path.read_text(encoding="utf-8", errors="replace")[:1000]:
+    if path.exists() and GENERATOR not in read_bytes(path).decode(errors="replace")[:1000]:
         raise UserError(f"{path} is not a page of this program: choose another --out")
 
 
@@ -154,7 +156,14 @@ _load = lru_cache(maxsize=2)(data_of)
 
 def _page(runs: list[RunEntry]) -> str:
     loader = PackageLoader("selfsup_xbn.report")
-    jinja = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    jinja = Environment(
+        loader=loader,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=_printable,
+    )
     jinja.filters["quoted"] = shlex.quote
     settings = _table([{name: _text(value) for name, value in resolved(run.config).items()} for run in runs])
     return jinja.get_template("report.html").render(
@@ -168,6 +177,11 @@ def _page(runs: list[RunEntry]) -> str:
         versions=_table([run.environment for run in runs]),
         map_method=embedding_map.METHOD,
     )
+
+
+def _printable(value: Any) -> Any:
+    """Escape the control characters of a text that the template inserts. The results of macros are ``Markup``."""
+    return printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
 
 
 def _table(columns: Sequence[Mapping[str, str]]) -> list[Row]:

@@ -2,11 +2,13 @@
 
 The newest checkpoint is ``checkpoint.pt``; previous ones are ``checkpoint-1.pt``, ``checkpoint-2.pt`` and so on. A
 checkpoint is a zip archive of ``torch.save`` whose comment is the SHA-256 of all bytes before the comment. Any program
-can read it with ``torch.load``, which does not verify the checksums of a zip archive itself.
+can read it with ``torch.load``, which does not verify the checksums of a zip archive itself. The checkpoint of
+a run contains the SHA-256 of its ``metrics.jsonl`` at that time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -14,8 +16,9 @@ import warnings
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, printable
 from selfsup_xbn.utils import atomic
+from selfsup_xbn.utils.files import open_regular
 from selfsup_xbn.utils.safe_loading import read_values
 
 NAME, BEST = "checkpoint.pt", "best.pt"
@@ -80,8 +83,29 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     if path is None:
         raise UserError(f"expected a run folder, but there is no checkpoint {folder / name}")
     if path != paths[0]:
-        warnings.warn(f"{paths[0]} is damaged (the checksum does not match): using {path.name} instead", stacklevel=2)
+        message = f"{paths[0]} is damaged (the checksum does not match): using {path.name} instead"
+        warnings.warn(printable(message), stacklevel=2)
     return _read(path)
+
+
+def has_intact(folder: Path) -> bool:
+    """Return whether the folder has an intact checkpoint, which only this program writes."""
+    with contextlib.suppress(UserError):  # a file that cannot be read
+        return any(is_intact(path) for path in _newest_first(folder))
+    return False
+
+
+def covered_log(folder: Path) -> tuple[int, str]:
+    """Return the number of bytes of ``metrics.jsonl`` that the newest intact checkpoint covers, and their SHA-256.
+
+    The number is 0 and the checksum is ``""`` if there is no such checkpoint, or an older version wrote it.
+    """
+    try:
+        path = next((path for path in _newest_first(folder) if is_intact(path)), None)
+        state = _read(path, lazily=True) if path else {}
+    except UserError:  # reported by ``load``
+        return 0, ""
+    return (state["log_bytes"], state["log_sha256"]) if "log_sha256" in state else (0, "")
 
 
 def rename_damaged(folder: Path) -> None:
@@ -102,7 +126,7 @@ def is_intact(path: Path) -> bool:
         UserError: The file does not exist or cannot be read.
     """
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             end = file.seek(0, os.SEEK_END) - CHECKSUM_BYTES
             if end < 0:
                 return False
@@ -114,14 +138,14 @@ def is_intact(path: Path) -> bool:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path, lazily: bool = False) -> dict[str, Any]:
     try:
-        state = read_values(path)
+        state = read_values(path, lazily)
     except Exception as error:  # invalid files make torch.load raise exceptions of many types
         kind = type(error).__name__
         raise UserError(f"cannot read {path} ({kind}): expected tensors and plain values only") from None
     known = isinstance(state, dict) and "method" in state and "config" in state
-    if not known or type(state.get("log_bytes", 0)) is not int:
+    if not known or type(state.get("log_bytes", 0)) is not int or type(state.get("log_sha256", "")) is not str:
         raise UserError(
             f"{path} is not a checkpoint of this program: expected a run folder, or a file as --weights FILE"
         )

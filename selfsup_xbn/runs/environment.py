@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import platform
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
 PACKAGES = (
@@ -53,13 +54,29 @@ def processor() -> str:
     return next(names, "") or platform.processor() or "unknown"
 
 
+UNKNOWN = "not recorded"
+
+
 def git_commit() -> str:
-    """Return the Git commit of the package, with ``+`` if files were modified, or ``"none"`` outside of a checkout."""
+    """Return the Git commit of the package, with ``+`` if files were modified.
+
+    For a copy that pip installed from a Git repository, this is the commit that pip recorded. For any other copy
+    outside of a checkout the result is ``"not recorded"``, and the version of the package identifies it.
+    """
     package = Path(__file__).resolve().parents[1]
     try:
         if not (package.parent / ".git").exists():
-            return "none"
+            return _installed_commit()
         command = ["git", "-C", str(package), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
         return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):
-        return "none"
+        return UNKNOWN
+
+
+def _installed_commit() -> str:
+    """Return the commit in the file ``direct_url.json`` (PEP 610), which pip writes for a Git repository."""
+    try:
+        source = json.loads(distribution(PACKAGES[0]).read_text("direct_url.json") or "{}")
+        return str(source["vcs_info"]["commit_id"])[:12]
+    except (PackageNotFoundError, ValueError, KeyError, TypeError):
+        return UNKNOWN

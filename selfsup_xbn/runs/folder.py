@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
 from pathlib import Path
 from typing import Any
 
-from selfsup_xbn.config.schema import EXPORTS, Config, differences, from_resolved, resolved
+from selfsup_xbn.config.saved import differences, from_resolved
+from selfsup_xbn.config.schema import EXPORTS, Config, resolved
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.environment import environment
 from selfsup_xbn.runs.tensorboard import EVENTS, ScalarLog
 from selfsup_xbn.utils import atomic
+from selfsup_xbn.utils.files import read_bytes
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 LARGEST = 1e300  # bound of valid values; larger integers in JSON do not fit a float
@@ -37,8 +40,10 @@ def read_config(folder: Path) -> Config:
     """
     path = folder / CONFIG
     try:
-        return from_resolved(json.loads(path.read_text(encoding="utf-8")))
+        return from_resolved(json.loads(read_bytes(path)))
     except (FileNotFoundError, NotADirectoryError):
+        if checkpoint.has_intact(folder):
+            raise UserError(_config_missing(folder)) from None
         raise UserError(f"no run in {folder}: expected a file {CONFIG} there") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -46,19 +51,49 @@ def read_config(folder: Path) -> Config:
         raise UserError(f"cannot read {path} ({error}): restore it, or start a new run with --overwrite") from None
 
 
+def _config_missing(folder: Path) -> str:
+    return (
+        f"{folder} has a checkpoint, but its {CONFIG} is missing: restore the file, or start a new run with --overwrite"
+    )
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """Return the records of ``metrics.jsonl``, oldest first.
 
     Raises:
-        UserError: The file does not exist, or a line is damaged.
+        UserError: The file does not exist, a line is damaged, or a line was changed after the newest checkpoint was
+            written.
     """
     path = folder / METRICS
     try:
-        text = path.read_text(encoding="utf-8")
+        content = read_bytes(path)
+        text = content.decode("utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}") from None
     lines = text.removesuffix("\n").split("\n") if text else []
-    return [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    records = [_record(line, f"{path}, line {number}") for number, line in enumerate(lines, 1)]
+    _check_log(path, content, *checkpoint.covered_log(folder))
+    return records
+
+
+def _check_log(path: Path, content: bytes, size: int, sha256: str) -> None:
+    """Check that a log begins with the bytes that a checkpoint covers.
+
+    Args:
+        path: The log.
+        content: Its content.
+        size: Number of bytes that the checkpoint covers.
+        sha256: Their checksum, or ``""`` for a checkpoint without one.
+
+    Raises:
+        UserError: The log is shorter or differs.
+    """
+    if len(content) < size or (sha256 and hashlib.sha256(content[:size]).hexdigest() != sha256):
+        got = f"got {len(content)}" if len(content) < size else "but they differ (the checksum does not match)"
+        raise UserError(
+            f"{path}: expected at least the {size} bytes that the checkpoint refers to, {got}: "
+            "restore it, or start a new run with --overwrite"
+        )
 
 
 def _record(line: str, where: str) -> dict[str, Any]:
@@ -85,7 +120,7 @@ def run_files(folder: Path) -> list[Path]:
 
 def read_environment(folder: Path) -> dict[str, str]:
     """Return the versions, machine and commit that the valid ``config.json`` of a run records."""
-    values = json.loads((folder / CONFIG).read_text(encoding="utf-8")).get("environment")
+    values = json.loads(read_bytes(folder / CONFIG)).get("environment")
     return {name: str(value) for name, value in values.items()} if isinstance(values, dict) else {}
 
 
@@ -114,6 +149,8 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     if overwrite:
         return
     if not has_run(folder):
+        if checkpoint.has_intact(folder):
+            raise UserError(_config_missing(folder))
         if names := [path.name for path in run_files(folder) if path.suffix != atomic.TEMPORARY]:
             raise UserError(f"{folder} has a file {names[0]} that belongs to no run: choose another --out")
         return
@@ -140,18 +177,20 @@ class RunFolder:
         config: Configuration, which is written to ``config.json`` with versions, machine and commit.
         keep_bytes: Number of bytes of ``metrics.jsonl`` to keep when a run is resumed. With 0 the files of an earlier
             run are deleted.
+        keep_sha256: Checksum of these bytes. They are not verified if it is ``""``.
 
     Raises:
-        UserError: ``metrics.jsonl`` is shorter than ``keep_bytes``, or a file could not be written.
+        UserError: ``metrics.jsonl`` is shorter than ``keep_bytes`` or differs, or a file could not be written.
     """
 
-    def __init__(self, folder: Path, config: Config, keep_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, config: Config, keep_bytes: int = 0, keep_sha256: str = "") -> None:
         self.folder = folder
-        if keep_bytes and (not (folder / METRICS).is_file() or (folder / METRICS).stat().st_size < keep_bytes):
-            raise UserError(
-                f"{folder / METRICS}: expected at least the {keep_bytes} bytes that the checkpoint refers to: "
-                "restore it, or start a new run with --overwrite"
-            )
+        kept = b""
+        if keep_bytes:
+            with contextlib.suppress(OSError):
+                kept = read_bytes(folder / METRICS)
+            _check_log(folder / METRICS, kept, keep_bytes, keep_sha256)
+        self._sha256 = hashlib.sha256(kept[:keep_bytes])
         folder.mkdir(parents=True, exist_ok=True)
         for path in run_files(folder):
             if not keep_bytes or path.suffix == atomic.TEMPORARY:
@@ -160,8 +199,9 @@ class RunFolder:
         text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
         with atomic.replacing(folder / CONFIG) as file:
             file.write(text.encode() + b"\n")
-        self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
-        self._metrics.truncate(keep_bytes)
+        with atomic.writing(folder / METRICS):
+            self._metrics = atomic.open_to_append(folder / METRICS)
+            self._metrics.truncate(keep_bytes)
         self._scalars = ScalarLog(folder, read_metrics(folder)) if config.tensorboard else None
 
     def log(self, record: dict[str, Any]) -> None:
@@ -174,21 +214,22 @@ class RunFolder:
         """
         rounded = {key: _rounded(value) for key, value in record.items()}
         with atomic.writing(self.folder / METRICS):
-            self._metrics.write(json.dumps(rounded) + "\n")
+            line = json.dumps(rounded).encode() + b"\n"
+            self._metrics.write(line)
             self._metrics.flush()
+            self._sha256.update(line)
             if self._scalars:
                 self._scalars.log(rounded)
 
-    @property
-    def position(self) -> int:
-        """Current size of ``metrics.jsonl`` in bytes, after a flush to the disk.
+    def log_state(self) -> dict[str, Any]:
+        """Return the size of ``metrics.jsonl`` in bytes and its checksum, after a flush to the disk.
 
         Raises:
             UserError: The file could not be written.
         """
         with atomic.writing(self.folder / METRICS):
             os.fsync(self._metrics.fileno())
-        return os.fstat(self._metrics.fileno()).st_size
+        return {"log_bytes": os.fstat(self._metrics.fileno()).st_size, "log_sha256": self._sha256.hexdigest()}
 
     def close(self) -> None:
         """Close the files."""

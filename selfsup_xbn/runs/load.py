@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from selfsup_xbn.config.schema import Config, from_resolved
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.config.saved import differences, from_resolved
+from selfsup_xbn.config.schema import Config
+from selfsup_xbn.errors import UserError, printable
 from selfsup_xbn.methods.base import method_class
 from selfsup_xbn.models.encoder import Encoder, random_encoder
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.runs.folder import read_config
+from selfsup_xbn.runs.folder import CONFIG, read_config
 
 
 class TrainedRun(NamedTuple):
@@ -44,9 +46,11 @@ def load_run(folder: Path, best: bool = False) -> TrainedRun:
     Raises:
         UserError: The folder has no run, or the checkpoint cannot be read.
     """
-    read_config(folder)
+    saved = read_config(folder)
     state = checkpoint.load(folder, checkpoint.BEST if best else checkpoint.NAME)
     config, network = from_resolved(state["config"]), state.get("network")
+    if changes := differences(config, saved, "the checkpoint", CONFIG):
+        warnings.warn(printable(f"{folder / CONFIG} was changed after the training ({changes[0]})"), stacklevel=2)
     if not isinstance(network, dict) or network.keys() != {"channels", "image_size"}:
         raise UserError(f"the checkpoint in {folder} is damaged: expected channels and image_size of the network")
     torch.manual_seed(config.seed)

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from selfsup_xbn.config.registry import EVALUATORS
-from selfsup_xbn.config.schema import Config, differences, from_resolved, resolved
+from selfsup_xbn.config.saved import differences, from_resolved
+from selfsup_xbn.config.schema import Config, resolved
 from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, UserError

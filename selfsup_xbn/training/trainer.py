@@ -18,6 +18,7 @@ from selfsup_xbn.training.progress import Progress
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
 from selfsup_xbn.utils import distributed
+from selfsup_xbn.utils.console import show
 from selfsup_xbn.utils.distributed import rank
 
 
@@ -54,14 +55,14 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Ru
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
         run.load_state_dict(state)
-    notes = [*run.data.notes, queue_note(config, len(run.data.train))]
-    print(*filter(None, notes), sep="\n", end="\n" * any(notes))
+    show(filter(None, [*run.data.notes, queue_note(config, len(run.data.train))]))
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder
     with stop_signals() as signals, contextlib.ExitStack() as stack:
         log = None
         if rank() == 0:
-            log = RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)
+            kept = (state["log_bytes"], state.get("log_sha256", "")) if state else (0, "")
+            log = RunFolder(folder, config, *kept)
             stack.callback(log.close)
             if not state:
                 log.log({"epoch": 0, **baselines})
@@ -114,4 +115,4 @@ def _save_if_finite(run: Run, log: RunFolder | None) -> None:
 
 
 def _save(run: Run, log: RunFolder) -> None:
-    checkpoint.save(run.state_dict() | {"log_bytes": log.position}, log.folder, keep=run.config.keep)
+    checkpoint.save(run.state_dict() | log.log_state(), log.folder, keep=run.config.keep)

@@ -7,11 +7,10 @@ import pytest
 
 from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.config.saved import differences, from_resolved
 from selfsup_xbn.config.schema import (
     PretrainConfig,
     SuperviseConfig,
-    differences,
-    from_resolved,
     resolved,
 )
 from selfsup_xbn.errors import UserError, near
@@ -64,7 +63,7 @@ def test_missing_option_is_an_error_only_if_it_changes_results(config):
 def test_differences_name_what_changes_results_only():
     a = PretrainConfig()
     assert differences(a, replace(a, device="cuda", out="elsewhere", workers=7)) == []
-    assert differences(a, replace(a, seed=3)) == ["seed: 0, 3"]
+    assert differences(a, replace(a, seed=3)) == ["--seed: the run has 0, the command has 3"]
 
 
 def test_figure_2_recipe_is_the_papers():

@@ -186,11 +186,20 @@ def test_embeddings_are_the_heads_output_not_normalised():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"backbone": "convnet5"}, "unknown backbone 'convnet5'; did you mean convnet4?"),
-        ({"backbone": "resnet18_cifar"}, "unknown backbone 'resnet18_cifar'; did you mean resnet18-cifar?"),
-        ({"backbone": "timm:resnet18q"}, "unknown backbone 'timm:resnet18q'; did you mean timm:resnet18?"),
-        ({"head": "mpl"}, "unknown head 'mpl'; did you mean mlp?"),
-        ({"weights": "imagenet1k"}, "unknown weights 'imagenet1k'; did you mean imagenet?"),
+        (
+            {"backbone": "convnet5"},
+            "unknown backbone 'convnet5'; did you mean convnet4? (valid: ",
+        ),
+        ({"backbone": "resnet18_cifar"}, "unknown backbone 'resnet18_cifar'; did you mean resnet18-cifar? (valid: "),
+        (
+            {"backbone": "timm:resnet18q"},
+            "unknown backbone 'timm:resnet18q'; did you mean timm:resnet18? (valid: timm: ",
+        ),
+        ({"head": "xyz"}, "unknown head 'xyz' (valid: linear, mlp, l2, l2+ln, l2+bn)"),
+        ({"backbone": "xyz"}, "unknown backbone 'xyz' (valid: conv4-64, "),
+        ({"backbone": "timm:xyz"}, "unknown backbone 'timm:xyz' (valid: timm: and one of the "),
+        ({"head": "mpl"}, "unknown head 'mpl'; did you mean mlp? (valid: linear, mlp, l2, l2+ln, l2+bn)"),
+        ({"weights": "imagenet1k"}, "unknown weights 'imagenet1k'; did you mean imagenet? (valid: imagenet)"),
         ({"weights": "imagenet"}, "backbone 'convnet4' has no imagenet weights; pass a file with --weights FILE"),
         (
             {"backbone": "resnet18", "weights": "imagenet", "channels": 1},
@@ -201,7 +210,8 @@ def test_embeddings_are_the_heads_output_not_normalised():
 def test_unknown_or_impossible_choices_are_named_in_one_line(arguments, message):
     with pytest.raises(UserError) as fault:
         build_encoder(**({"backbone": "convnet4", "dim": 8} | arguments))
-    assert str(fault.value) == message
+    assert str(fault.value).startswith(message)
+    assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 32), ("vit_b_16", 30), ("timm:mixer_s32_224", 32)])

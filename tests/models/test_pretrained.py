@@ -15,9 +15,11 @@ from lightly.models.modules import MoCoProjectionHead
 from safetensors.torch import save_file
 from torch import nn
 
+from selfsup_xbn.cli import main
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.models.encoder import Encoder, build_encoder
 from selfsup_xbn.models.pretrained import load_weights
+from tests.command_line import SMALL, refused
 
 State = dict[str, torch.Tensor]
 
@@ -200,6 +202,64 @@ def test_lines_count_everything_and_cut_long_lists(encoder, resnet, tmp_path):
         "  unexpected in the file (1): a.b",
         "  not loaded, without the prefix: 1 tensors",
     ]
+
+
+# ---------------------------------------------------------------- another network
+
+
+@pytest.mark.parametrize(
+    ("source", "target"), [("resnet50", "resnet18"), ("resnet34", "resnet18"), ("resnet18", "resnet34")]
+)
+def test_network_that_fits_by_half_is_refused(source, target, tmp_path):
+    """All tensors of ResNet-18 fit ResNet-34, and the other way round."""
+    with torch.device("meta"):
+        states = [torchvision.models.get_model(name).state_dict() for name in (source, target)]
+    theirs, ours = (
+        {name: tensor.shape for name, tensor in state.items() if not name.startswith("fc.") and tensor.ndim}
+        for state in states
+    )
+    path = saved({name: torch.zeros(shape) for name, shape in theirs.items()}, tmp_path)
+    encoder = build_encoder(target, 8)
+    message = refusal(encoder, path)
+    assert f"fits {len(theirs.items() & ours.items())} of the {len(ours)} tensors" in message
+    assert f"has {len(theirs.keys() - ours.keys())} further tensors" in message
+    assert "--partial-weights" in message
+    assert load_weights(encoder, path, partial=True).matched
+
+
+@pytest.mark.parametrize("head", ["fc", "projection_head", "none", "other"])
+def test_missing_or_other_head_is_no_reason_to_refuse(encoder, resnet, head, tmp_path):
+    state = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
+    rows = {"fc": 128, "other": 1000}
+    if head in rows:
+        state |= {"fc.weight": torch.zeros(rows[head], 512), "fc.bias": torch.zeros(rows[head])}
+    elif head == "projection_head":
+        state |= {f"projection_head.layers.{i}.weight": torch.zeros(512, 512) for i in range(40)}
+    load_weights(encoder, saved(state, tmp_path))
+    assert torch.equal(encoder.backbone.conv1.weight, resnet.conv1.weight)
+
+
+def test_file_with_the_head_only_is_refused(tmp_path):
+    encoder = build_encoder("convnet-digits", 8)
+    assert "fits 0 of the 15 tensors" in refusal(encoder, saved(prefixed("head.", encoder.head.state_dict()), tmp_path))
+
+
+def test_command_refuses_partial_weights_unless_told(tmp_path, capsys):
+    state = build_encoder("convnet4", 8, channels=1).backbone.state_dict()
+    path = saved(state, tmp_path)
+    options = ["--backbone", "convnet-digits", "--weights", str(path)]
+    train = ["pretrain", *SMALL[1:], *options, "--out", str(tmp_path / "run")]
+    evaluate = ["evaluate", "knn", *options, "--data", "digits", "--knn-k", "5", "--limit-train", "64"]
+    for command in (train, evaluate):
+        refusal = refused(capsys, command)
+        assert "fits 15 of the 15 tensors of the backbone and has 5 further tensors" in refusal
+    assert not (tmp_path / "run").exists()
+    assert main([*train, "--partial-weights"]) == 0
+
+
+def test_partial_weights_need_a_weights_file(finished_run, capsys):
+    command = ["evaluate", "knn", "--run", str(finished_run), "--partial-weights"]
+    assert "--partial-weights is valid with --weights only" in refused(capsys, command)
 
 
 # ---------------------------------------------------------------- files that cannot be used

@@ -15,7 +15,7 @@ from PIL import Image
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
-from selfsup_xbn.config.schema import from_resolved
+from selfsup_xbn.config.saved import from_resolved
 from selfsup_xbn.runs.folder import read_metrics
 from tests.command_line import image_folder, refused
 
@@ -192,7 +192,7 @@ def test_run_stopped_before_its_first_epoch_has_a_page(runs, tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "part"),
     [
-        ("config.json", None, "no run in"),
+        ("config.json", None, "has a checkpoint, but its config.json is missing"),
         ("config.json", "{", "config.json"),
         ("config.json", "[]", "config.json"),
         ("metrics.jsonl", None, "metrics.jsonl"),

@@ -1,10 +1,11 @@
 """Readers of randomly damaged files must return a result or raise an error of one line.
 
-python -m tests.robustness.bad_input        # 2,000 cases, half a minute on one core
+python -m tests.robustness.bad_input        # 2,500 cases
 
-``bad_input_targets.py`` writes valid files for every loader, the configuration, the metrics and the checkpoint. A case
-changes bytes, lines or fields of one file, or cuts off its end, drawn by ``--seed``; then the program reads it. A case
-fails if the reader raises anything but a ``UserError`` of one line, takes more than ``SECONDS``, or returns another
+``bad_input_targets.py`` writes valid files for every loader, the configuration, the metrics, the checkpoint and
+pretrained weights. A case changes bytes, lines, fields or the encoding of one file, cuts off its end, or puts a FIFO, a
+device, a folder or a link in its place, drawn by ``--seed``; then the program reads it. A case fails if the reader
+raises anything but a ``UserError`` of one line of printable characters, takes more than ``SECONDS``, or returns another
 number of rows than an independent count of the damaged files. The results go to
 ``experiments/results/bad_input.json``.
 """
@@ -14,7 +15,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
+import shutil
 import signal
 import tempfile
 import time
@@ -30,7 +33,8 @@ import torch
 from experiments.runs import RESULTS, write
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs.environment import environment
-from tests.robustness.bad_input_targets import TARGETS, Target
+from tests.robustness.bad_input_target import Target
+from tests.robustness.bad_input_targets import TARGETS
 
 SECONDS = 20
 WORDS = (
@@ -51,14 +55,34 @@ WORDS = (
     "train",
     "id_1",
 )
-TOKENS = (*WORDS, "/", "..", "../x", "a//b", "\\", "\0", "\x85", "\u2028", "é", "\r")
+TOKENS = (
+    *WORDS,
+    "/",
+    "..",
+    "../x",
+    "a//b",
+    "\\",
+    "\0",
+    "\x85",
+    "\u2028",
+    "é",
+    "\r",
+    "\x1b[2J",
+    "\x07",
+    "\u202e",
+    "\ufeff",
+)
+REPLACED = 0.2
+"""Share of the cases in which something else is put in the place of a file."""
+LINKS = {"device": "/dev/zero", "dangling": "nowhere", "loop": "", "up": "..", "root": "/"}
+ASIDE = ".aside"
 EXTREMES = (b"\0", b"\xff", b"\x7f", b"\x80", b"\n", b"\xff\xff\xff\xff", b"\0\0\0\0", b"[" * 3000, b"9" * 5000)
 
 
 def spoil(content: bytes, rng: random.Random) -> bytes:
     """Return the content with one to four random changes."""
     for _ in range(rng.choice((1, 1, 2, 4))):
-        content = rng.choice((_bytes, _digit, _line, _field, _cut))(content, rng)
+        content = rng.choice((_bytes, _digit, _line, _field, _cut, _encoded))(content, rng)
     return content
 
 
@@ -104,6 +128,38 @@ def _cut(content: bytes, rng: random.Random) -> bytes:
     return content[: rng.randrange(len(content) + 1)] if rng.random() < 0.3 else content
 
 
+def _encoded(content: bytes, rng: random.Random) -> bytes:
+    """Begin with a byte order mark, or encode the text as UTF-16."""
+    mark = b"\xef\xbb\xbf"
+    return mark + content if rng.random() < 0.7 else content.decode("latin-1").encode("utf-16")
+
+
+def replace(file: Path, rng: random.Random) -> str:
+    """Put something that is no regular file, or a link, in the place of a file; return its kind."""
+    content = file.read_bytes()
+    file.unlink()
+    kind = rng.choice(("fifo", "folder", *LINKS, "copy"))
+    if kind == "fifo":
+        os.mkfifo(file)
+    elif kind == "folder":
+        file.mkdir()
+    elif kind == "copy":
+        (file.parent / ASIDE).write_bytes(content)
+        file.symlink_to(ASIDE)
+    else:
+        file.symlink_to(file if kind == "loop" else LINKS[kind])
+    return kind
+
+
+def restore(file: Path, content: bytes) -> None:
+    """Put a regular file in the place of whatever is there."""
+    (file.parent / ASIDE).unlink(missing_ok=True)
+    if file.is_dir() and not file.is_symlink():
+        shutil.rmtree(file)
+    file.unlink(missing_ok=True)
+    file.write_bytes(content)
+
+
 class HangError(BaseException):
     """Raised when a reader takes too long; no ``Exception``, so that no reader catches it."""
 
@@ -130,7 +186,7 @@ def verdict(target: Target, folder: Path, seconds: float = SECONDS) -> tuple[str
         with time_limit(seconds):
             rows = target.read(folder)
     except UserError as error:
-        return ("failed", f"several lines: {error}") if "\n" in str(error) else ("refused", "")
+        return ("refused", "") if str(error).isprintable() else ("failed", f"not printable: {str(error)!r}")
     except (Exception, HangError):
         return "failed", traceback.format_exc()
     expected = target.count(folder)
@@ -154,23 +210,26 @@ def write_targets(folder: Path) -> None:
 
 
 def case(folder: Path, name: str, rng: random.Random) -> dict[str, Any]:
-    """Spoil one file of a target, read the target, and restore the file."""
+    """Spoil or replace one file of a target, read the target, and restore the file."""
     target = TARGETS[name]
     file = rng.choice(sorted((folder / name).glob(target.spoiled)))
-    content = file.read_bytes()
-    file.write_bytes(spoil(content, rng))
+    content, kind = file.read_bytes(), "spoiled"
     try:
+        if target.opened and rng.random() < REPLACED:
+            kind = replace(file, rng)
+        else:
+            file.write_bytes(spoil(content, rng))
         end, reason = verdict(target, folder / name)
     finally:
-        file.write_bytes(content)
-    return {"target": name, "file": file.name, "end": end, "reason": reason}
+        restore(file, content)
+    return {"target": name, "file": file.name, "kind": kind, "end": end, "reason": reason}
 
 
 def main() -> None:
     """Run the campaign, write its results, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", type=int, default=2000)
+    parser.add_argument("--cases", type=int, default=2500)
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -179,8 +238,16 @@ def main() -> None:
         cases = campaign(Path(folder), options.seed, options.cases)
     ends = Counter((case["target"], case["end"]) for case in cases)
     counts = {name: {end: ends[name, end] for end in ("read", "refused", "failed")} for name in TARGETS}
+    kinds = dict(sorted(Counter(case["kind"] for case in cases).items()))
     failed = [case for case in cases if case["end"] == "failed"]
-    result = {"label": "bad input", **vars(options), "counts": counts, "failed": failed, "environment": environment()}
+    result = {
+        "label": "bad input",
+        **vars(options),
+        "counts": counts,
+        "kinds": kinds,
+        "failed": failed,
+        "environment": environment(),
+    }
     write(RESULTS / "bad_input.json", [result | {"seconds": round(time.perf_counter() - started)}])
     for name, ends_of in counts.items():
         print(f"{name:<22}" + "".join(f"{end} {number:>4}   " for end, number in ends_of.items()))

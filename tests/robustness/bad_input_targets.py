@@ -9,44 +9,21 @@ import os
 import pickle
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, fields
-from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
-import torch
 from PIL import Image
 from scipy.io import whosmat
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from experiments.benchmarks.official_layouts import WRITERS
-from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig, resolved
+from experiments.benchmarks.official_layouts import WRITERS, blank_image
 from selfsup_xbn.data import ImageData, eval_batches, load_data
-from selfsup_xbn.report.curves import result_lines
-from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.runs.folder import read_config, read_metrics
-from selfsup_xbn.training.run import Run
-
-
-@dataclass(frozen=True)
-class Target:
-    """A kind of input.
-
-    Attributes:
-        write: Writes valid files into an empty folder.
-        spoiled: Pattern of the files of which one is damaged.
-        read: Reads the folder as the program does; returns the number of rows.
-        count: Returns the number of rows of a folder that was read without error, counted another way.
-    """
-
-    write: Callable[[Path], Any]
-    spoiled: str
-    read: Callable[[Path], int]
-    count: Callable[[Path], int]
+from tests.robustness import bad_input_runs as runs
+from tests.robustness.bad_input_target import VALID, Target, seeded
 
 
 def rows(data: ImageData) -> int:
@@ -83,14 +60,17 @@ def count_cars(folder: Path) -> int:
     return next(math.prod(shape) for name, shape, _ in whosmat(folder / "cars_annos.mat") if name == "annotations")
 
 
+SIDE = Image.open(BytesIO(blank_image())).width
+
+
 def count_items(folder: Path) -> int:
-    """Count DeepFashion2's items with a pixel: those with a style, in validation also those of shops."""
+    """Count DeepFashion2's items with a pixel of the image: those with a style, in validation also those of shops."""
     items = 0
     for file in folder.glob("*/annos/*.json"):
         content = json.loads(file.read_bytes())
         for key, item in content.items():
             if key.startswith("item") and key[4:].isdecimal():
-                x1, y1, x2, y2 = map(round, item["bounding_box"])
+                x1, y1, x2, y2 = (min(max(round(value), 0), SIDE) for value in item["bounding_box"])
                 from_shop = file.parts[-3] == "validation" and content["source"] == "shop"
                 items += x1 < x2 and y1 < y2 and (from_shop or item["style"] > 0)
     return items
@@ -135,7 +115,32 @@ def read_images(name: str, folder: Path) -> int:
 
 
 def count_images(folder: Path) -> int:
-    return sum(file.suffix in IMG_EXTENSIONS for file in folder.rglob("*"))
+    return sum(file.suffix in IMG_EXTENSIONS and file.is_file() for file in folder.rglob("*"))
+
+
+def write_evil_tree(folder: Path) -> None:
+    """Write images whose classes and files have names with terminal escapes."""
+    write_tree(folder)
+    for part in ("train", "test"):
+        for place in sorted((folder / part).rglob("*"), reverse=True):
+            place.rename(place.with_name(f"\x1b[2J\x07\u202e{place.name}"))
+
+
+def read_links(folder: Path) -> int:
+    """Read image folders with links in a training class to folders and images of the training set, or above them.
+
+    The damaged file is the seed that draws the links.
+    """
+    seed, links = (folder / "seed").read_bytes(), folder / "train/a"
+    rng = random.Random(seed)
+    targets = ("..", "../..", "../../..", ".", "../b", "../../test", "../../test/c", "../b/0.png", "1.png", "/")
+    for number in range(0 if seed == VALID else rng.randint(1, 4)):
+        (links / f"link{number}.png").symlink_to(rng.choice(targets))
+    try:
+        return read_images("folder", folder)
+    finally:
+        for link in links.glob("link*"):
+            link.unlink()
 
 
 def write_cifar(folder: Path) -> None:
@@ -160,92 +165,6 @@ def read_cifar(folder: Path) -> int:
         return rows(load_data(f"cifar10:{folder}"))
 
 
-# ------------------------------------------------------------------------------------------------------- run folders
-
-
-def write_config(folder: Path) -> None:
-    (folder / "config.json").write_text(json.dumps(resolved(RECIPES["sop"]) | {"environment": {}}, indent=2))
-
-
-def count_options(folder: Path) -> int:
-    """Return the number of all options if the file has those that every version wrote and that change results."""
-    config = RECIPES["sop"]
-    names = json.loads((folder / "config.json").read_bytes()).keys()
-    needed = {
-        item.name for item in fields(config) if item.metadata["affects_results"] and not item.metadata["added_later"]
-    }
-    return len(resolved(config)) if needed <= names else 0
-
-
-def write_metrics(folder: Path) -> None:
-    records = [{"epoch": n, "loss": 3.25 / (n + 1), "knn_top1": 50.5 + n, "drift": None, "gain": 1} for n in range(6)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def read_and_show_metrics(folder: Path) -> int:
-    result_lines(folder)
-    return len(read_metrics(folder))
-
-
-def count_records(folder: Path) -> int:
-    content = (folder / "metrics.jsonl").read_bytes()
-    return content.count(b"\n") + (not content.endswith(b"\n"))
-
-
-@cache
-def small_run() -> Run:
-    """Return a run; building it takes longer than loading its state, so it is built once."""
-    return Run(
-        PretrainConfig(
-            backbone="convnet-digits", limit_train=32, batch_size=16, queue_size="16", dim=4, epochs=3, knn_k=5
-        )
-    )
-
-
-@cache
-def small_state() -> bytes:
-    """Return a pickled checkpoint in the middle of an epoch."""
-    run = small_run()
-    run.train_step(next(run.batches.epoch(0)))
-    return pickle.dumps(run.state_dict() | {"log_bytes": 7})
-
-
-def write_checkpoint(folder: Path) -> None:
-    checkpoint.save(pickle.loads(small_state()), folder)
-
-
-def read_checkpoint(folder: Path) -> int:
-    small_run().load_state_dict(checkpoint.load(folder))
-    return 1
-
-
-VALID = b"as it was written"
-
-
-def read_state(folder: Path) -> int:
-    """Read a checkpoint with a valid checksum and one changed value, as another version may have written it.
-
-    The damaged file is the seed that chooses the value.
-    """
-    state, seed = pickle.loads(small_state()), (folder / "seed").read_bytes()
-    if seed != VALID:
-        change_one(state, random.Random(seed))
-    checkpoint.save(state, folder)
-    return read_checkpoint(folder)
-
-
-def change_one(place: Any, rng: random.Random) -> None:
-    """Replace or delete one value of nested mappings and lists."""
-    key = rng.choice(list(place) if isinstance(place, dict) else range(len(place)))
-    if isinstance(place[key], dict | list) and place[key] and rng.random() < 0.9:
-        change_one(place[key], rng)
-    elif rng.random() < 0.3:
-        del place[key]
-    else:
-        numbers = (-1, 10**30, 2.5, math.nan, torch.zeros(3), torch.zeros(2, 2, dtype=torch.int64))
-        place[key] = rng.choice((None, "x", [], {}, *numbers))
-
-
 TARGETS = {
     "sop": benchmark("sop", 0.0005, "Ebay_*.txt", lines_in("Ebay_*.txt", 1)),
     "inshop": benchmark("inshop", 0.0005, "Eval/*.txt", lines_in("Eval/*.txt", 2)),
@@ -263,10 +182,7 @@ TARGETS = {
     "folder": Target(write_mixed_tree, "*/*/*", lambda folder: read_images("folder", folder), count_images),
     "folder in memory": Target(write_tree, "*/*/*", lambda folder: read_images("folder", folder), count_images),
     "cifar10": Target(write_cifar, "cifar-10-batches-py/*", read_cifar, lambda folder: 6),
-    "config.json": Target(write_config, "*", lambda folder: len(resolved(read_config(folder))), count_options),
-    "metrics.jsonl": Target(write_metrics, "*", read_and_show_metrics, count_records),
-    "checkpoint": Target(write_checkpoint, "*.pt", read_checkpoint, lambda folder: 1),
-    "checkpoint's values": Target(
-        lambda folder: (folder / "seed").write_bytes(VALID), "seed", read_state, lambda folder: 1
-    ),
+    "links": seeded(read_links, lambda folder: 12, write_tree),
+    "names with escapes": Target(write_evil_tree, "*/*/*", lambda folder: read_images("folder", folder), count_images),
+    **runs.TARGETS,
 }

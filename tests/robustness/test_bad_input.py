@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from selfsup_xbn.errors import UserError
 from tests.robustness import bad_input
-from tests.robustness.bad_input_targets import TARGETS, Target
+from tests.robustness.bad_input_target import Target
+from tests.robustness.bad_input_targets import TARGETS
 
 
 @pytest.fixture(scope="module")
@@ -52,8 +53,21 @@ def crashes(folder):
     return {}["rows"]
 
 
+class RawError(UserError):
+    def __str__(self):
+        return self.message
+
+
 def complains_twice(folder):
-    raise UserError("one\ntwo")
+    error = RawError("")
+    error.message = "one\ntwo"
+    raise error
+
+
+def rings_the_bell(folder):
+    error = RawError("")
+    error.message = "one\x07"
+    raise error
 
 
 def refuses(folder):
@@ -69,6 +83,7 @@ def refuses(folder):
         (hangs, "failed"),
         (crashes, "failed"),
         (complains_twice, "failed"),
+        (rings_the_bell, "failed"),
     ],
 )
 def test_verdict_sees_lost_rows_hangs_and_tracebacks(tmp_path, read, end):

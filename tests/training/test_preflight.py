@@ -84,7 +84,7 @@ def test_labels_that_are_no_class_numbers_are_refused(labels, unchecked):
 def test_another_dimension_on_resume_is_refused(finished_run, capsys):
     dim = RECIPES["digits"].dim
     command = ["pretrain", "--resume", "--out", str(finished_run)]
-    assert f"dim: {dim}, {2 * dim}" in refused(capsys, [*command, "--dim", str(2 * dim)])
+    assert f"--dim: the run has {dim}, the command has {2 * dim}" in refused(capsys, [*command, "--dim", str(2 * dim)])
     state = checkpoint.load(finished_run)
     state["method"]["queue.rows"] = torch.zeros(64, 2 * dim)
     checkpoint.save(state, finished_run)

@@ -1,5 +1,7 @@
 """Files are replaced as a unit."""
 
+import os
+
 import pytest
 
 from selfsup_xbn.errors import UserError
@@ -18,3 +20,23 @@ def test_file_that_cannot_be_written_stays_as_it_was(tmp_path):
         fill_the_disk()
     assert (tmp_path / "config.json").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["config.json"]
+
+
+def test_link_in_the_place_of_the_temporary_file_is_replaced(tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / "config.json.tmp").symlink_to("victim")
+    with atomic.replacing(tmp_path / "config.json") as file:
+        file.write(b"new")
+        assert not (tmp_path / "config.json.tmp").is_symlink()
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / "config.json").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_log_is_appended_to_regular_files_only(tmp_path, kind):
+    (tmp_path / "victim").write_text("precious")
+    make = {"link": lambda path: path.symlink_to("victim"), "fifo": os.mkfifo}[kind]
+    make(tmp_path / "log")
+    with pytest.raises(OSError, match=r"symbolic links|No such device or address|not a regular file"):
+        atomic.open_to_append(tmp_path / "log")
+    assert (tmp_path / "victim").read_text() == "precious"

@@ -8,7 +8,6 @@ Axis legend: N samples.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from selfsup_xbn.data.base import ImageData, Split
 from selfsup_xbn.data.datasets import cifar
+from selfsup_xbn.data.datasets._image_tree import ImageTree
 from selfsup_xbn.data.workers import decode_same_size, image_sizes
 from selfsup_xbn.errors import UserError
 
@@ -43,7 +43,9 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
     """
     if not path:
         raise UserError("folder: expected a path, got none; write folder:PATH")
-    train, test = (class_files(Path(path).expanduser() / part) for part in ("train", "test"))
+    parts = [Path(path).expanduser() / part for part in ("train", "test")]
+    trees = [ImageTree(parts) for _ in parts]
+    train, test = (class_files(part, tree) for part, tree in zip(parts, trees, strict=True))
     numbers = {label: number for number, label in enumerate([*train, *(label for label in test if label not in train)])}
     splits = [_split(part, numbers) for part in (train, test)]
     splits, side = _open_splits(splits, cache_bytes, workers)
@@ -58,38 +60,35 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
         mean=mean,
         std=std,
         augmentation="cifar" if side <= SMALL_VIEW else "photo",
+        notes=tuple(note for tree in trees for note in tree.notes()),
     )
 
 
-def class_files(folder: Path) -> dict[str, list[str]]:
+def class_files(folder: Path, tree: ImageTree) -> dict[str, list[str]]:
     """Return the image files of each class folder at any depth, with classes and files sorted by name.
+
+    Args:
+        folder: The folder of the class folders.
+        tree: The files of the part of the data set, which counts what is skipped.
 
     Raises:
         UserError: If the folder does not exist, has no class folders, or a class folder contains no image.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected image folders train/CLASS/ and test/CLASS/")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
+    classes = tree.class_names(folder)
     if not classes:
         raise UserError(
             f"{folder}: expected one folder per class, got none; put the images of each class into a separate folder"
         )
-    return {label: _image_files(folder / label) for label in classes}
-
-
-def _image_files(folder: Path) -> list[str]:
-    files = [
-        os.path.join(directory, name)
-        for directory, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-    ]
-    if not files:
+    files = dict(zip(classes, tree.files(folder / label for label in classes), strict=True))
+    if empty := next((label for label, members in files.items() if not members), None):
+        skipped = "".join(f" ({note})" for note in tree.notes())
         raise UserError(
-            f"{folder}: expected at least one image ({' '.join(IMG_EXTENSIONS)}), got none; "
+            f"{folder / empty}: expected at least one image ({' '.join(IMG_EXTENSIONS)}), got none{skipped}; "
             "add images or remove the folder"
         )
-    return sorted(files)
+    return files
 
 
 def _split(files: dict[str, list[str]], numbers: dict[str, int]) -> Split:
