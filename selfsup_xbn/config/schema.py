@@ -96,11 +96,13 @@ class Config:
     device: str = option("auto", "device: cpu, cuda, cuda:1, ..., or auto (cuda if available)", affects_results=False)
     precision: str = option(
         "auto",
-        "precision of the networks; auto is bf16 on cuda and fp32 on cpu",
+        "precision of the networks: auto is bf16 on cuda and fp32 on cpu; on cuda, bf16 lets float32 products use TF32",
         choices=("auto", "fp32", "bf16"),
         affects_results=False,
     )
-    compile: bool = option(False, "compile the networks with torch.compile", affects_results=False)
+    compile: bool = option(
+        False, "compile the networks, and views of images in memory, with torch.compile", affects_results=False
+    )
     cuda_graph: bool = option(
         True, "capture the training step as a CUDA graph (mode pretrain on cuda)", affects_results=False
     )

@@ -8,7 +8,7 @@ Axis legend: B batch, b the shard of the process, C channels, N samples, S the v
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from jaxtyping import Float, Int64, UInt8
 from torch import Tensor
 
 from selfsup_xbn.config.schema import Config
-from selfsup_xbn.data.augmentations import Views, memory_views
+from selfsup_xbn.data.augmentations import memory_views
 from selfsup_xbn.data.base import ImageData, Split
 from selfsup_xbn.data.files import EvalFile, RandomFile, SmallFile, fit
 from selfsup_xbn.data.image_ops import normalize
@@ -64,6 +64,7 @@ class Batches:
         workers: The number of processes that read files. It has no effect for images in memory.
         shard: The rank and the number of processes. Each process computes the views of its shard of a batch; they are
             those that one process would compute for the whole batch.
+        compile: Whether to compile the computation of views of images in memory with ``torch.compile``.
 
     Raises:
         UserError: If the family of views does not exist, or needs colour and the images are grey.
@@ -81,6 +82,7 @@ class Batches:
         seed: int = 0,
         workers: int = 0,
         shard: tuple[int, int] = (0, 1),
+        compile: bool = False,
     ) -> None:
         self.sampler, self.device, self.seed = sampler, torch.device(device), seed
         self.labels = split.labels.to(self.device)
@@ -88,12 +90,13 @@ class Batches:
         self._source: _MemoryViews | _FileViews
         if split.images is not None:
             family = memory_views(augmentation, data)
+            function = torch.compile(family.__call__) if compile else family
             self._source = _MemoryViews(
-                split.images.to(self.device), family, views, seed, sampler.batch_size, self.shard
+                split.images.to(self.device), function, family.numbers, views, seed, sampler.batch_size, self.shard
             )
         else:
-            function = RandomFile(split, augmentation, data, seed, views)
-            self._source = _FileViews(function, workers, self.device, self.shard.start)
+            read = RandomFile(split, augmentation, data, seed, views)
+            self._source = _FileViews(read, workers, self.device, self.shard.start)
 
     @classmethod
     def from_config(
@@ -123,6 +126,7 @@ class Batches:
             seed=config.seed,
             workers=config.workers,
             shard=shard,
+            compile=config.compile,
         )
 
     def __len__(self) -> int:
@@ -149,7 +153,8 @@ class _MemoryViews:
     """Random views of images in memory, computed on the device of the images."""
 
     images: UInt8[Tensor, "N C H W"]
-    family: Views
+    function: Callable[[Tensor, Tensor], Tensor]
+    numbers: int
     views: int
     seed: int
     batch_size: int
@@ -163,11 +168,11 @@ class _MemoryViews:
             generator.manual_seed(seed_for(self.seed, epoch, step))
             images = self.images[index[step]].repeat(self.views, 1, 1, 1)
             chunks = zip(images.split(chunk), self._uniform(generator).split(chunk), strict=True)
-            yield torch.cat([self.family(*inputs) for inputs in chunks]).chunk(self.views)
+            yield torch.cat([self.function(*inputs) for inputs in chunks]).chunk(self.views)
 
     def _uniform(self, generator: torch.Generator) -> Float[Tensor, "rows P"]:
         """Draw the random numbers of the whole batch, so that they do not depend on the shards; return the shard's."""
-        shape = self.views, self.batch_size, self.family.numbers
+        shape = self.views, self.batch_size, self.numbers
         return torch.rand(shape, generator=generator, device=generator.device)[:, self.shard].flatten(0, 1)
 
 

@@ -14,6 +14,10 @@ from torch import Tensor
 WARM_UP = 3  # eager steps before the capture, in which libraries select kernels and the optimizer creates its state
 
 
+class CaptureError(RuntimeError):
+    """The step has an operation that a CUDA graph does not support. The capture executed no kernels."""
+
+
 class GraphedStep:
     """A step that runs eagerly ``WARM_UP`` times and is then captured and replayed.
 
@@ -28,7 +32,7 @@ class GraphedStep:
         replays: Number of replays of the graph. The caller may reset it to 0.
 
     Raises:
-        RuntimeError: The call that captures the step encounters an operation that a graph does not support.
+        CaptureError: The call that captures the step encounters an operation that a graph does not support.
     """
 
     def __init__(self, step: Callable[[tuple[Tensor, ...], Tensor], Tensor]) -> None:
@@ -62,6 +66,11 @@ class GraphedStep:
     def _capture(self, views: tuple[Tensor, ...], labels: Tensor) -> None:
         self.views, self.labels = tuple(view.clone() for view in views), labels.clone()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.loss = self.step(self.views, self.labels)
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                self.loss = self.step(self.views, self.labels)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise CaptureError(str(error).splitlines()[0]) from error
         self.graph = graph

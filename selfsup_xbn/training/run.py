@@ -25,7 +25,7 @@ from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import Method, method_class
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.training.cuda_graph import GraphedStep
+from selfsup_xbn.training.cuda_graph import CaptureError, GraphedStep
 from selfsup_xbn.training.metrics import MetricAccumulator
 from selfsup_xbn.training.optimisation import learning_rate, make_optimizer
 from selfsup_xbn.training.preflight import check_memory, check_sizes
@@ -81,6 +81,7 @@ class Run:
         self.method.to(memory_format=self.layout)
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
+            torch.set_float32_matmul_precision("high" if self.autocast else "highest")
         statistics = ("running_mean", "running_var")
         self.statistics = [value for name, value in self.method.named_buffers() if name.endswith(statistics)]
         if config.compile:
@@ -142,11 +143,10 @@ class Run:
         assert self.graphed is not None
         try:
             loss = self.graphed(views, labels)
-        except RuntimeError as error:
+        except CaptureError as error:
             self.graphed = None
             warnings.warn(
-                f"cannot capture the training step as a CUDA graph, continuing without: {str(error).splitlines()[0]}",
-                stacklevel=2,
+                f"cannot capture the training step as a CUDA graph, continuing without: {error}", stacklevel=2
             )
             return self._step(views, labels)
         queue = self.method.queue
