@@ -1,9 +1,11 @@
-"""Time the queue step and InfoNCE on a CUDA device, beside plain MoCo and lightly, and check the gradient.
+"""Time queue step and loss on a CUDA device, beside their peers, and check the gradient.
 
     python -m experiments.gpu.losses OUT.json
 
-Each line has the median time of one call, launched by the host and replayed from a CUDA graph. The line above them has
-the relative error of our gradient by the queries against float64.
+MoCo: InfoNCE beside plain MoCo, lightly and inf-cl. Supervised: SupCon with a pair margin miner beside PyTorch Metric
+Learning. Each line has the median time of one call, launched by the host and replayed from a CUDA graph. The line above
+them has the relative error of our gradient against float64. ``high`` in a name is
+``torch.set_float32_matmul_precision("high")``; all other lines have torch's default, "highest".
 """
 
 from __future__ import annotations
@@ -18,12 +20,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from experiments.benchmarks.steps import T, moco_inputs
+from experiments.benchmarks.steps import T, moco_inputs, supervised_inputs
 from selfsup_xbn import FeatureQueue, info_nce
+from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.runs.environment import environment
 
 SIZES = ((128, 4096, 128), (256, 65536, 128), (512, 4096, 128))
 """Batch, rows of the queue, dimensions."""
+SUPERVISED = ((64, 29775, 512), (64, 200_000, 512))
 
 
 def captured(function: Callable[[], Any]) -> Callable[[], Any]:
@@ -57,6 +61,58 @@ def reference_gradient(q: Tensor, k: Tensor, queue: FeatureQueue, slots: Tensor)
     return torch.autograd.grad(loss, q64)[0]
 
 
+def at_precision(precision: str, function: Callable[[], Any]) -> Callable[[], Any]:
+    """Return the function with another precision of float32 products."""
+
+    def call() -> Any:
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        try:
+            return function()
+        finally:
+            torch.set_float32_matmul_precision(before)
+
+    return call
+
+
+def supervised_functions(batch: int, rows: int, dim: int) -> tuple[dict[str, Callable[[], Any]], float]:
+    """Return the calls of the supervised step by name, and the relative error of our gradient."""
+    from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss
+    from pytorch_metric_learning.miners import PairMarginMiner
+
+    embeddings, labels, memory, memory_labels = (tensor.cuda() for tensor in supervised_inputs(batch, rows, dim))
+    z = embeddings.clone().requires_grad_()
+    queue, plain_queue = (FeatureQueue(rows, dim, name, labels=True, device="cuda") for name in ("xbn", "xbm"))
+    for each in (queue, plain_queue):
+        each.enqueue(memory, memory_labels)
+
+    def ours(each: FeatureQueue) -> Tensor:
+        each.adapt(z)
+        slots = each.enqueue(z, labels)
+        loss = sup_con(z, labels, each, temperature=T, miner=PairMargin(), self_indices=slots)
+        return torch.autograd.grad(loss, z)[0]
+
+    peer = CrossBatchMemory(SupConLoss(T), dim, rows, PairMarginMiner(0.2, 0.8)).cuda()
+    peer.embedding_memory, peer.label_memory = memory.clone(), memory_labels.clone()
+    peer.has_been_filled = True
+    gradient = ours(queue)
+    double = FeatureQueue(rows, dim, "xbm", labels=True, dtype=torch.float64, device="cuda")
+    slots = torch.arange(batch, device="cuda")
+    double.enqueue(queue.features().double(), queue.labels)
+    z64 = z.detach().double().requires_grad_()
+    loss = sup_con(z64, labels, double, temperature=T, miner=PairMargin(), self_indices=slots)
+    expected = torch.autograd.grad(loss, z64)[0]
+    calls: dict[str, Callable[[], Any]] = {
+        "read the queue once": lambda: queue.rows.sum(),
+        "queue step and loss, XBN": lambda: ours(queue),
+        "queue step and loss, XBM": lambda: ours(plain_queue),
+        "queue step and loss, XBN, high": at_precision("high", lambda: ours(queue)),
+        "queue step and loss, XBM, high": at_precision("high", lambda: ours(plain_queue)),
+        "pytorch-metric-learning": lambda: torch.autograd.grad(peer(z, labels), z)[0],
+    }
+    return calls, ((gradient - expected).norm() / expected.norm()).item()
+
+
 def functions(batch: int, rows: int, dim: int) -> tuple[dict[str, Callable[[], Any]], float]:
     """Return the calls to time by name, and the relative error of our gradient."""
     queries, keys, memory = (tensor.cuda() for tensor in moco_inputs(batch, rows, dim))
@@ -87,7 +143,10 @@ def functions(batch: int, rows: int, dim: int) -> tuple[dict[str, Callable[[], A
         "queue step, XBM": lambda: step(plain_queue),
         "queue step and loss, XBN": lambda: ours(queue),
         "queue step and loss, XBM": lambda: ours(plain_queue),
+        "queue step and loss, XBN, high": at_precision("high", lambda: ours(queue)),
+        "queue step and loss, XBM, high": at_precision("high", lambda: ours(plain_queue)),
         "plain MoCo": plain,
+        "plain MoCo, high": at_precision("high", plain),
         "info_nce alone": lambda: torch.autograd.grad(info_nce(q, k, queue, T, slots), q)[0],
     }
     try:
@@ -97,14 +156,23 @@ def functions(batch: int, rows: int, dim: int) -> tuple[dict[str, Callable[[], A
         calls["lightly"] = lambda: torch.autograd.grad(criterion(q, k), q)[0]
     except ImportError as error:
         print(f"lightly is left out: {error}")
+    try:
+        from inf_cl import cal_flash_loss
+
+        own = torch.arange(batch, device="cuda")
+        calls["inf-cl, TF32"] = lambda: torch.autograd.grad(
+            cal_flash_loss(q, torch.cat([k, memory]), own, scale=1 / T, head_dim=dim).mean(), q
+        )[0]
+    except ImportError as error:
+        print(f"inf-cl is left out: {error}")
     return calls, ((gradient - expected).norm() / expected.norm()).item()
 
 
 def main() -> None:
     """Time every call at every size; write and print the results."""
     results: list[dict[str, Any]] = []
-    for sizes in SIZES:
-        calls, error = functions(*sizes)
+    for sizes in (*SIZES, *SUPERVISED):
+        calls, error = (functions if sizes in SIZES else supervised_functions)(*sizes)
         print(
             f"batch {sizes[0]}, queue {sizes[1]:,} x {sizes[2]}: relative error of the gradient {error:.1e}", flush=True
         )

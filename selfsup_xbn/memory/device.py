@@ -34,7 +34,9 @@ def has_triton() -> bool:
 
 def has_kernels(device: torch.device) -> bool:
     """Return whether Triton kernels replace PyTorch's operations: on the current GPU, of compute capability 8.0."""
-    if device.type != "cuda" or torch.compiler.is_compiling() or torch.version.hip or not has_triton():
+    if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
+        return False
+    if torch.version.hip or not has_triton():
         return False
     return device.index == torch.cuda.current_device() and torch.cuda.get_device_capability(device) >= (8, 0)
 
