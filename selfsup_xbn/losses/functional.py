@@ -1,10 +1,12 @@
 """Contrastive losses of a batch against a queue: InfoNCE, SupCon and NT-Xent, the last two with a pair margin miner.
 
 All use s = cos / T. Embeddings may have any length and any precision; sums and products are at least float32, under
-autocast too. Gradient flows to the batch alone.
+autocast too. Gradient flows to the batch alone, and to T if it is a tensor. A row of zeros has similarity 0 with every
+row, and gradient 0. A batch with a value that is not finite has the loss NaN. A batch without anchors has the loss 0.
 
 ``implementation`` selects how the sums are computed. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
-O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"auto"`` is blockwise.
+O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"auto"`` is blockwise, or dense if
+T is a tensor.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
@@ -31,20 +33,21 @@ def info_nce(
     q: Float[Tensor, "B D"],
     k: Float[Tensor, "B D"],
     queue: FeatureQueue,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     *,
     implementation: str = "auto",
 ) -> Float[Tensor, ""]:
     """Return InfoNCE of queries and their keys, with the queue's rows r_j as negatives (MoCo, arXiv 1911.05722, Eq. 1).
 
-    The mean over the batch of ``-log(exp(s_qk) / (exp(s_qk) + sum_j exp(s_qj)))``; 0 for an empty batch.
+    The mean over the batch of ``-log(exp(s_qk) / (exp(s_qk) + sum_j exp(s_qj)))``. Against an empty queue it is 0, with
+    gradient 0: enqueue the keys first, or fill the queue with other rows.
 
     Args:
         q: queries.
         k: keys; row i belongs to row i of the queries.
         queue: the memory of past keys.
-        temperature: T > 0.
+        temperature: T > 0, a number or, to learn it, a tensor of one element.
         self_indices: slots that a query does not meet, such as those of its own key; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
 
@@ -65,7 +68,7 @@ def info_nce(
         sums = read.pair_sums(query, Pairs(queue, temperature, self_indices))
         gap = sums.logsumexp - (query * key).sum(1) / temperature
         # -log(exp(s_qk) / (exp(s_qk) + exp(logsumexp))) = log(1 + exp(gap))
-        return F.softplus(gap, threshold=40).sum() / max(len(q), 1)
+        return F.softplus(gap, threshold=40).sum() / max(len(q), 1) + _zero_or_nan(query)
 
 
 def sup_con(
@@ -73,7 +76,7 @@ def sup_con(
     labels: Shaped[Tensor, "B"],
     queue: FeatureQueue | None = None,
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     miner: PairMargin | None = None,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
@@ -90,9 +93,9 @@ def sup_con(
 
     Args:
         embeddings: the anchors.
-        labels: class of each anchor, of any integer type.
+        labels: class of each anchor, whole numbers of any dtype.
         queue: a queue with labels; None: the batch without the anchor, always dense, with gradient to both sides.
-        temperature: T > 0.
+        temperature: T > 0, a number or, to learn it, a tensor of one element.
         miner: which pairs count; None for all.
         self_indices: slots that an anchor does not meet, such as its own; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
@@ -119,7 +122,7 @@ def sup_con(
         averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1) & (negatives.sum() > 0)
         if on_pairs is not None:
             on_pairs(positives.sum(), negatives.sum())
-        return losses.where(averaged, 0.0).sum() / averaged.sum().clamp(min=1)
+        return losses.where(averaged, 0.0).sum() / averaged.sum().clamp(min=1) + _zero_or_nan(anchors)
 
 
 def nt_xent(
@@ -127,7 +130,7 @@ def nt_xent(
     labels: Shaped[Tensor, "B"],
     queue: FeatureQueue,
     *,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     miner: PairMargin | None = None,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
@@ -144,9 +147,9 @@ def nt_xent(
 
     Args:
         embeddings: the anchors.
-        labels: class of each anchor, of any integer type.
+        labels: class of each anchor, whole numbers of any dtype.
         queue: a queue with labels.
-        temperature: T > 0.
+        temperature: T > 0, a number or, to learn it, a tensor of one element.
         miner: which pairs count; None for all.
         self_indices: as in ``sup_con``.
         implementation: as in ``sup_con``.
@@ -169,24 +172,51 @@ def nt_xent(
         if on_pairs is not None:
             on_pairs(sums.positives.sum(), sums.negatives.sum())
         total: Tensor = read.positive_softplus(anchors, sums.logsumexp, pairs).sum()
-        return total / sums.positives.sum().clamp(min=1)
+        return total / sums.positives.sum().clamp(min=1) + _zero_or_nan(anchors)
+
+
+def check_temperature(temperature: float | Tensor) -> None:
+    """Check a temperature. If it is a tensor, the host waits for its device.
+
+    Raises:
+        UserError: it is not above 0 and finite, or a tensor of more than one element.
+    """
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise UserError(f"expected a temperature of one element, got shape {[*temperature.shape]}")
+    if not 0 < temperature < float("inf"):
+        raise UserError(f"expected a temperature above 0, got {float(temperature)}")
 
 
 def _at_unit_length(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
+    """Return the rows divided by their length, in float32 or float64. The gradient of a row of zeros is 0."""
+    rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return F.normalize(rows.masked_fill((rows == 0).all(1, keepdim=True), 0), dim=1)
+
+
+def _zero_or_nan(anchors: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Return 0, or NaN for anchors that are not finite, whose pairs no comparison counts."""
+    return (0 * anchors).sum()
 
 
 def _checked(
-    embeddings: Tensor, queue: FeatureQueue | None, temperature: float, implementation: str, **beside: Tensor | None
+    embeddings: Tensor,
+    queue: FeatureQueue | None,
+    temperature: float | Tensor,
+    implementation: str,
+    **beside: Tensor | None,
 ) -> ModuleType:
     """Return the module that makes the sums; ``beside`` are tensors with a row for each embedding."""
-    if not 0 < temperature < float("inf"):
-        raise UserError(f"expected a temperature above 0, got {temperature}")
+    check_temperature(temperature)
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"expected an implementation out of {list(IMPLEMENTATIONS)}, got {implementation!r}")
     if embeddings.ndim != 2 or (queue is not None and embeddings.shape[1] != queue.dim):
         raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*embeddings.shape]}")
     for name, rows in beside.items():
-        if rows is not None and (len(rows) != len(embeddings) or (name == "k" and rows.shape != embeddings.shape)):
+        axes = None if name == "k" else 1
+        if rows is not None and rows.shape[:axes] != embeddings.shape[:axes]:
             raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
+    if isinstance(temperature, Tensor):  # its gradient is that of autograd
+        if implementation not in ("auto", "dense"):
+            raise UserError(f"expected a number as temperature for implementation={implementation!r}, got a tensor")
+        return dense
     return IMPLEMENTATIONS[implementation]
