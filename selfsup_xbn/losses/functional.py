@@ -64,7 +64,7 @@ def info_nce(
     """
     read = _checked(q, queue, temperature, implementation, k=k, self_indices=self_indices)
     with torch.autocast(q.device.type, enabled=False):
-        query, key = _at_unit_length(q), _at_unit_length(k)
+        query, key = unit_rows(q), unit_rows(k)
         sums = read.pair_sums(query, Pairs(queue, temperature, self_indices))
         gap = sums.logsumexp - (query * key).sum(1) / temperature
         # -log(exp(s_qk) / (exp(s_qk) + exp(logsumexp))) = log(1 + exp(gap))
@@ -114,7 +114,7 @@ def sup_con(
     if queue is None:
         read, self_indices = dense, torch.arange(len(labels), device=embeddings.device)
     with torch.autocast(embeddings.device.type, enabled=False):
-        anchors = _at_unit_length(embeddings)
+        anchors = unit_rows(embeddings)
         sums = read.pair_sums(anchors, Pairs(queue, temperature, self_indices, labels, miner), include_positives=True)
         positives, negatives = sums.positives, sums.negatives
         losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
@@ -167,7 +167,7 @@ def nt_xent(
     """
     read = _checked(embeddings, queue, temperature, implementation, labels=labels, self_indices=self_indices)
     with torch.autocast(embeddings.device.type, enabled=False):
-        anchors, pairs = _at_unit_length(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
+        anchors, pairs = unit_rows(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
         sums = read.pair_sums(anchors, pairs)
         if on_pairs is not None:
             on_pairs(sums.positives.sum(), sums.negatives.sum())
@@ -187,7 +187,7 @@ def check_temperature(temperature: float | Tensor) -> None:
         raise UserError(f"expected a temperature above 0, got {float(temperature)}")
 
 
-def _at_unit_length(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+def unit_rows(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """Return the rows divided by their length, in float32 or float64. The gradient of a row of zeros is 0."""
     rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
     return F.normalize(rows.masked_fill((rows == 0).all(1, keepdim=True), 0), dim=1)
