@@ -53,8 +53,7 @@ def knn_classify(
         >>> knn_classify(torch.tensor([[0.1, 0.9, 0.2]]), bank, labels, num_classes=3, k=1)
         tensor([1])
     """
-    _check(queries, bank, labels, num_classes, k, temperature, exclude_self)
-    labels = class_indices(labels, len(bank))
+    labels = _checked(queries, bank, labels, num_classes, k, temperature, exclude_self)
     k = _clamp(k, len(bank) - exclude_self)
     queries, bank, labels = (
         normalize_features(queries, "queries"),
@@ -73,9 +72,10 @@ def knn_classify(
     return predicted
 
 
-def _check(
+def _checked(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, exclude_self: bool
-) -> None:
+) -> Int64[Tensor, "G"]:
+    """Check the arguments and return the labels as int64."""
     if queries.ndim != 2 or bank.ndim != 2:
         raise UserError(f"expected queries [N, D] and a bank [G, D], got {[*queries.shape]} and {[*bank.shape]}")
     if queries.shape[1] != bank.shape[1]:
@@ -91,10 +91,12 @@ def _check(
         )
     if len(bank) <= exclude_self:
         raise UserError(f"expected at least {1 + exclude_self} bank rows, got {len(bank)}")
+    labels = class_indices(labels, len(bank))
     if not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < num_classes:
         raise UserError(f"expected labels in [0, {num_classes}), got {low if low < 0 else high}")
     if k < 1 or not 0 < temperature < float("inf"):
         raise UserError(f"expected k >= 1 and temperature > 0, got k={k} and temperature={temperature}")
+    return labels
 
 
 def _clamp(k: int, neighbours: int) -> int:
