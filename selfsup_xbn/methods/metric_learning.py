@@ -147,22 +147,28 @@ class MetricLearning(Method):
         Raises:
             UserError: the loss or its miner raises an exception, or its value is not a finite number.
         """
-        labels = torch.tensor([0, 0, 0, 0, *[max(classes - 1, 1)] * 4], device="cpu")
         with torch.random.fork_rng(devices=[]), torch.device("cpu"):
             torch.manual_seed(0)
-            z = F.normalize(torch.randn(len(labels), self.encoder.dim), dim=1).requires_grad_()
+            labels = torch.tensor([0, 0, 0, 0, *[max(classes - 1, 1)] * 4])
             queue = FeatureQueue(3 * len(labels), self.encoder.dim, "xbm", labels=True)
-            for rows in (torch.randn_like(z), torch.randn_like(z), z):  # more rows than anchors, as in training
-                slots = queue.enqueue(rows, labels)
-            for memory in ((), (queue, slots)):
-                try:
-                    loss = copy.deepcopy(self.loss)
-                    value = (loss.cpu() if isinstance(loss, nn.Module) else loss)(z, labels, *memory)
-                    value.backward()
-                except Exception as error:  # losses of the library and of users raise exceptions of many types
-                    raise UserError(f"--loss: the loss of a trial batch failed: {one_line(error)}") from error
-                if value.shape != () or not value.isfinite():
-                    raise UserError(f"--loss: expected a finite loss of a trial batch, got {value.tolist()}")
+            for spread in (0.4, 10.0):  # distances of about 0.5, at which miners select pairs, and of 1.4
+                rows = torch.randn(queue.size, self.encoder.dim) * spread + 1
+                for z in F.normalize(rows, dim=1).split(len(labels)):  # more rows than anchors, as in training
+                    slots = queue.enqueue(z, labels)
+                if self.queue is None or self.memory_start or self.batch_loss_weight:
+                    self._try_batch(z, labels)
+                if self.queue is not None:
+                    self._try_batch(z, labels, queue, slots)
+
+    def _try_batch(self, z: Tensor, *arguments: Any) -> None:
+        try:
+            loss = copy.deepcopy(self.loss)
+            value = (loss.cpu() if isinstance(loss, nn.Module) else loss)(z.clone().requires_grad_(), *arguments)
+            value.backward()
+        except Exception as error:  # losses of the library and of users raise exceptions of many types
+            raise UserError(f"--loss: the loss of a trial batch failed: {one_line(error)}") from error
+        if value.shape != () or not value.isfinite():
+            raise UserError(f"--loss: expected a finite loss of a trial batch, got {value.tolist()}")
 
     def head_loss(self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
         """Return the SupCon loss within the batch. Gradient flows to the head only, and the backbone does not change.

@@ -7,7 +7,7 @@ import pytest
 import pytorch_metric_learning.losses
 import torch
 import torch.nn.functional as F
-from integrations.memory_helpers import BLOCKWISE, D, M, assert_equal_step, both, draw
+from integrations.memory_helpers import BLOCKWISE, D, M, assert_equal_step, both, draw, easiest
 from pytorch_metric_learning import losses as peer
 from pytorch_metric_learning.miners import (
     BatchEasyHardMiner,
@@ -145,22 +145,6 @@ def test_a_temperature_is_learnt_or_refused(loss):
 
 
 # ------------------------------------------------------------------------------------------------ own rows in mining
-
-
-def easiest(embeddings, labels, rows, row_labels, own):
-    """Triplets of the nearest other row of the class and the nearest row of another class, anchor by anchor."""
-    z, r = F.normalize(embeddings.detach()), F.normalize(rows)
-    triplets = []
-    for a in range(len(z)):
-        distance = (z[a] - r).norm(dim=1)
-        same = row_labels == labels[a]
-        same[own[a]] = False
-        others = row_labels != labels[a]
-        if same.any() and others.any():
-            p = torch.where(same, distance, torch.inf).argmin()
-            n = torch.where(others, distance, torch.inf).argmin()
-            triplets.append((a, int(p), int(n)))
-    return tuple(torch.tensor(index) for index in zip(*triplets, strict=True))
 
 
 @pytest.mark.parametrize("adaptation", ["xbm", "xbn"])
