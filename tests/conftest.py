@@ -1,11 +1,16 @@
 """Settings for all tests: repeatable, one thread a process, no leftovers."""
 
+import os
 import shutil
 from pathlib import Path
 
 import jaxtyping
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
+
 from hypothesis import settings
 from matplotlib.figure import Figure
 

@@ -72,7 +72,7 @@ class _PairSums(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         (mean_row,) = ctx.saved_tensors
         return grads[0][:, None] * mean_row / ctx.temperature, None, None
 
@@ -93,12 +93,12 @@ class _PositiveSoftplus(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_second_derivative()
+        refuse_second_derivative()
         slope, weighted_rows = ctx.saved_tensors
         return grads[0][:, None] * weighted_rows / -ctx.temperature, grads[0] * slope, None
 
 
-def _refuse_second_derivative() -> None:
+def refuse_second_derivative() -> None:
     """Raise where a graph of the gradient is made. ``once_differentiable`` misses the anchors' other ways to a loss."""
     if torch.is_grad_enabled():
         raise RuntimeError("expected create_graph=False: second derivatives need implementation='dense'")

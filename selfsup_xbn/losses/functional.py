@@ -5,8 +5,11 @@ autocast too. Gradient flows to the batch alone, and to T if it is a tensor. A r
 row, and gradient 0. A batch with a value that is not finite has the loss NaN. A batch without anchors has the loss 0.
 
 ``implementation`` selects how the sums are computed. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
-O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"auto"`` is blockwise, or dense if
-T is a tensor.
+O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"triton"`` runs InfoNCE and SupCon
+with a queue as two or three GPU kernels, in memory of O(B D) for each multiprocessor; it refuses a second derivative.
+``"auto"`` is triton on a GPU of compute capability 8.0 or higher, if Triton is installed and takes the sizes and
+dtypes, and blockwise elsewhere and in compiled code; it is dense if T is a
+tensor.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
@@ -24,9 +27,11 @@ from torch import Tensor
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import blockwise, dense
 from selfsup_xbn.losses.pairs import PairMargin, Pairs
+from selfsup_xbn.memory.device import has_kernels, has_triton
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 
-IMPLEMENTATIONS = {"auto": blockwise, "dense": dense, "blockwise": blockwise}
+IMPLEMENTATIONS = ("auto", "dense", "blockwise", "triton")
+_SUMS = {"dense": dense, "blockwise": blockwise}
 
 
 def info_nce(
@@ -62,10 +67,14 @@ def info_nce(
         >>> info_nce(keys, keys, queue, temperature=1.0, self_indices=slots)  # log(1 + exp(-1))
         tensor(0.3133)
     """
-    read = _checked(q, queue, temperature, implementation, k=k, self_indices=self_indices)
+    _check(q, queue, temperature, k=k, self_indices=self_indices)
+    kernels = _kernels(implementation, q, queue, temperature)
     with torch.autocast(q.device.type, enabled=False):
+        pairs = Pairs(queue, temperature, self_indices)
+        if kernels is not None:
+            return kernels.info_nce(q, k, pairs)
         query, key = unit_rows(q), unit_rows(k)
-        sums = read.pair_sums(query, Pairs(queue, temperature, self_indices))
+        sums = _sums(implementation, temperature).pair_sums(query, pairs)
         gap = sums.logsumexp - (query * key).sum(1) / temperature
         # -log(exp(s_qk) / (exp(s_qk) + exp(logsumexp))) = log(1 + exp(gap))
         return F.softplus(gap, threshold=40).sum() / max(len(q), 1) + _zero_or_nan(query)
@@ -110,12 +119,19 @@ def sup_con(
         >>> sup_con(embeddings, labels, temperature=1.0)  # log(1 + exp(-1))
         tensor(0.3133)
     """
-    read = _checked(embeddings, queue, temperature, implementation, labels=labels, self_indices=self_indices)
+    _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
     if queue is None:
-        read, self_indices = dense, torch.arange(len(labels), device=embeddings.device)
+        implementation, self_indices = "dense", torch.arange(len(labels), device=embeddings.device)
+    kernels = _kernels(implementation, embeddings, queue, temperature)
     with torch.autocast(embeddings.device.type, enabled=False):
+        pairs = Pairs(queue, temperature, self_indices, labels, miner)
+        if kernels is not None:
+            loss, *counts = kernels.sup_con(embeddings, pairs)
+            if on_pairs is not None:
+                on_pairs(*counts)
+            return loss
         anchors = unit_rows(embeddings)
-        sums = read.pair_sums(anchors, Pairs(queue, temperature, self_indices, labels, miner), include_positives=True)
+        sums = _sums(implementation, temperature).pair_sums(anchors, pairs, include_positives=True)
         positives, negatives = sums.positives, sums.negatives
         losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
         # An anchor with one pair has loss 0, which rounding can make positive; it is not averaged, as in PML.
@@ -165,7 +181,10 @@ def nt_xent(
         >>> nt_xent(embeddings, labels, queue, temperature=1.0, self_indices=slots)  # log(1 + exp(-1))
         tensor(0.3133)
     """
-    read = _checked(embeddings, queue, temperature, implementation, labels=labels, self_indices=self_indices)
+    _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
+    if implementation not in ("auto", *_SUMS):
+        raise UserError(f"expected an implementation out of {['auto', *_SUMS]}, got {implementation!r}")
+    read = _sums(implementation, temperature)
     with torch.autocast(embeddings.device.type, enabled=False):
         anchors, pairs = unit_rows(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
         sums = read.pair_sums(anchors, pairs)
@@ -198,25 +217,53 @@ def _zero_or_nan(anchors: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     return (0 * anchors).sum()
 
 
-def _checked(
-    embeddings: Tensor,
-    queue: FeatureQueue | None,
-    temperature: float | Tensor,
-    implementation: str,
-    **beside: Tensor | None,
-) -> ModuleType:
-    """Return the module that makes the sums; ``beside`` are tensors with a row for each embedding."""
+def _check(
+    embeddings: Tensor, queue: FeatureQueue | None, temperature: float | Tensor, **beside: Tensor | None
+) -> None:
+    """Check shapes and temperature; ``beside`` are tensors with a row for each embedding."""
     check_temperature(temperature)
-    if implementation not in IMPLEMENTATIONS:
-        raise UserError(f"expected an implementation out of {list(IMPLEMENTATIONS)}, got {implementation!r}")
     if embeddings.ndim != 2 or (queue is not None and embeddings.shape[1] != queue.dim):
         raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*embeddings.shape]}")
     for name, rows in beside.items():
         axes = None if name == "k" else 1
         if rows is not None and rows.shape[:axes] != embeddings.shape[:axes]:
             raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
+
+
+def _sums(implementation: str, temperature: float | Tensor) -> ModuleType:
+    """Return the module that makes the sums, where no kernels are used.
+
+    Raises:
+        UserError: a temperature that is a tensor, for an implementation without its gradient.
+    """
     if isinstance(temperature, Tensor):  # its gradient is that of autograd
         if implementation not in ("auto", "dense"):
             raise UserError(f"expected a number as temperature for implementation={implementation!r}, got a tensor")
         return dense
-    return IMPLEMENTATIONS[implementation]
+    return _SUMS.get(implementation, blockwise)
+
+
+def _kernels(
+    implementation: str, embeddings: Tensor, queue: FeatureQueue | None, temperature: float | Tensor
+) -> ModuleType | None:
+    """Return the Triton kernels if they are to be used, else None.
+
+    Raises:
+        UserError: an unknown implementation, or "triton" where it cannot be used.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise UserError(f"expected an implementation out of {list(IMPLEMENTATIONS)}, got {implementation!r}")
+    wanted = implementation == "triton" or (implementation == "auto" and has_kernels(embeddings.device))
+    if queue is None or not wanted or isinstance(temperature, Tensor):
+        return None
+    if has_triton():
+        from selfsup_xbn.losses import kernels
+
+        if kernels.supports(embeddings, queue, temperature):
+            return kernels
+    if implementation == "triton":
+        raise UserError(
+            "expected Triton and embeddings of at most 512 dimensions, no float64, and a temperature of at least 1e-4 "
+            f"for implementation='triton', got {[*embeddings.shape]} of {embeddings.dtype}, T {temperature}"
+        )
+    return None

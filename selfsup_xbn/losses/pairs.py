@@ -76,13 +76,10 @@ class Pairs:
         miner: PairMargin | None = None,
     ) -> None:
         below, above = (float("inf"), -float("inf")) if miner is None else miner.similarity_bounds()
-        self.queue = queue
+        self.queue, self.self_indices = queue, self_indices
         self.temperature: Any = temperature  # a tensor where all pairs are in one matrix
         self.below: Any = below / self.temperature
         self.above: Any = above / self.temperature
-        self.self_indices: list[Tensor] = []
-        if self_indices is not None:
-            self.self_indices = [self_indices] if self_indices.ndim == 1 else [*self_indices.unbind(1)]
         if labels is not None and queue is not None and queue.labels is None:
             raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
         self.labels = None if labels is None else class_indices(labels, len(labels))
@@ -143,12 +140,19 @@ class Pairs:
             positive, negative = positive & ~excluded, negative & ~excluded
         return rows, logits, positive, negative
 
+    def _own_slots(self) -> list[Int64[Tensor, "B"]]:
+        """Return the columns of ``self_indices``."""
+        indices = self.self_indices
+        if indices is None:
+            return []
+        return [indices] if indices.ndim == 1 else [*indices.unbind(1)]
+
     def _leave_out_(self, logits: Float[Tensor, "B b"], block: Block) -> None:
         """Set the logits of empty slots and of the anchors' own rows to ``NOT_COUNTED``; slots are a slice."""
         assert isinstance(block.slots, slice)
         if block.valid is not None:
             logits.masked_fill_(~block.valid, NOT_COUNTED)
-        for index in self.self_indices:
+        for index in self._own_slots():
             column = index[:, None] - block.slots.start
             nearest = column.clamp(0, logits.shape[1] - 1)
             kept = logits.gather(1, nearest).masked_fill_(column == nearest, NOT_COUNTED)
@@ -157,7 +161,7 @@ class Pairs:
     def _excluded(self, block: Block) -> Bool[Tensor, "*B b"] | None:
         """Return which pairs are with an empty slot or with the anchor's own row; None if none is."""
         excluded = None if block.valid is None else ~block.valid
-        indices, slots = self.self_indices, block.slots
+        indices, slots = self._own_slots(), block.slots
         if isinstance(slots, slice):
             if can_sync(block.rows):  # most blocks hold no row of the batch
                 indices = [index for index in indices if ((index >= slots.start) & (index < slots.stop)).any()]

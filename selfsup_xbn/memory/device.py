@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from selfsup_xbn.memory.feature_queue import FeatureQueue
 
 
 def can_sync(tensor: Tensor) -> bool:
@@ -18,6 +24,30 @@ def can_refresh(tensor: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Return whether Triton is installed."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Return whether Triton kernels replace PyTorch's operations: on the current GPU, of compute capability 8.0."""
+    if device.type != "cuda" or torch.compiler.is_compiling() or torch.version.hip or not has_triton():
+        return False
+    if not torch.cuda.is_available():  # a fake tensor
+        return False
+    return device.index == torch.cuda.current_device() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def queue_kernels(queue: FeatureQueue, batch: Tensor) -> Any:
+    """Return the module of Triton kernels that adapt and enqueue, if they are to be used and take this batch."""
+    if queue.implementation != "triton" and (queue.implementation != "auto" or not has_kernels(queue.rows.device)):
+        return None
+    from selfsup_xbn.memory import kernels
+
+    return kernels if kernels.supports(queue, batch) else None
 
 
 def statistics_dtype(device: torch.device) -> torch.dtype:

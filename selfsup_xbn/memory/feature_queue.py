@@ -24,11 +24,10 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
-from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.adaptation import Adaptation, make_adaptation
-from selfsup_xbn.memory.device import FixedPrecision, can_refresh, can_sync, statistics_dtype
+from selfsup_xbn.memory.device import FixedPrecision, can_refresh, can_sync, queue_kernels, statistics_dtype
 from selfsup_xbn.memory.moments import PIECE, AdaptRecord, AffineMap, Moments, batch_moments, power_sums
-from selfsup_xbn.memory.reading import Block, check_batch, check_labels, check_update, nearest_rows
+from selfsup_xbn.memory.reading import Block, check_batch, check_labels, check_sizes, check_update, nearest_rows
 
 
 class FeatureQueue(FixedPrecision):
@@ -51,6 +50,7 @@ class FeatureQueue(FixedPrecision):
         written, offered: rows written since the last reset, and rows passed to ``enqueue`` since the last refresh.
         skipped: batches left out because a value was not finite.
         recording, record: where ``recording`` is True, each ``adapt`` leaves an ``AdaptRecord`` in ``record``.
+        implementation: "torch", "triton", or "auto": Triton kernels on a GPU for "xbm", "xbn" and "axbn".
 
     Raises:
         UserError: size or dim is below 1, no adaptation has that name, or dtype is not floating point.
@@ -81,10 +81,7 @@ class FeatureQueue(FixedPrecision):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        if size < 1 or dim < 1:
-            raise UserError(f"expected a queue of at least 1 row and 1 dimension, got size={size}, dim={dim}")
-        if not dtype.is_floating_point:
-            raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
+        check_sizes(size, dim, dtype)
         self.size, self.dim = size, dim
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("labels", torch.zeros(size, dtype=torch.int64, device=device) if labels else None)
@@ -94,11 +91,12 @@ class FeatureQueue(FixedPrecision):
         self.register_buffer("sums", power_sums(self.rows[:0], statistics))
         for name in ("written", "offered", "skipped"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("ticket", torch.zeros((), dtype=torch.int32, device=device), persistent=False)
         self._offered = 0  # the host's copy of ``offered``: rows that came since the last refresh
         self.adaptation = make_adaptation(adaptation)
         self.adaptation.allocate(dim, statistics, device)
         self.adaptation.to(device)
-        self.recording, self.record = False, None
+        self.recording, self.record, self.implementation = False, None, "auto"
 
     @torch.no_grad()
     def adapt(self, batch: Float[Tensor, "B D"]) -> None:
@@ -109,7 +107,10 @@ class FeatureQueue(FixedPrecision):
         """
         check_update(batch, self.dim)
         before = self.moments() if self.recording and len(batch) > 1 else None
-        if self.adaptation.moves_queue and len(batch) > 1:
+        moves = self.adaptation.moves_queue and len(batch) > 1
+        if moves and (kernels := queue_kernels(self, batch)):
+            kernels.adapt(self, batch)
+        elif moves:
             observed = batch_moments(batch, self.sums.dtype)
             finite = observed.std.sum() < torch.inf  # False for NaN
             target = self.adaptation(observed, len(batch), finite)
@@ -134,6 +135,8 @@ class FeatureQueue(FixedPrecision):
             if self._offered >= self.size:
                 self.refresh()
             self._offered += min(len(batch), self.size)
+        if kernels := queue_kernels(self, batch):
+            return kernels.enqueue(self, batch, labels)
         stored = self._map.inverse(batch.detach()).to(self.rows.dtype)
         lost, kept = stored[: -self.size], stored[-self.size :]
         entering = power_sums(kept, self.sums.dtype)
@@ -158,8 +161,7 @@ class FeatureQueue(FixedPrecision):
     def refresh(self) -> None:
         """Standardise the stored rows and sum them again, O(M D). The embeddings stay as they are, to rounding.
 
-        Without it the spread of z shrinks: moments hold to 1e-6 for about 8 * M steps with float64 statistics, and M
-        steps with float32; then dimensions seem constant and are no longer scaled.
+        Without it moments hold to 1e-6 for about 8 * M steps (float32 statistics: M steps): the spread of z shrinks.
         """
         self._offered = 0
         self.offered.zero_()

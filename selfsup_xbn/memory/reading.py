@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
+from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.moments import PIECE, AffineMap
 from selfsup_xbn.utils.labels import class_indices
 
@@ -29,6 +30,18 @@ class Block(NamedTuple):
     def of(slots: slice | Tensor, rows: Tensor, labels: Tensor | None, filled: Tensor | None) -> Block:
         """Return the block at these slots of a queue's rows, labels and marks of filled slots."""
         return Block(slots, rows[slots], *(None if values is None else values[slots] for values in (labels, filled)))
+
+
+def check_sizes(size: int, dim: int, dtype: torch.dtype) -> None:
+    """Check the arguments of a queue.
+
+    Raises:
+        UserError: no rows, no dimensions, or a dtype that is not floating point.
+    """
+    if size < 1 or dim < 1:
+        raise UserError(f"expected a queue of at least 1 row and 1 dimension, got size={size}, dim={dim}")
+    if not dtype.is_floating_point:
+        raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
 
 
 def check_batch(batch: Tensor, dim: int) -> None:

@@ -1,0 +1,146 @@
+"""InfoNCE and SupCon as Triton kernels against the matrix in float64: on a GPU, or in Triton's interpreter."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from selfsup_xbn import FeatureQueue
+from selfsup_xbn.errors import UserError
+from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
+
+pytest.importorskip("triton", reason="Triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+EXACT, TF32 = 2e-5, 3e-3
+CASES = {  # B, M, D, T, dtype of the rows, passes of the queue, own slots of an anchor
+    "odd": (19, 75, 24, 0.1, torch.float32, 3, 1),
+    "bfloat16": (17, 48, 32, 0.1, torch.bfloat16, 2, 1),
+    "partly filled": (8, 130, 16, 0.1, torch.float32, 0.2, 1),
+    "cold": (33, 70, 64, 0.02, torch.float32, 2, 1),
+    "two own slots": (20, 70, 20, 1.0, torch.float32, 2, 2),
+    "no own slots": (20, 70, 20, 0.5, torch.float16, 2, 0),
+    "wide": (18, 40, 300, 0.1, torch.float32, 1, 1),
+}
+SLOW = pytest.mark.slow
+
+
+@pytest.fixture(params=["highest", "high"])
+def tolerance(request):
+    """The precision of torch's float32 products, and the error that it allows."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield EXACT if request.param == "highest" else TF32
+    torch.set_float32_matmul_precision(before)
+
+
+def drawn(case):
+    """Return queue, queries, keys, labels, temperature and own slots."""
+    batch, rows, dim, temperature, dtype, passes, own = CASES[case]
+    generator = torch.Generator().manual_seed(0)
+    queue = FeatureQueue(rows, dim, "xbn", labels=True, dtype=dtype, device=DEVICE)
+    for i in range(max(1, int(passes * rows / batch))):
+        keys = (torch.randn(batch, dim, generator=generator) * (1 + 0.1 * i) + 0.2 * i).to(DEVICE)
+        queue.adapt(keys)
+        slots = queue.enqueue(keys, torch.randint(0, 5, (batch,), generator=generator).to(DEVICE))
+    labels = torch.randint(0, 5, (batch,), generator=generator).to(DEVICE)
+    queries = keys + 0.5 * torch.randn(batch, dim, generator=generator).to(DEVICE)
+    indices = {0: None, 1: slots, 2: torch.stack([slots, slots.roll(1)], 1)}[own]
+    return queue, queries, keys, labels, temperature, indices
+
+
+def in_float64(queue):
+    """Return a queue whose float64 rows are the embeddings of another one."""
+    double = FeatureQueue(queue.size, queue.dim, "xbm", labels=True, dtype=torch.float64, device=DEVICE)
+    rows = queue.affine_map()(queue.rows).double()[: len(queue)]
+    double.enqueue(rows, queue.labels[: len(queue)])
+    return double
+
+
+def error(actual, expected):
+    return ((actual.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-9)).item()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_info_nce_equals_the_matrix(case, tolerance):
+    queue, queries, keys, _, temperature, indices = drawn(case)
+    q, k = queries.clone().requires_grad_(), keys.clone().requires_grad_()
+    loss = info_nce(q, k, queue, temperature, indices, implementation="triton")
+    (3 * loss).backward()
+    q64, k64 = queries.double().requires_grad_(), keys.double().requires_grad_()
+    expected = info_nce(q64, k64, in_float64(queue), temperature, indices, implementation="dense")
+    (3 * expected).backward()
+    assert error(loss, expected) < tolerance
+    assert error(q.grad, q64.grad) < tolerance
+    assert error(k.grad, k64.grad) < tolerance
+
+
+@pytest.mark.parametrize("miner", [None, PairMargin(0.9, 0.1, "cosine")], ids=["all", "miner"])
+@pytest.mark.parametrize(
+    "case", ["odd", "bfloat16", pytest.param("cold", marks=SLOW), pytest.param("wide", marks=SLOW)]
+)
+def test_sup_con_equals_the_matrix(case, miner, tolerance):
+    queue, queries, _, labels, temperature, indices = drawn(case)
+    counts = []
+
+    def value(z, memory, implementation):
+        return sup_con(
+            z,
+            labels,
+            memory,
+            temperature=temperature,
+            miner=miner,
+            self_indices=indices,
+            implementation=implementation,
+            on_pairs=lambda *numbers: counts.append(torch.stack(numbers)),
+        )
+
+    z, z64 = queries.clone().requires_grad_(), queries.double().requires_grad_()
+    loss, expected = value(z, queue, "triton"), value(z64, in_float64(queue), "dense")
+    if tolerance == TF32 and miner is not None:
+        tolerance = 2e-2  # pairs on a margin are counted by the one and not by the other
+    assert error(*counts) <= tolerance * (tolerance > EXACT)
+    assert error(loss, expected) < tolerance
+    assert error(*(torch.autograd.grad(3 * v, x)[0] for v, x in ((loss, z), (expected, z64)))) < tolerance
+
+
+def test_bfloat16_embeddings_get_a_gradient_of_their_dtype():
+    queue, queries, keys, labels, temperature, indices = drawn("odd")
+    q = queries.bfloat16().requires_grad_()
+    loss = info_nce(q, keys, queue, temperature, indices, implementation="triton")
+    loss = loss + sup_con(q, labels, queue, self_indices=indices, implementation="triton")
+    loss.backward()
+    wide = q.detach().float().requires_grad_()
+    expected = info_nce(wide, keys, queue, temperature, indices) + sup_con(wide, labels, queue, self_indices=indices)
+    expected.backward()
+    assert q.grad.dtype == torch.bfloat16
+    assert error(loss, expected) < 1e-5
+    assert error(q.grad, wide.grad) < 1e-2
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+def test_nan_reaches_the_loss():
+    queue, queries, keys, labels, temperature, indices = drawn("odd")
+    queries[3, 2] = torch.nan
+    assert info_nce(queries, keys, queue, temperature, indices, implementation="triton").isnan()
+    assert sup_con(queries, labels, queue, self_indices=indices, implementation="triton").isnan()
+
+
+def test_second_derivatives_are_refused():
+    queue, queries, keys, _, temperature, indices = drawn("odd")
+    q = queries.requires_grad_()
+    loss = info_nce(q, keys, queue, temperature, indices, implementation="triton")
+    with pytest.raises(RuntimeError, match="create_graph"):
+        torch.autograd.grad(loss, q, create_graph=True)
+
+
+def test_float64_and_nt_xent_are_refused():
+    queue, queries, keys, labels, *_ = drawn("odd")
+    with pytest.raises(UserError, match="no float64"):
+        info_nce(queries.double(), keys.double(), queue, implementation="triton")
+    with pytest.raises(UserError, match="'triton'"):
+        nt_xent(queries, labels, queue, implementation="triton")
+
+
+def test_empty_batch_is_zero():
+    queue = FeatureQueue(8, 4, "xbn", device=DEVICE)
+    q = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
+    assert info_nce(q, F.normalize(q), queue).item() == 0
