@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from selfsup_xbn.evaluation.knn import knn_classify
     from selfsup_xbn.evaluation.retrieval import recall_at_k, retrieval_metrics
     from selfsup_xbn.evaluation.summary import METRICS, Metric
-    from selfsup_xbn.integrations.lightly import MemoryBankModule, NTXentLoss
+    from selfsup_xbn.integrations.lightly import MemoryBankModule, NNMemoryBankModule, NTXentLoss
     from selfsup_xbn.integrations.pytorch_metric_learning import CrossBatchMemory
     from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
     from selfsup_xbn.memory.adaptation import AXBN, XBM, XBN, Adaptation, Moments
@@ -51,6 +51,7 @@ __all__ = [
     "MetricLearning",
     "MoCo",
     "Moments",
+    "NNMemoryBankModule",
     "NTXentLoss",
     "PairMargin",
     "Split",
@@ -74,7 +75,7 @@ _NAMES = {
     "evaluation.knn": ("knn_classify",),
     "evaluation.retrieval": ("recall_at_k", "retrieval_metrics"),
     "evaluation.summary": ("METRICS", "Metric"),
-    "integrations.lightly": ("MemoryBankModule", "NTXentLoss"),
+    "integrations.lightly": ("MemoryBankModule", "NNMemoryBankModule", "NTXentLoss"),
     "integrations.pytorch_metric_learning": ("CrossBatchMemory",),
     "losses": ("PairMargin", "info_nce", "nt_xent", "sup_con"),
     "memory.adaptation": ("AXBN", "XBM", "XBN", "Adaptation", "Moments"),

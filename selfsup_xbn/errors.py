@@ -67,6 +67,24 @@ def near(word: str, choices: Iterable[str], likeness: float = 0.5) -> str:
     return f"; did you mean {matches[0]}?" if matches else ""
 
 
+def one_line(error: BaseException, length: int = 200) -> str:
+    """Return the type and the message of an exception in one line.
+
+    Args:
+        error: Exception.
+        length: Maximum number of characters.
+
+    Example:
+        >>> one_list = []
+        >>> try:
+        ...     one_list[0]
+        ... except IndexError as error:
+        ...     print(one_line(error))
+        IndexError: list index out of range
+    """
+    return " ".join(f"{type(error).__name__}: {error}".split())[:length]
+
+
 def require_package(package: str, option: str, extra: str) -> None:
     """Check that the package that an option requires is installed.
 

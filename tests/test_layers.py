@@ -16,7 +16,7 @@ ALLOWED = {
     "models": COMMON,
     "integrations": COMMON | {"memory", "losses"},
     "data": COMMON,
-    "methods": COMMON | {"memory", "losses", "models"},
+    "methods": COMMON | {"memory", "losses", "models", "integrations"},
     "evaluation": COMMON | {"memory", "models", "data"},
     "runs": COMMON | {"models", "methods"},
     "training": COMMON | {"memory", "models", "methods", "data", "evaluation", "runs"},

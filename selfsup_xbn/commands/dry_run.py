@@ -22,14 +22,16 @@ def cost_lines(config: Config) -> list[str]:
     Raises:
         UserError: The configuration is invalid, as in ``train``.
     """
-    size, channels, images = config.image_size or 32, 3, DOWNLOADED.get(config.data)
+    size, channels, images, classes = config.image_size or 32, 3, DOWNLOADED.get(config.data), 2
     if images is None or parse_validation(config.validation):
         data = data_of(config)
         size, channels, images = data.image_size, data.channels, len(data.train)
+        classes = 1 + int(data.train.labels.max())
     images = min(images, config.limit_train or images)
     check_sizes(config, images)
     with torch.device("meta"):
         method = method_class(config).from_config(config, random_encoder(config, channels, size), images)
+    method.try_loss(classes)
     steps = images // config.batch_size
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())
     return [

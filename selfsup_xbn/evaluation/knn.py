@@ -8,18 +8,19 @@ from __future__ import annotations
 import warnings
 
 import torch
-from jaxtyping import Float, Int, Int64
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.neighbours import normalize_features, similarity_blocks, top_k
+from selfsup_xbn.utils.labels import class_indices
 
 
 @torch.no_grad()
 def knn_classify(
     queries: Float[Tensor, "N D"],
     bank: Float[Tensor, "G D"],
-    labels: Int[Tensor, "G"],
+    labels: Shaped[Tensor, "G"],
     num_classes: int,
     k: int = 200,
     temperature: float = 0.1,
@@ -34,7 +35,7 @@ def knn_classify(
     Args:
         queries: The features to classify, of any length.
         bank: The labelled features, of any length and on the same device.
-        labels: The class of each bank row, in [0, num_classes).
+        labels: The class of each bank row, a whole number in [0, num_classes).
         num_classes: The number of classes C.
         k: The number of neighbours. If the bank has fewer, all of them are used, with a warning.
         temperature: The temperature of the weights, in units of cosine similarity.
@@ -52,12 +53,12 @@ def knn_classify(
         >>> knn_classify(torch.tensor([[0.1, 0.9, 0.2]]), bank, labels, num_classes=3, k=1)
         tensor([1])
     """
-    _check(queries, bank, labels, num_classes, k, temperature, exclude_self)
+    labels = _checked(queries, bank, labels, num_classes, k, temperature, exclude_self)
     k = _clamp(k, len(bank) - exclude_self)
     queries, bank, labels = (
         normalize_features(queries, "queries"),
         normalize_features(bank, "bank"),
-        labels.long().to(bank.device),
+        labels.to(bank.device),
     )
     predicted = labels.new_empty(len(queries))
     for rows, similarities in similarity_blocks(queries, bank):
@@ -71,9 +72,12 @@ def knn_classify(
     return predicted
 
 
-def _check(
+def _checked(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, exclude_self: bool
-) -> None:
+) -> Int64[Tensor, "G"]:
+    """Check the arguments and return the labels as int64."""
+    if queries.ndim != 2 or bank.ndim != 2:
+        raise UserError(f"expected queries [N, D] and a bank [G, D], got {[*queries.shape]} and {[*bank.shape]}")
     if queries.shape[1] != bank.shape[1]:
         raise UserError(
             f"expected queries and bank with the same number of dimensions, got {queries.shape[1]} and "
@@ -87,10 +91,12 @@ def _check(
         )
     if len(bank) <= exclude_self:
         raise UserError(f"expected at least {1 + exclude_self} bank rows, got {len(bank)}")
+    labels = class_indices(labels, len(bank))
     if not 0 <= (low := int(labels.min())) <= (high := int(labels.max())) < num_classes:
         raise UserError(f"expected labels in [0, {num_classes}), got {low if low < 0 else high}")
-    if k < 1 or temperature <= 0:
+    if k < 1 or not 0 < temperature < float("inf"):
         raise UserError(f"expected k >= 1 and temperature > 0, got k={k} and temperature={temperature}")
+    return labels
 
 
 def _clamp(k: int, neighbours: int) -> int:

@@ -2,7 +2,9 @@
 
 Axis legend: N queries, G gallery rows, D dimensions, B queries of one block, S gallery rows of the block's classes.
 
-The matches of a query are the gallery rows of its class, without the query itself. Conventions of all functions:
+The matches of a query are the gallery rows of its class, without the query itself: without a gallery the queries are
+ranked against each other, and ``self_indices`` names the query's own row in a gallery that includes the queries.
+Conventions of all functions:
 
 - Rows are ranked by cosine similarity or, equivalently, by the Euclidean distance of unit vectors.
 - A row of another class that is as similar as a match ranks before the match. An encoder that maps all images to one
@@ -16,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Float32, Int, Int64
+from jaxtyping import Float, Float32, Int, Int64, Shaped
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.neighbours import normalize_features, similarity_blocks, top_k
+from selfsup_xbn.utils.labels import class_indices
 
 
 class _Ranking(NamedTuple):
@@ -40,10 +43,12 @@ class _Ranking(NamedTuple):
 @torch.no_grad()
 def recall_at_k(
     queries: Float[Tensor, "N D"],
-    labels: Int[Tensor, "N"],
+    labels: Shaped[Tensor, "N"],
     gallery: Float[Tensor, "G D"] | None = None,
-    gallery_labels: Int[Tensor, "G"] | None = None,
+    gallery_labels: Shaped[Tensor, "G"] | None = None,
     ks: Sequence[int] = (1, 10),
+    *,
+    self_indices: Int[Tensor, "N"] | None = None,
 ) -> dict[int, float]:
     """Return the percentage of queries with at least one match among their K most similar gallery rows.
 
@@ -53,10 +58,11 @@ def recall_at_k(
 
     Args:
         queries: The features of the queries, of any length.
-        labels: The class of each query.
+        labels: The class of each query, whole numbers of any dtype.
         gallery: The features to retrieve from, of any length. ``None`` to rank the queries against each other.
         gallery_labels: The class of each gallery row; required with ``gallery``.
         ks: The values of K.
+        self_indices: The row of each query itself in the gallery, which is left out; -1 for none.
 
     Returns:
         The recall in percent for each K.
@@ -70,17 +76,19 @@ def recall_at_k(
         {1: 100.0}
     """
     _check_ks(ks)
-    blocks = _rankings(queries, labels, gallery, gallery_labels)
+    blocks = _rankings(queries, labels, gallery, gallery_labels, self_indices)
     return _recalls(torch.cat([_before_first_match(block) for block in blocks]), ks)
 
 
 @torch.no_grad()
 def retrieval_metrics(
     queries: Float[Tensor, "N D"],
-    labels: Int[Tensor, "N"],
+    labels: Shaped[Tensor, "N"],
     gallery: Float[Tensor, "G D"] | None = None,
-    gallery_labels: Int[Tensor, "G"] | None = None,
+    gallery_labels: Shaped[Tensor, "G"] | None = None,
     ks: Sequence[int] = (1, 10),
+    *,
+    self_indices: Int[Tensor, "N"] | None = None,
 ) -> dict[str, float]:
     """Return Recall@K, R-precision and MAP@R in percent.
 
@@ -90,10 +98,11 @@ def retrieval_metrics(
 
     Args:
         queries: The features of the queries, of any length.
-        labels: The class of each query.
+        labels: The class of each query, whole numbers of any dtype.
         gallery: The features to retrieve from, of any length. ``None`` to rank the queries against each other.
         gallery_labels: The class of each gallery row; required with ``gallery``.
         ks: The values of K.
+        self_indices: The row of each query itself in the gallery, which is left out; -1 for none.
 
     Returns:
         The values of ``recall@K`` for each K, ``r_precision`` and ``map@r``.
@@ -108,7 +117,7 @@ def retrieval_metrics(
     """
     _check_ks(ks)
     before, precision, average = [], [], []
-    for block in _rankings(queries, labels, gallery, gallery_labels):
+    for block in _rankings(queries, labels, gallery, gallery_labels, self_indices):
         r_precision, map_at_r = _at_r(block)
         precision.append(r_precision)
         average.append(map_at_r)
@@ -118,17 +127,34 @@ def retrieval_metrics(
 
 
 def _rankings(
-    queries: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None
+    queries: Tensor,
+    labels: Tensor,
+    gallery: Tensor | None,
+    gallery_labels: Tensor | None,
+    self_indices: Tensor | None,
 ) -> Iterator[_Ranking]:
-    self_matches = int(gallery is None)
+    if gallery is None and self_indices is not None:
+        raise UserError("expected a gallery with self_indices: without one each query is left out of its own ranking")
+    within = gallery is None
     gallery, gallery_labels = _checked_gallery(queries, labels, gallery, gallery_labels)
-    unit_gallery, gallery_labels = _sorted_by_class(gallery, gallery_labels, "gallery")
-    if self_matches:
-        unit_queries, labels = unit_gallery, gallery_labels
+    labels, gallery_labels = class_indices(labels, len(queries)), class_indices(gallery_labels, len(gallery))
+    own = torch.full((len(queries),), -1) if self_indices is None else self_indices.long()
+    if own.shape != queries.shape[:1] or (len(own) and not -1 <= int(own.min()) <= int(own.max()) < len(gallery)):
+        raise UserError(
+            f"expected self_indices of shape [{len(queries)}] in [-1, {len(gallery)}), got {[*own.shape]} "
+            f"from {own.min().item()} to {own.max().item()}"
+        )
+    unit_gallery, gallery_labels, order = _sorted_by_class(gallery, gallery_labels, "gallery")
+    column = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    if within:
+        unit_queries, labels, own = unit_gallery, gallery_labels, torch.arange(len(order), device=order.device)
     else:
-        unit_queries, labels = _sorted_by_class(queries, labels, "queries")
+        unit_queries, labels, query_order = _sorted_by_class(queries, labels, "queries")
+        own = own.to(order.device)[query_order]
+        own = torch.where(own < 0, -1, column[own])
     first = torch.searchsorted(gallery_labels, labels)
     stop = torch.searchsorted(gallery_labels, labels, right=True)
+    self_matches = ((own >= first) & (own < stop)).long()
     matched = (stop - first > self_matches).nonzero().flatten()
     if not len(matched):
         raise UserError("expected at least one query with a match in the gallery, got none; check the labels")
@@ -136,15 +162,20 @@ def _rankings(
         unit_queries = unit_queries[matched]
     for rows, similarities in similarity_blocks(unit_queries, unit_gallery):
         index = matched[rows]
-        if self_matches:
-            similarities.scatter_(1, index[:, None], -torch.inf)
-        yield _split(similarities, first[index], stop[index], stop[index] - first[index] - self_matches)
+        if within or self_indices is not None:
+            left_out = own[index, None]
+            kept = similarities.gather(1, left_out.clamp(min=0))
+            similarities.scatter_(1, left_out.clamp(min=0), kept.masked_fill(left_out >= 0, -torch.inf))
+        yield _split(similarities, first[index], stop[index], (stop - first - self_matches)[index])
 
 
-def _sorted_by_class(features: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor]:
-    """Return unit rows and labels sorted by label, so that the matches of a block of queries are in few columns."""
-    labels, order = labels.to(features.device, torch.int64).sort()
-    return normalize_features(features, name)[order], labels
+def _sorted_by_class(features: Tensor, labels: Tensor, name: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Return unit rows and labels sorted by label, and their order.
+
+    The matches of a block of queries are then in few columns.
+    """
+    labels, order = labels.to(features.device).sort()
+    return normalize_features(features, name)[order], labels, order
 
 
 def _split(similarities: Tensor, first: Tensor, stop: Tensor, relevant: Tensor) -> _Ranking:
@@ -166,6 +197,9 @@ def _checked_gallery(
         if gallery is not None or gallery_labels is not None:
             raise UserError("expected both gallery and gallery_labels or neither, got only one of the two")
         gallery, gallery_labels = queries, labels
+    for name, rows in (("queries", queries), ("gallery", gallery)):
+        if rows.ndim != 2:
+            raise UserError(f"{name}: expected features of shape [rows, dimensions], got {[*rows.shape]}")
     if queries.shape[1] != gallery.shape[1]:
         raise UserError(
             f"expected queries and gallery with the same number of dimensions, got {queries.shape[1]} and "

@@ -9,8 +9,12 @@ deviation of the keys, where they are more similar to the queries than lightly's
 higher. The random rows are replaced after N keys.
 
 **Checkpoints.** The ``state_dict()`` contains the bank. A ``state_dict`` without a bank, as that of lightly's class,
-loads and leaves the bank unchanged. One with an incomplete bank or a bank of another size raises an error. lightly's
-class loads a ``state_dict`` of this class with ``strict=False``.
+loads and leaves the bank unchanged. One with ``bank`` and ``bank_ptr``, as of older versions of lightly, is taken over.
+One with an incomplete bank or a bank of another size raises an error. lightly's class loads a ``state_dict`` of this
+class with ``strict=False``.
+
+**Other losses of lightly** that have a ``memory_bank`` compare its rows without normalising them. Give them a bank of
+unit rows: ``DirectCLRLoss(...).memory_bank = MemoryBankModule((N, D), normalize=True)``.
 
 **torch.compile.** Compiled code does not refresh the queue. Call ``loss.memory_bank.queue.refresh()`` every N / B
 steps.
@@ -23,130 +27,41 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import lightly.loss
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
+from lightly.loss.ntx_ent_loss import NTXentLoss as PeerLoss
 from torch import Tensor, nn
 
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.integrations._lightly_bank import MemoryBankModule, NNMemoryBankModule
 from selfsup_xbn.losses import info_nce
+from selfsup_xbn.losses.functional import check_temperature
 from selfsup_xbn.memory.adaptation import Adaptation
-from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.utils.distributed import gather, world
+
+__all__ = ["MemoryBankModule", "NNMemoryBankModule", "NTXentLoss"]
 
 
-class MemoryBankModule(nn.Module):
-    """Memory bank of N adapted rows, a replacement for ``lightly.models.modules.memory_bank.MemoryBankModule``.
-
-    Keys overwrite the oldest rows. A batch that passes the end of the bank continues at its start. Of a batch larger
-    than the bank, the last N rows are enqueued. A batch with a non-finite value is not enqueued. The host does not wait
-    for the device.
-
-    Args:
-        size: (N, D), or 0 for no bank.
-        gather_distributed: whether the bank takes the keys of all ranks, in the order of the ranks. The banks of all
-            ranks are equal if their initial rows are: use the same seed, or wrap the module in
-            DistributedDataParallel.
-        feature_dim_first: whether negatives are returned as [D, N] instead of [N, D].
-        adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``.
-        dtype: dtype of the rows. ``.double()``, ``.half()`` and autocast do not change it.
-
-    Raises:
-        UserError: the size is neither 0 nor (N, D), or the adaptation is unknown.
-
-    Example:
-        >>> bank = MemoryBankModule((256, 16))
-        >>> keys, negatives = bank(torch.randn(8, 16), update=True)
-        >>> negatives.shape
-        torch.Size([16, 256])
-    """
-
-    def __init__(
-        self,
-        size: int | Sequence[int],
-        gather_distributed: bool = False,
-        feature_dim_first: bool = True,
-        adaptation: str | Adaptation = "xbn",
-        *,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.size = _bank_shape(size)
-        self.gather_distributed, self.feature_dim_first = gather_distributed, feature_dim_first
-        self.queue: FeatureQueue | None = None
-        if self.size[0] > 0:
-            self.queue = FeatureQueue(self.size[0], self.size[1], adaptation, dtype=dtype)
-            self.queue.enqueue(F.normalize(torch.randn(self.size).float(), dim=-1))
-
-    def forward(
-        self, output: Float[Tensor, "B D"], labels: Tensor | None = None, update: bool = False
-    ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "_ _"] | None]:
-        """Return the output and the rows of the bank, before the output is enqueued.
-
-        Adapted rows do not have unit norm. Normalise them before computing cosine similarities.
-
-        Args:
-            output: embeddings. No gradient flows to the bank.
-            labels: ignored, as in lightly.
-            update: whether to adapt the bank to the output and to enqueue the output.
-
-        Returns:
-            The output, and the negatives [D, N] or [N, D], or None without a bank.
-
-        Raises:
-            ValueError: the output has another shape than [B, D].
-        """
-        if self.queue is None:
-            return output, None
-        if update:
-            keys = self.gathered(output)
-            self.queue.adapt(keys)
-        negatives = self.bank
-        if update:
-            self.queue.enqueue(keys)
-        return output, negatives.T if self.feature_dim_first else negatives
-
-    @property
-    @torch.no_grad()
-    def bank(self) -> Float[Tensor, "N *D"]:
-        """Adapted rows in the order of their slots. Without a bank the tensor is empty."""
-        if self.queue is None:
-            return torch.empty(self.size)
-        return self.queue.affine_map()(self.queue.rows)
-
-    def gathered(self, output: Float[Tensor, "B D"]) -> Float[Tensor, "_ D"]:
-        """Return the output without gradient, with ``gather_distributed`` the outputs of all ranks.
-
-        Args:
-            output: embeddings of this rank. All ranks have the same number of rows B.
-        """
-        return gather(output.detach(), len(output) * world()) if self.gather_distributed else output.detach()
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the bank. A state dict without a bank leaves it unchanged."""
-        if not any(name.startswith(prefix) for name in state_dict):
-            state_dict.update(self.state_dict(prefix=prefix))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-class NTXentLoss(lightly.loss.NTXentLoss):
+class NTXentLoss(PeerLoss):
     """InfoNCE against an adapted memory bank, a replacement for ``lightly.loss.NTXentLoss``.
 
     With a bank the loss is that of MoCo, computed blockwise over the bank: no copy of the bank and no [B, N] matrix is
     created. Products are computed in float32 or float64, also under autocast. Without a bank (SimCLR) the loss is
-    computed by lightly.
+    computed by lightly. With a ``memory_bank`` or a ``cross_entropy`` that a program replaces, it is computed from what
+    they return, as lightly does.
 
     Args:
-        temperature: temperature T of the logits, above 0.
+        temperature: temperature T of the logits, above 0; a parameter of one element is learnt.
         memory_bank_size: (N, D), or 0 for no bank.
         gather_distributed: with a bank, whether it takes the keys of all ranks; without a bank, whether the outputs
             of all ranks are negatives.
         adaptation: adaptation of the bank, as in ``MemoryBankModule``.
         dtype: dtype of the rows of the bank, as in ``MemoryBankModule``.
+        implementation: ``"auto"``, ``"blockwise"`` or ``"dense"``, as in ``selfsup_xbn.losses``. A second derivative
+            needs ``"dense"``.
 
     Raises:
-        UserError: the size is neither 0 nor (N, D), or the adaptation is unknown.
+        UserError: the size is neither 0 nor (N, D), the adaptation is unknown, or the temperature is not above 0 and
+            finite.
         ValueError: raised by lightly for a temperature near 0, and for a torch build without distributed support.
 
     Example:
@@ -158,18 +73,21 @@ class NTXentLoss(lightly.loss.NTXentLoss):
         torch.Size([8, 128])
     """
 
-    memory_bank: MemoryBankModule
+    memory_bank: Any
 
     def __init__(
         self,
-        temperature: float = 0.5,
+        temperature: float | Tensor = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
         adaptation: str | Adaptation = "xbn",
         *,
         dtype: torch.dtype = torch.float32,
+        implementation: str = "auto",
     ) -> None:
         super().__init__(temperature, 0, gather_distributed)
+        check_temperature(temperature)
+        self.implementation = implementation
         self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed, adaptation=adaptation, dtype=dtype)
 
     def forward(self, out0: Float[Tensor, "B D"], out1: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
@@ -180,11 +98,9 @@ class NTXentLoss(lightly.loss.NTXentLoss):
             out1: keys, of any norm.
 
         Raises:
-            UserError: the temperature is negative and there is a bank.
-            ValueError: the shape is not [B, D].
+            UserError: there is a bank, and the temperature is not above 0 and finite.
+            ValueError: the shapes are not [B, D], or differ.
         """
-        if self.memory_bank.queue is None:
-            return super().forward(out0, out1)
         return self.symmetric((out0, out1))
 
     def symmetric(self, *pairs: tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]) -> Float[Tensor, ""]:
@@ -196,6 +112,13 @@ class NTXentLoss(lightly.loss.NTXentLoss):
         Args:
             pairs: queries and keys, for example ``criterion.symmetric((q0, k1), (q1, k0))``.
         """
+        for out0, out1 in pairs:
+            if out0.ndim != 2 or out0.shape != out1.shape:
+                raise ValueError(f"expected two outputs of shape [B, D], got {[*out0.shape]} and {[*out1.shape]}")
+        if all(len(out0) == 0 for out0, _ in pairs):
+            return torch.stack([0 * (out0.sum() + out1.sum()) for out0, out1 in pairs]).sum()
+        if not self._is_unchanged():
+            return torch.stack([self._with_bank(*pair) for pair in pairs]).mean()
         bank = self.memory_bank
         if bank.queue is None:
             return torch.stack([super(NTXentLoss, self).forward(*pair) for pair in pairs]).mean()
@@ -203,20 +126,34 @@ class NTXentLoss(lightly.loss.NTXentLoss):
         if update:
             keys = torch.cat([bank.gathered(_unit(out1)) for _, out1 in pairs])
             bank.queue.adapt(keys)
-        loss = torch.stack([info_nce(out0, out1, bank.queue, self.temperature) for out0, out1 in pairs]).mean()
+        options = {"temperature": self.temperature, "implementation": self.implementation}
+        loss = torch.stack([info_nce(out0, out1, bank.queue, **options) for out0, out1 in pairs]).mean()
         if update:
             bank.queue.enqueue(keys)
         return loss
+
+    def _is_unchanged(self) -> bool:
+        """Return whether the bank and the cross entropy are as the constructor makes them, with the same methods."""
+        bank, entropy = self.memory_bank, self.cross_entropy
+        parts = [getattr(getattr(bank, name, None), "__func__", None) for name in ("forward", "gathered")]
+        if parts != [MemoryBankModule.forward, MemoryBankModule.gathered]:
+            return False
+        plain = type(entropy) is nn.CrossEntropyLoss and "forward" not in vars(entropy) and not entropy._forward_hooks
+        settings = (entropy.weight, entropy.label_smoothing, entropy.reduction) if plain else ()
+        return type(bank).bank is MemoryBankModule.bank and settings == (None, 0.0, "mean")
+
+    def _with_bank(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """Return the loss from what ``memory_bank`` and ``cross_entropy`` return, in lightly's order."""
+        queries, keys = _unit(out0), _unit(out1)
+        keys, negatives = self.memory_bank.forward(keys, update=out0.requires_grad)
+        if negatives is None:
+            return super().forward(out0, out1)
+        with torch.autocast(out0.device.type, enabled=False):
+            negatives = F.normalize(negatives.to(queries), dim=0)
+            logits = torch.cat([(queries * keys).sum(1, keepdim=True), queries @ negatives], dim=1)
+            return self.cross_entropy(logits / self.temperature, logits.new_zeros(len(logits), dtype=torch.int64))
 
 
 def _unit(output: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """Return the rows divided by their norm, in float32 or float64."""
     return F.normalize(output.to(torch.promote_types(output.dtype, torch.float32)), dim=1)
-
-
-def _bank_shape(size: int | Sequence[int]) -> tuple[int, ...]:
-    """Return (0,) for no bank, otherwise (N, D)."""
-    shape = (size,) if isinstance(size, int) else tuple(size)
-    if shape == (0,) or (len(shape) == 2 and min(shape) >= 0):
-        return shape
-    raise UserError(f"expected memory_bank_size (num_features, dim) or 0, got {size}")

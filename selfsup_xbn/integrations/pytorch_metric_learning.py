@@ -3,13 +3,19 @@
 The interface and the order of a step are those of PML 2.9: the queue is adapted to the new embeddings, they are
 enqueued, and the loss of the batch is computed against the queue without pairs of an embedding with itself. With
 ``adaptation="xbm"`` the values equal PML's. Differences from PML: the ``state_dict`` contains the pointer and the
-number of filled rows; a batch of one embedding has no pair with itself; an ``enqueue_mask`` may be False everywhere or
-select more than M rows; half precision is supported; all ranks store the rows in the same order.
+number of filled rows; a batch of one embedding has no pair with itself, and no miner selects an embedding as its own
+positive; an ``enqueue_mask`` may be False or True everywhere or select more than M rows; half precision is supported;
+all ranks store the rows in the same order.
 
 **Implementation of the loss.** SupConLoss and NTXentLoss with default settings, without a miner or with
 PairMarginMiner, are computed blockwise (``selfsup_xbn.losses``) in O(B D + B b) memory for blocks of b rows. PML
-computes all other losses, miners, distances and reducers on the adapted rows, and all losses with an ``indices_tuple``
-or ``collect_stats=True``.
+computes all other losses, miners, distances and reducers on the adapted rows, and all losses with an ``indices_tuple``,
+``collect_stats=True``, a temperature that is a tensor, hooks, or methods that a subclass or an instance replaces.
+
+**State.** A ``state_dict`` of PML's class loads: its rows are taken over. PML does not save the pointer, so rows of
+zeros at the end count as empty, and a full memory continues at slot 0. ``embedding_memory``, ``label_memory``,
+``queue_idx`` and ``has_been_filled`` can be assigned. A change of ``embedding_memory`` in place raises an error, except
+with ``adaptation="xbm"``.
 
 **Precision.** Losses are computed in float32 or float64, also for half precision inputs and under autocast. The queue
 is stored in float32, and in float64 after the first float64 embeddings.
@@ -24,19 +30,22 @@ from typing import Any
 
 import torch
 from jaxtyping import Bool, Float, Int64, Shaped
-from pytorch_metric_learning import losses as peer
+from pytorch_metric_learning.losses.cross_batch_memory import CrossBatchMemory as PeerMemory
 from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
-from selfsup_xbn.errors import UserError
 from selfsup_xbn.integrations._pml_blockwise import blockwise_loss
+from selfsup_xbn.integrations._pml_state import MemoryState
+from selfsup_xbn.integrations.pml_mining import mine_without_self
+from selfsup_xbn.losses.functional import check_temperature
 from selfsup_xbn.memory.adaptation import Adaptation
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.utils.distributed import rank, world
+from selfsup_xbn.utils.labels import class_indices
 
 
-class CrossBatchMemory(peer.CrossBatchMemory):
+class CrossBatchMemory(MemoryState, PeerMemory):
     """Cross-batch memory of M adapted rows, a replacement for ``pytorch_metric_learning.losses.CrossBatchMemory``.
 
     Of more than M new embeddings, the last M are enqueued. A batch with a non-finite value is not enqueued. With PML's
@@ -52,10 +61,13 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         memory_size: number of rows M.
         miner: a PML miner of the pairs or triplets of the batch with the queue.
         adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``.
+        implementation: ``"auto"``, ``"blockwise"`` or ``"dense"``, as in ``selfsup_xbn.losses``. A second derivative
+            needs ``"dense"``.
         **kwargs: further arguments of PML's class, such as ``collect_stats``.
 
     Raises:
-        UserError: a size is below 1, or the adaptation is unknown.
+        UserError: a size is below 1, the adaptation is unknown, or the loss has a temperature that is not above 0 and
+            finite.
         Exception: raised by PML for a loss that is not supported.
 
     Example:
@@ -79,14 +91,19 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         memory_size: int = 1024,
         miner: Callable[..., tuple[Tensor, ...]] | None = None,
         adaptation: str | Adaptation = "xbn",
+        *,
+        implementation: str = "auto",
         **kwargs: Any,
     ) -> None:
         # Skips the constructor of PML's class, which allocates another queue.
-        super(peer.CrossBatchMemory, self).__init__(loss=loss, **kwargs)
-        self.loss, self.miner = loss, miner
+        super(PeerMemory, self).__init__(loss=loss, **kwargs)
+        if isinstance(temperature := getattr(loss, "temperature", None), int | float):
+            check_temperature(temperature)
+        self.loss, self.miner, self.implementation = loss, miner, implementation
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.queue = FeatureQueue(memory_size, embedding_size, adaptation, labels=True)
         self.curr_batch_idx = torch.zeros(0, dtype=torch.int64)
+        self._assigned = None
         self.add_to_recordable_attributes(list_of_names=["embedding_size", "memory_size", "queue_idx"], is_stat=False)
 
     def forward(
@@ -102,27 +119,27 @@ class CrossBatchMemory(peer.CrossBatchMemory):
             embeddings: embeddings of any norm, in any floating point dtype.
             labels: class of each embedding. Floating point labels must be whole numbers.
             indices_tuple: pairs (a, p, a, n) or triplets (a, p, n) in addition to the mined ones. The anchors a are
-                indices of the batch, p and n are slots of the queue, as in PML.
+                indices of the batch, p and n are slots of the queue, as in PML: row j of the batch takes slot
+                (queue_idx + j) % M, with ``queue_idx`` before the step.
             enqueue_mask: True for the embeddings that are enqueued. The others are the anchors. With None all
                 embeddings are enqueued and are anchors.
 
         Raises:
-            ValueError: both ``indices_tuple`` and ``enqueue_mask`` are given, or the shapes are inconsistent.
+            ValueError: both ``indices_tuple`` and ``enqueue_mask`` are given, or the shapes or dtypes do not fit.
             UserError: a label is not a whole number.
+            RuntimeError: ``torch.utils.checkpoint`` computes the loss a second time.
         """
-        if indices_tuple is not None and enqueue_mask is not None:
-            raise ValueError("expected indices_tuple or enqueue_mask, got both: they are mutually exclusive")
-        if enqueue_mask is not None and len(enqueue_mask) != len(embeddings):
-            raise ValueError(f"expected an enqueue_mask of {len(embeddings)} rows, got {len(enqueue_mask)}")
-        if len(labels) != len(embeddings):
-            raise ValueError(f"expected {len(embeddings)} labels, got {len(labels)}")
+        _check(embeddings, self.embedding_size, indices_tuple, enqueue_mask)
+        labels = class_indices(_to_device_of(labels, embeddings), len(embeddings))
         self.reset_stats()
-        labels = _class_indices(_to_device_of(labels, embeddings))
         enqueued = _in_rank_order(len(embeddings), embeddings.device if enqueue_mask is None else enqueue_mask.device)
         with torch.autocast(embeddings.device.type, enabled=False):
             if enqueue_mask is None:
+                first = self.queue.pointer.to(embeddings.device)
                 self.add_to_memory(embeddings.detach()[enqueued], labels[enqueued], len(enqueued))
                 self.curr_batch_idx = torch.empty_like(enqueued).index_copy_(0, enqueued, self.curr_batch_idx)
+                if indices_tuple is not None:
+                    indices_tuple = self._in_slots(indices_tuple, first)
                 return self._loss(embeddings, labels, indices_tuple, is_in_queue=True)
             enqueued = _to_device_of(enqueued[enqueue_mask[enqueued]], embeddings)
             self.add_to_memory(embeddings.detach()[enqueued], labels[enqueued], len(enqueued))
@@ -140,15 +157,16 @@ class CrossBatchMemory(peer.CrossBatchMemory):
             labels: class of each embedding.
             batch_size: number of embeddings E, an argument of PML's interface.
         """
+        labels, self._assigned = class_indices(labels, len(embeddings)), None
         if self.queue.rows.device != embeddings.device:
             self.queue.to(embeddings.device)
         if embeddings.dtype == torch.float64:
             self._store_as(torch.float64)
-        if batch_size == 0:
+        if len(embeddings) == 0:
             self.curr_batch_idx = torch.zeros(0, dtype=torch.int64, device=embeddings.device)
             return
         self.queue.adapt(embeddings)
-        self.curr_batch_idx = self.queue.enqueue(embeddings, _class_indices(labels))
+        self.curr_batch_idx = self.queue.enqueue(embeddings, labels)
 
     def create_indices_tuple(
         self,
@@ -169,12 +187,10 @@ class CrossBatchMemory(peer.CrossBatchMemory):
             input_indices_tuple: pairs or triplets to append; None for none.
             do_remove_self_comparisons: whether to remove pairs of an anchor with its own row at ``curr_batch_idx``.
         """
-        mined = super().create_indices_tuple(embeddings, labels, E_mem, L_mem, None, False)
         if do_remove_self_comparisons:
-            anchor, positive, *negative = mined
-            others = positive != self.curr_batch_idx[anchor]
-            negative = negative if len(mined) == 4 else [negative[0][others]]
-            mined = (anchor[others], positive[others], *negative)
+            mined = mine_without_self(self.miner, embeddings, labels, E_mem, L_mem, self.curr_batch_idx)
+        else:
+            mined = super().create_indices_tuple(embeddings, labels, E_mem, L_mem, None, False)
         if input_indices_tuple is None:
             return mined
         same_kind = lmu.convert_to_triplets if len(mined) == 3 else lmu.convert_to_pairs
@@ -184,27 +200,24 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         """Empty the queue and reset its adaptation."""
         self.queue.reset()
 
-    @property
-    def embedding_memory(self) -> Float[Tensor, "M D"]:
-        """Adapted rows in the order of their slots, zero for empty slots. The host waits for the device."""
-        rows = self.queue.features()
-        return nn.functional.pad(rows, (0, 0, 0, self.memory_size - len(rows)))
+    def _in_slots(self, indices_tuple: tuple[Tensor, ...], first: Int64[Tensor, ""]) -> tuple[Tensor, ...]:
+        """Return given pairs or triplets with the slots that the batch has, where PML has (first + j) % M for row j.
 
-    @property
-    def label_memory(self) -> Int64[Tensor, "M"]:
-        """Label of each slot, 0 for empty slots."""
-        assert self.queue.labels is not None
-        return self.queue.labels
-
-    @property
-    def queue_idx(self) -> int:
-        """Slot of the next embedding. The host waits for the device."""
-        return int(self.queue.pointer)
-
-    @property
-    def has_been_filled(self) -> bool:
-        """Whether every slot is filled. The host waits for the device."""
-        return len(self.queue) == self.memory_size
+        They differ under DistributedLossWrapper. Pairs with a row that was not enqueued are dropped.
+        """
+        if len(self.curr_batch_idx) > self.memory_size:
+            return indices_tuple
+        anchors, slots = indices_tuple[0], []
+        for index in (indices_tuple[1], indices_tuple[-1]):
+            row = (index - first) % self.memory_size
+            of_batch = row < len(self.curr_batch_idx)
+            slots.append(torch.where(of_batch, self.curr_batch_idx[row * of_batch], index))
+        positive, negative = slots
+        if len(indices_tuple) == 3:
+            kept = (positive >= 0) & (negative >= 0)
+            return anchors[kept], positive[kept], negative[kept]
+        pos, neg = positive >= 0, negative >= 0
+        return anchors[pos], positive[pos], indices_tuple[2][neg], negative[neg]
 
     def _loss(
         self, embeddings: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None, is_in_queue: bool
@@ -213,11 +226,13 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         blockwise = None if indices_tuple is not None else self._blockwise()
         if blockwise is not None:
             return blockwise(embeddings, labels, self.queue, self_indices=self.curr_batch_idx if is_in_queue else None)
-        rows = self.queue.features()
-        embeddings = embeddings.to(rows.dtype)
-        if len(rows) == 0:
+        filled = len(self.queue)
+        embeddings = embeddings.to(torch.promote_types(self.queue.rows.dtype, torch.float32))
+        if filled == 0 or len(embeddings) == 0:
             return embeddings.sum() * 0
-        row_labels = self.label_memory[: len(rows)]
+        overridden = type(self).embedding_memory is not CrossBatchMemory.embedding_memory
+        rows = self.embedding_memory[:filled] if overridden else self.queue.features()
+        row_labels = self.label_memory[:filled]
         indices_tuple = self.create_indices_tuple(embeddings, labels, rows, row_labels, indices_tuple, is_in_queue)
         return self.loss(embeddings, labels, indices_tuple, rows, row_labels)
 
@@ -225,21 +240,15 @@ class CrossBatchMemory(peer.CrossBatchMemory):
         """Return the blockwise function that equals the loss and the miner, or None."""
         if any(getattr(module, "collect_stats", False) for module in self.modules()):
             return None
-        return blockwise_loss(self.loss, self.miner, self._record_pairs)
+        for name in ("create_indices_tuple", "embedding_memory", "label_memory"):
+            if name in vars(self) or getattr(type(self), name) is not getattr(CrossBatchMemory, name):
+                return None
+        return blockwise_loss(self.loss, self.miner, self._record_pairs, self.implementation)
 
     def _record_pairs(self, positives: Int64[Tensor, ""], negatives: Int64[Tensor, ""]) -> None:
         """Set the counts that PML's miners record. On CUDA they are tensors, so that the host does not wait."""
         counts = positives, negatives
         self.miner.num_pos_pairs, self.miner.num_neg_pairs = (c if c.is_cuda else int(c) for c in counts)
-
-    def _store_as(self, dtype: torch.dtype) -> None:
-        self.queue.rows = self.queue.rows.to(dtype)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Load the queue with the dtype of the state dict."""
-        if prefix + "queue.rows" in state_dict:
-            self._store_as(state_dict[prefix + "queue.rows"].dtype)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def _in_rank_order(rows: int, device: torch.device) -> Int64[Tensor, "B"]:
@@ -260,9 +269,16 @@ def _to_device_of(tensor: Tensor, other: Tensor) -> Tensor:
     return tensor.to(other.device, non_blocking=tensor.device.type == "cpu")
 
 
-def _class_indices(labels: Shaped[Tensor, "B"]) -> Int64[Tensor, "B"]:
-    """Return the labels as int64."""
-    if labels.is_floating_point() and not torch.equal(labels, labels.round()):
-        fraction = labels[labels != labels.round()][0].item()
-        raise UserError(f"expected whole numbers as labels, got {fraction}")
-    return labels.long()
+def _check(embeddings: Tensor, dim: int, indices_tuple: tuple[Tensor, ...] | None, enqueue_mask: Tensor | None) -> None:
+    if embeddings.ndim != 2 or embeddings.shape[1] != dim or not embeddings.is_floating_point():
+        raise ValueError(
+            f"expected floating point embeddings of shape [B, {dim}], got {[*embeddings.shape]} of {embeddings.dtype}"
+        )
+    if indices_tuple is not None and enqueue_mask is not None:
+        raise ValueError("expected indices_tuple or enqueue_mask, got both: they are mutually exclusive")
+    if indices_tuple is not None and len(indices_tuple) not in (3, 4):
+        raise ValueError(f"expected pairs (a, p, a, n) or triplets (a, p, n), got {len(indices_tuple)} tensors")
+    if enqueue_mask is not None and enqueue_mask.shape != embeddings.shape[:1]:
+        raise ValueError(f"expected an enqueue_mask of {len(embeddings)} rows, got {[*enqueue_mask.shape]}")
+    if enqueue_mask is not None and enqueue_mask.dtype != torch.bool:
+        raise ValueError(f"expected a boolean enqueue_mask, got {enqueue_mask.dtype}")

@@ -1,13 +1,15 @@
 """Contrastive losses of a batch against a queue: InfoNCE, SupCon and NT-Xent, the last two with a pair margin miner.
 
 All use s = cos / T. Embeddings may have any length and any precision; sums and products are at least float32, under
-autocast too. Gradient flows to the batch alone.
+autocast too. Gradient flows to the batch alone, and to T if it is a tensor. A row of zeros has similarity 0 with every
+row, and gradient 0. A batch with a value that is not finite has the loss NaN. A batch without anchors has the loss 0.
 
 ``implementation`` selects how the sums are computed. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
 O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"triton"`` runs InfoNCE and SupCon
 with a queue as two or three GPU kernels, in memory of O(B D) for each multiprocessor; it refuses a second derivative.
 ``"auto"`` is triton on a GPU of compute capability 8.0 or higher, if Triton is installed and takes the sizes and
-dtypes, and blockwise elsewhere and in compiled code.
+dtypes, and blockwise elsewhere and in compiled code; it is dense if T is a
+tensor.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
@@ -36,20 +38,21 @@ def info_nce(
     q: Float[Tensor, "B D"],
     k: Float[Tensor, "B D"],
     queue: FeatureQueue,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     *,
     implementation: str = "auto",
 ) -> Float[Tensor, ""]:
     """Return InfoNCE of queries and their keys, with the queue's rows r_j as negatives (MoCo, arXiv 1911.05722, Eq. 1).
 
-    The mean over the batch of ``-log(exp(s_qk) / (exp(s_qk) + sum_j exp(s_qj)))``; 0 for an empty batch.
+    The mean over the batch of ``-log(exp(s_qk) / (exp(s_qk) + sum_j exp(s_qj)))``. Against an empty queue it is 0, with
+    gradient 0: enqueue the keys first, or fill the queue with other rows.
 
     Args:
         q: queries.
         k: keys; row i belongs to row i of the queries.
         queue: the memory of past keys.
-        temperature: T > 0.
+        temperature: T > 0, a number or, to learn it, a tensor of one element.
         self_indices: slots that a query does not meet, such as those of its own key; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
 
@@ -70,11 +73,11 @@ def info_nce(
         pairs = Pairs(queue, temperature, self_indices)
         if kernels is not None:
             return kernels.info_nce(q, k, pairs)
-        query, key = _at_unit_length(q), _at_unit_length(k)
-        sums = _SUMS.get(implementation, blockwise).pair_sums(query, pairs)
+        query, key = unit_rows(q), unit_rows(k)
+        sums = _sums(implementation, temperature).pair_sums(query, pairs)
         gap = sums.logsumexp - (query * key).sum(1) / temperature
         # -log(exp(s_qk) / (exp(s_qk) + exp(logsumexp))) = log(1 + exp(gap))
-        return F.softplus(gap, threshold=40).sum() / max(len(q), 1)
+        return F.softplus(gap, threshold=40).sum() / max(len(q), 1) + _zero_or_nan(query)
 
 
 def sup_con(
@@ -82,7 +85,7 @@ def sup_con(
     labels: Shaped[Tensor, "B"],
     queue: FeatureQueue | None = None,
     *,
-    temperature: float = 0.1,
+    temperature: float | Tensor = 0.1,
     miner: PairMargin | None = None,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
@@ -99,9 +102,9 @@ def sup_con(
 
     Args:
         embeddings: the anchors.
-        labels: class of each anchor, of any integer type.
+        labels: class of each anchor, whole numbers of any dtype.
         queue: a queue with labels; None: the batch without the anchor, always dense, with gradient to both sides.
-        temperature: T > 0.
+        temperature: T > 0, a number or, to learn it, a tensor of one element.
         miner: which pairs count; None for all.
         self_indices: slots that an anchor does not meet, such as its own; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
@@ -127,15 +130,15 @@ def sup_con(
             if on_pairs is not None:
                 on_pairs(*counts)
             return loss
-        anchors = _at_unit_length(embeddings)
-        sums = _SUMS.get(implementation, blockwise).pair_sums(anchors, pairs, include_positives=True)
+        anchors = unit_rows(embeddings)
+        sums = _sums(implementation, temperature).pair_sums(anchors, pairs, include_positives=True)
         positives, negatives = sums.positives, sums.negatives
         losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
         # An anchor with one pair has loss 0, which rounding can make positive; it is not averaged, as in PML.
         averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1) & (negatives.sum() > 0)
         if on_pairs is not None:
             on_pairs(positives.sum(), negatives.sum())
-        return losses.where(averaged, 0.0).sum() / averaged.sum().clamp(min=1)
+        return losses.where(averaged, 0.0).sum() / averaged.sum().clamp(min=1) + _zero_or_nan(anchors)
 
 
 def nt_xent(
@@ -143,7 +146,7 @@ def nt_xent(
     labels: Shaped[Tensor, "B"],
     queue: FeatureQueue,
     *,
-    temperature: float = 0.07,
+    temperature: float | Tensor = 0.07,
     miner: PairMargin | None = None,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
@@ -160,9 +163,9 @@ def nt_xent(
 
     Args:
         embeddings: the anchors.
-        labels: class of each anchor, of any integer type.
+        labels: class of each anchor, whole numbers of any dtype.
         queue: a queue with labels.
-        temperature: T > 0.
+        temperature: T > 0, a number or, to learn it, a tensor of one element.
         miner: which pairs count; None for all.
         self_indices: as in ``sup_con``.
         implementation: as in ``sup_con``.
@@ -179,36 +182,69 @@ def nt_xent(
         tensor(0.3133)
     """
     _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
-    implementation = "blockwise" if implementation == "auto" else implementation
-    if implementation not in _SUMS:
+    if implementation not in ("auto", *_SUMS):
         raise UserError(f"expected an implementation out of {['auto', *_SUMS]}, got {implementation!r}")
-    read = _SUMS[implementation]
+    read = _sums(implementation, temperature)
     with torch.autocast(embeddings.device.type, enabled=False):
-        anchors, pairs = _at_unit_length(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
+        anchors, pairs = unit_rows(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
         sums = read.pair_sums(anchors, pairs)
         if on_pairs is not None:
             on_pairs(sums.positives.sum(), sums.negatives.sum())
         total: Tensor = read.positive_softplus(anchors, sums.logsumexp, pairs).sum()
-        return total / sums.positives.sum().clamp(min=1)
+        return total / sums.positives.sum().clamp(min=1) + _zero_or_nan(anchors)
 
 
-def _at_unit_length(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
-    return F.normalize(embeddings.to(torch.promote_types(embeddings.dtype, torch.float32)), dim=1)
+def check_temperature(temperature: float | Tensor) -> None:
+    """Check a temperature. If it is a tensor, the host waits for its device.
 
-
-def _check(embeddings: Tensor, queue: FeatureQueue | None, temperature: float, **beside: Tensor | None) -> None:
-    """Check shapes and temperature; ``beside`` are tensors with a row for each embedding."""
+    Raises:
+        UserError: it is not above 0 and finite, or a tensor of more than one element.
+    """
+    if isinstance(temperature, Tensor) and temperature.numel() != 1:
+        raise UserError(f"expected a temperature of one element, got shape {[*temperature.shape]}")
     if not 0 < temperature < float("inf"):
-        raise UserError(f"expected a temperature above 0, got {temperature}")
+        raise UserError(f"expected a temperature above 0, got {float(temperature)}")
+
+
+def unit_rows(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
+    """Return the rows divided by their length, in float32 or float64. The gradient of a row of zeros is 0."""
+    rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
+    return F.normalize(rows.masked_fill((rows == 0).all(1, keepdim=True), 0), dim=1)
+
+
+def _zero_or_nan(anchors: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
+    """Return 0, or NaN for anchors that are not finite, whose pairs no comparison counts."""
+    return (0 * anchors).sum()
+
+
+def _check(
+    embeddings: Tensor, queue: FeatureQueue | None, temperature: float | Tensor, **beside: Tensor | None
+) -> None:
+    """Check shapes and temperature; ``beside`` are tensors with a row for each embedding."""
+    check_temperature(temperature)
     if embeddings.ndim != 2 or (queue is not None and embeddings.shape[1] != queue.dim):
         raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*embeddings.shape]}")
     for name, rows in beside.items():
-        if rows is not None and (len(rows) != len(embeddings) or (name == "k" and rows.shape != embeddings.shape)):
+        axes = None if name == "k" else 1
+        if rows is not None and rows.shape[:axes] != embeddings.shape[:axes]:
             raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
 
 
+def _sums(implementation: str, temperature: float | Tensor) -> ModuleType:
+    """Return the module that makes the sums, where no kernels are used.
+
+    Raises:
+        UserError: a temperature that is a tensor, for an implementation without its gradient.
+    """
+    if isinstance(temperature, Tensor):  # its gradient is that of autograd
+        if implementation not in ("auto", "dense"):
+            raise UserError(f"expected a number as temperature for implementation={implementation!r}, got a tensor")
+        return dense
+    return _SUMS.get(implementation, blockwise)
+
+
 def _kernels(
-    implementation: str, embeddings: Tensor, queue: FeatureQueue | None, temperature: float
+    implementation: str, embeddings: Tensor, queue: FeatureQueue | None, temperature: float | Tensor
 ) -> ModuleType | None:
     """Return the Triton kernels if they are to be used, else None.
 
@@ -218,7 +254,7 @@ def _kernels(
     if implementation not in IMPLEMENTATIONS:
         raise UserError(f"expected an implementation out of {list(IMPLEMENTATIONS)}, got {implementation!r}")
     wanted = implementation == "triton" or (implementation == "auto" and has_kernels(embeddings.device))
-    if queue is None or not wanted:
+    if queue is None or not wanted or isinstance(temperature, Tensor):
         return None
     if has_triton():
         from selfsup_xbn.losses import kernels

@@ -254,7 +254,8 @@ def _summed(b, parts, B, S, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr)
 def _unit_vector(at, d, D: tl.constexpr):
     """Return a vector of unit length, and one over its length."""
     x = tl.load(at + d, mask=d < D, other=0.0).to(tl.float32)
-    inverse = 1.0 / tl.maximum(tl.sqrt(tl.sum(x * x, 0)), 1e-12)
+    length = tl.sqrt(tl.sum(x * x, 0))
+    inverse = tl.where(length > 0.0, 1.0 / tl.maximum(length, 1e-12), 0.0)  # a row of zeros has gradient 0
     return x * inverse, inverse
 
 

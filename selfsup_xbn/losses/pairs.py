@@ -6,7 +6,7 @@ Axis legend: B anchors, M queue rows, D dimensions, b rows of a block, E own row
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.device import can_sync
 from selfsup_xbn.memory.feature_queue import Block, FeatureQueue
+from selfsup_xbn.utils.labels import class_indices
 
 NOT_COUNTED = -1e30
 """The logit of a pair that does not count. Its exponential is 0, and differences with it are finite."""
@@ -62,27 +63,26 @@ class Pairs:
         queue: the memory; None: the batch, without the anchor itself.
         temperature: T; logits are cosines over it.
         self_indices: slots that an anchor does not meet; -1 for none.
-        labels: class of each anchor, of any integer type; None: every pair is a negative.
+        labels: class of each anchor, whole numbers of any dtype; None: every pair is a negative.
         miner: margins; None counts every pair.
     """
 
     def __init__(
         self,
         queue: FeatureQueue | None,
-        temperature: float,
+        temperature: float | Tensor,
         self_indices: Int64[Tensor, "B *E"] | None = None,
         labels: Shaped[Tensor, "B"] | None = None,
         miner: PairMargin | None = None,
     ) -> None:
         below, above = (float("inf"), -float("inf")) if miner is None else miner.similarity_bounds()
-        self.queue, self.temperature = queue, temperature
-        self.below, self.above = below / temperature, above / temperature
-        self.self_indices = self_indices
-        if labels is not None and labels.is_floating_point():
-            raise ValueError(f"expected whole numbers as labels, got {labels.dtype}")
+        self.queue, self.self_indices = queue, self_indices
+        self.temperature: Any = temperature  # a tensor where all pairs are in one matrix
+        self.below: Any = below / self.temperature
+        self.above: Any = above / self.temperature
         if labels is not None and queue is not None and queue.labels is None:
             raise ValueError("expected a queue with labels: FeatureQueue(..., labels=True)")
-        self.labels = None if labels is None else labels.long()
+        self.labels = None if labels is None else class_indices(labels, len(labels))
         self.same_class: Tensor | None = None  # slots of the rows of the batch's classes, where they are read apart
         if self.labels is not None and queue is not None and queue.labels is not None and can_sync(queue.rows):
             slots = torch.isin(queue.labels[: len(queue)], self.labels.unique()).nonzero()[:, 0]

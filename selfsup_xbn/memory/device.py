@@ -38,6 +38,8 @@ def has_kernels(device: torch.device) -> bool:
         return False
     if torch.version.hip or not has_triton():
         return False
+    if not torch.cuda.is_available():  # a fake tensor
+        return False
     return device.index == torch.cuda.current_device() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 

@@ -21,13 +21,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 from selfsup_xbn.memory.adaptation import Adaptation, make_adaptation
 from selfsup_xbn.memory.device import FixedPrecision, can_refresh, can_sync, queue_kernels, statistics_dtype
 from selfsup_xbn.memory.moments import PIECE, AdaptRecord, AffineMap, Moments, batch_moments, power_sums
-from selfsup_xbn.memory.reading import Block, check_batch, check_sizes, nearest_rows
+from selfsup_xbn.memory.reading import Block, check_batch, check_labels, check_sizes, check_update, nearest_rows
 
 
 class FeatureQueue(FixedPrecision):
@@ -105,7 +105,7 @@ class FeatureQueue(FixedPrecision):
         Nothing moves for a batch or a queue of one row, or a batch with a non-finite value. A dimension that is
         constant in the queue or in the target is shifted and not scaled. The first rows are stored standardised.
         """
-        check_batch(batch, self.dim)
+        check_update(batch, self.dim)
         before = self.moments() if self.recording and len(batch) > 1 else None
         moves = self.adaptation.moves_queue and len(batch) > 1
         if moves and (kernels := queue_kernels(self, batch)):
@@ -120,7 +120,7 @@ class FeatureQueue(FixedPrecision):
             self.record = AdaptRecord(batch_moments(batch, self.sums.dtype), before, self.moments())
 
     @torch.no_grad()
-    def enqueue(self, batch: Float[Tensor, "B D"], labels: Int64[Tensor, "B"] | None = None) -> Int64[Tensor, "B"]:
+    def enqueue(self, batch: Float[Tensor, "B D"], labels: Shaped[Tensor, "B"] | None = None) -> Int64[Tensor, "B"]:
         """Write the batch over the oldest rows; of a batch larger than M, the last M rows.
 
         A batch with a non-finite value changes no row and no moment. It is counted in ``skipped``, and the next batch
@@ -129,7 +129,8 @@ class FeatureQueue(FixedPrecision):
         Returns:
             The slot of each row of the batch, -1 for a row that was not kept.
         """
-        check_batch(batch, self.dim, labels, labelled=self.labels is not None)
+        check_update(batch, self.dim)
+        labels = check_labels(labels, self.labels is not None, len(batch))
         if can_refresh(self.rows):
             if self._offered >= self.size:
                 self.refresh()

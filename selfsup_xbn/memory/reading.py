@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.moments import PIECE, AffineMap
+from selfsup_xbn.utils.labels import class_indices
 
 
 class Block(NamedTuple):
@@ -43,19 +44,43 @@ def check_sizes(size: int, dim: int, dtype: torch.dtype) -> None:
         raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
 
 
-def check_batch(batch: Tensor, dim: int, labels: Tensor | None = None, *, labelled: bool = False) -> None:
-    """Check the shapes of a batch and its labels.
+def check_batch(batch: Tensor, dim: int) -> None:
+    """Check the shape and the dtype of a batch.
 
     Raises:
-        ValueError: the batch is not [B, dim] with B > 0, the labels are not B whole numbers, or there are labels for a
-            queue without, or none for one with labels (``labelled``).
+        ValueError: the batch is not [B, dim] with B > 0, or it is not floating point.
     """
-    if labelled != (labels is not None):
-        raise ValueError("expected labels if, and only if, the queue was made with labels=True")
     if batch.ndim != 2 or batch.shape[1] != dim or len(batch) == 0:
         raise ValueError(f"expected a batch of shape [B, {dim}], got {list(batch.shape)}")
-    if labels is not None and (labels.shape != batch.shape[:1] or labels.is_floating_point()):
-        raise ValueError(f"expected whole numbers [{len(batch)}] as labels, got {labels.dtype} {list(labels.shape)}")
+    if not batch.is_floating_point():
+        raise ValueError(f"expected a floating point batch, got {batch.dtype}")
+
+
+def check_update(batch: Tensor, dim: int) -> None:
+    """Check a batch that changes the queue.
+
+    Raises:
+        ValueError: as in ``check_batch``.
+        RuntimeError: the call is within a backward pass, where ``torch.utils.checkpoint`` computes a step a second time
+            and the queue would change twice for one batch.
+    """
+    check_batch(batch, dim)
+    if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        raise RuntimeError(
+            "expected each batch once, got a batch that torch.utils.checkpoint computes again in the backward pass: "
+            "checkpoint the encoder alone, and call the queue or the loss outside of it"
+        )
+
+
+def check_labels(labels: Tensor | None, kept: bool, rows: int) -> Int64[Tensor, "B"] | None:
+    """Return the labels of a batch as int64, or None for a queue that keeps none.
+
+    Raises:
+        ValueError: labels without a queue that keeps them or the reverse, or labels that are not B whole numbers.
+    """
+    if (labels is not None) != kept:
+        raise ValueError("expected labels if, and only if, the queue was made with labels=True")
+    return None if labels is None else class_indices(labels, rows)
 
 
 @torch.no_grad()

@@ -63,6 +63,16 @@ class Method(nn.Module):
         """Whether one CUDA graph can replay every step. No Python number that a step uses may change between steps."""
         return False
 
+    def try_loss(self, classes: int) -> None:
+        """Compute the loss of a small batch before the training, if the loss was chosen by the user.
+
+        Args:
+            classes: number of training classes.
+
+        Raises:
+            UserError: the loss cannot be computed.
+        """
+
     def head_loss(self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
         """Return the loss of a step in the first stage, which trains only the head (``Config.head_epochs``).
 

@@ -5,21 +5,24 @@ Axis legend: B batch, b shard of the batch on this rank, C channels, S side of a
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int64
-from torch import Tensor
+from torch import Tensor, nn
 
 from selfsup_xbn.config.parsing import parse_arguments
 from selfsup_xbn.config.schema import Config, SuperviseConfig
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, one_line
 from selfsup_xbn.losses import PairMargin, sup_con
+from selfsup_xbn.losses.functional import unit_rows
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import Method, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import gather
+from selfsup_xbn.utils.distributed import gather, world
+from selfsup_xbn.utils.labels import class_indices
 
 
 @runtime_checkable
@@ -53,7 +56,7 @@ class MetricLearning(Method):
     Args:
         encoder: module that maps images [B, C, S, S] to embeddings [B, D], which are L2-normalised by the method.
         queue: FeatureQueue with labels. With None the loss is computed within the batch ("No-XBM" in the paper).
-        loss: loss of the pairs.
+        loss: loss of the pairs. If it is a module, its parameters are trained and saved too.
         batch_loss_weight: weight of an additional loss within the batch. With 1, XBM becomes XBM*.
         memory_start: number of first steps whose loss is computed within the batch while the queue fills.
 
@@ -83,6 +86,10 @@ class MetricLearning(Method):
         self.queue = queue
         self.loss = loss
         self.batch_loss_weight, self.memory_start = batch_loss_weight, memory_start
+        if isinstance(loss, nn.Module):
+            for parameter in loss.parameters():
+                # Every process computes the loss of the whole batch, and gradients are summed over the processes.
+                parameter.register_hook(lambda gradient: gradient / world())
 
     @classmethod
     def from_config(cls, config: Config, encoder: Encoder, images: int) -> MetricLearning:
@@ -116,8 +123,10 @@ class MetricLearning(Method):
             step: number of steps before this one.
             steps: number of steps of the run; not used.
         """
-        z = gather(self.encoder(views[0]), len(labels))
-        z = F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        labels = class_indices(labels, len(labels))
+        z = unit_rows(gather(self.encoder(views[0]), len(labels)))
+        if len(z) != len(labels):
+            raise ValueError(f"expected one label for each of {len(z)} images, got {len(labels)}")
         if self.queue is None:
             return self.loss(z, labels)
         self.queue.adapt(z)
@@ -128,6 +137,38 @@ class MetricLearning(Method):
         if self.batch_loss_weight:
             loss = loss + self.batch_loss_weight * self.loss(z, labels)
         return loss
+
+    def try_loss(self, classes: int) -> None:
+        """Compute the loss of a small batch on a copy, without effect on the method or on random numbers.
+
+        Args:
+            classes: number of training classes.
+
+        Raises:
+            UserError: the loss or its miner raises an exception, or its value is not a finite number.
+        """
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            torch.manual_seed(0)
+            labels = torch.tensor([0, 0, 0, 0, *[max(classes - 1, 1)] * 4])
+            queue = FeatureQueue(3 * len(labels), self.encoder.dim, "xbm", labels=True)
+            for spread in (0.4, 10.0):  # distances of about 0.5, at which miners select pairs, and of 1.4
+                rows = torch.randn(queue.size, self.encoder.dim) * spread + 1
+                for z in F.normalize(rows, dim=1).split(len(labels)):  # more rows than anchors, as in training
+                    slots = queue.enqueue(z, labels)
+                if self.queue is None or self.memory_start or self.batch_loss_weight:
+                    self._try_batch(z, labels)
+                if self.queue is not None:
+                    self._try_batch(z, labels, queue, slots)
+
+    def _try_batch(self, z: Tensor, *arguments: Any) -> None:
+        try:
+            loss = copy.deepcopy(self.loss)
+            value = (loss.cpu() if isinstance(loss, nn.Module) else loss)(z.clone().requires_grad_(), *arguments)
+            value.backward()
+        except Exception as error:  # losses of the library and of users raise exceptions of many types
+            raise UserError(f"--loss: the loss of a trial batch failed: {one_line(error)}") from error
+        if value.shape != () or not value.isfinite():
+            raise UserError(f"--loss: expected a finite loss of a trial batch, got {value.tolist()}")
 
     def head_loss(self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"]) -> Float[Tensor, ""]:
         """Return the SupCon loss within the batch. Gradient flows to the head only, and the backbone does not change.

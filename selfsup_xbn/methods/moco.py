@@ -35,7 +35,8 @@ class MoCo(Method):
         momentum_schedule: ``"constant"``, or ``"cosine"`` to increase the momentum from m to 1 over the run (BYOL,
             arXiv 2006.07733).
         enqueue: ``"before_loss"`` to enqueue the keys before the loss, so that the other keys of the batch are
-            negatives (arXiv 2303.17127); ``"after_loss"`` to enqueue them after it (arXiv 1911.05722).
+            negatives (arXiv 2303.17127); ``"after_loss"`` to enqueue them after it (arXiv 1911.05722). The queue is
+            then empty at the first step, whose loss and gradient are 0; the official MoCo fills it with random rows.
         normalize_first: whether keys are L2-normalised before the queue is adapted to them and takes them. The loss
             uses cosine similarities in both cases.
         symmetric: whether both views serve as queries and as keys. The queue then takes 2 B keys a step.

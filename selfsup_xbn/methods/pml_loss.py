@@ -6,20 +6,24 @@ Axis legend: B batch, D dimensions.
 from __future__ import annotations
 
 import inspect
+import math
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int64
 from pytorch_metric_learning import losses as pml_losses
 from pytorch_metric_learning import miners as pml_miners
-from pytorch_metric_learning.utils import loss_and_miner_utils as pml_pairs
 from torch import Tensor, nn
 
-from selfsup_xbn.errors import UserError, near
+from selfsup_xbn.errors import UserError, near, one_line
+from selfsup_xbn.integrations.pml_mining import mine_without_self
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 
 
-class PmlLoss:
+class PmlLoss(nn.Module):
     """Loss and miner of pytorch-metric-learning, with the rows of the queue as reference embeddings (``ref_emb``).
+
+    It is a module: the parameters of the loss are trained and saved with the method.
 
     Args:
         loss: a pair or triplet loss of pytorch-metric-learning.
@@ -27,9 +31,10 @@ class PmlLoss:
     """
 
     def __init__(self, loss: nn.Module, miner: nn.Module | None) -> None:
+        super().__init__()
         self.loss, self.miner = loss, miner
 
-    def __call__(
+    def forward(
         self,
         embeddings: Float[Tensor, "B D"],
         labels: Int64[Tensor, "B"],
@@ -44,25 +49,17 @@ class PmlLoss:
             queue: the queue with labels; None for pairs within the batch.
             self_indices: slot of each anchor in the queue, which is excluded from its pairs.
         """
+        if len(embeddings) == 0:
+            return embeddings.sum()
         if queue is None:
             return self.loss(embeddings, labels, self.miner(embeddings, labels) if self.miner else None)
         assert queue.labels is not None
         rows = queue.features().to(embeddings.dtype)
         row_labels = queue.labels[: len(rows)]
-        if self.miner:
-            pairs = self.miner(embeddings, labels, rows, row_labels)
-        else:
-            pairs = pml_pairs.get_all_pairs_indices(labels, row_labels)
-        if self_indices is not None:
-            pairs = _without_self(pairs, self_indices)
+        if self_indices is None:
+            self_indices = torch.full_like(labels, -1)
+        pairs = mine_without_self(self.miner, embeddings, labels, rows, row_labels, self_indices)
         return self.loss(embeddings, labels, pairs, rows, row_labels)
-
-
-def _without_self(pairs: tuple[Tensor, ...], self_indices: Int64[Tensor, "B"]) -> tuple[Tensor, ...]:
-    """Return the pairs (a, p, a, n) or triplets (a, p, n) whose positive is not the row of the anchor itself."""
-    anchor, positive, *negative = pairs
-    others = positive != self_indices[anchor]
-    return (anchor[others], positive[others], *(negative if len(pairs) == 4 else [negative[0][others]]))
 
 
 def make_pml_loss(loss: str, loss_args: dict[str, Any], miner: str, miner_args: dict[str, Any]) -> PmlLoss:
@@ -77,6 +74,9 @@ def make_pml_loss(loss: str, loss_args: dict[str, Any], miner: str, miner_args: 
     Raises:
         UserError: the loss or the miner is unknown, or does not accept its arguments.
     """
+    temperature = loss_args.get("temperature", 1)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature < math.inf:
+        raise UserError(f"--loss-args: temperature: expected a number above 0, got {temperature!r}")
     supported = pml_losses.CrossBatchMemory.supported_losses()
     if loss not in supported:
         known = ", ".join(supported)
@@ -92,6 +92,7 @@ def _from_pml(module: Any, name: str, arguments: dict[str, Any], flag: str) -> n
     if name not in names:
         raise UserError(f"{flag}: expected a class of pytorch-metric-learning, got {name!r}{near(name, names)}")
     try:
-        return getattr(module, name)(**arguments)
-    except (TypeError, ValueError, AssertionError) as error:
-        raise UserError(f"{flag}-args: {name} does not accept {arguments}: {error}") from None
+        with torch.device("cpu"):  # for a trial; the method is moved to its device afterwards
+            return getattr(module, name)(**arguments)
+    except Exception as error:  # classes of the library raise exceptions of many types
+        raise UserError(f"{flag}-args: {name} does not accept {arguments}: {one_line(error)}") from None

@@ -107,6 +107,17 @@ def queue_note(config: Config, images: int) -> str:
     )
 
 
+def empty_queue_note(config: Config) -> str:
+    """Return a note on a queue that is empty at the first loss, or ``""``.
+
+    Args:
+        config: Configuration of the run.
+    """
+    if getattr(config, "enqueue", "") != "after_loss":
+        return ""
+    return "note: --enqueue after_loss: the queue is empty at the first step of a run, whose loss and gradient are 0"
+
+
 def self_match_fraction(rows: int, images: int, batch_size: int) -> float:
     """Return the fraction of anchors whose own image is in the queue with an embedding of the previous epoch.
 

@@ -23,6 +23,7 @@ from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
 from selfsup_xbn.evaluation.evaluators import Evaluator, baselines
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import Method, method_class
+from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.cuda_graph import CaptureError, GraphedStep
@@ -85,7 +86,7 @@ class Run:
         statistics = ("running_mean", "running_var")
         self.statistics = [value for name, value in self.method.named_buffers() if name.endswith(statistics)]
         if config.compile:
-            for module in self.method.children():
+            for module in (child for child in self.method.children() if isinstance(child, Encoder)):
                 module.compile()
 
     @property

@@ -13,7 +13,7 @@ from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, check_folder
-from selfsup_xbn.training.preflight import queue_note
+from selfsup_xbn.training.preflight import empty_queue_note, queue_note
 from selfsup_xbn.training.progress import Progress
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
@@ -52,10 +52,12 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
 def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Run:
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     run = Run(config)
+    run.method.try_loss(1 + int(run.data.train.labels.max()))
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
         run.load_state_dict(state)
-    show(filter(None, [*run.data.notes, queue_note(config, len(run.data.train))]))
+    notes = [*run.data.notes, queue_note(config, len(run.data.train)), empty_queue_note(config)]
+    show(filter(None, notes))
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder
     with stop_signals() as signals, contextlib.ExitStack() as stack:
@@ -95,6 +97,12 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
                 continue
             log.log(record)
             progress.epoch(run.epoch, run.epochs, record)
+            if record["loss"] == 0:
+                warnings.warn(
+                    f"epoch {run.epoch}: the loss was 0 at every step, so nothing was trained: no pair was counted; "
+                    "check --loss, --miner, their arguments and --images-per-class",
+                    stacklevel=2,
+                )
             if warning := collapse_warning(record["embedding_std"], config.dim):
                 warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
             if run.is_best(record) and config.keeps_best:

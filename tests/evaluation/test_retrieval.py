@@ -179,3 +179,44 @@ def test_bad_input_is_refused_in_one_line_with_the_value(metric, given, message)
     with pytest.raises(UserError, match=message) as caught:
         metric(*given)
     assert "\n" not in str(caught.value)
+
+
+# -------------------------------------------------------------------------------- a gallery that includes the queries
+
+
+@pytest.mark.parametrize("make", [gaussian, tied])
+def test_queries_in_the_gallery_are_left_out_of_their_own_ranking(make):
+    rows, labels = make(120, 25, 3)
+    order = torch.randperm(120)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(120))
+    gallery = rows[order], labels[order]
+    expected = brute_force(rows, labels)  # every row is a query, and the gallery is the queries
+    found = retrieval_metrics(rows, labels, *gallery, ks=KS, self_indices=place)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert found == pytest.approx(retrieval_metrics(rows, labels, ks=KS), abs=1e-9)
+    assert recall_at_k(rows, labels, *gallery, ks=(1,))[1] > found["recall@1"]  # with each query as its own match
+
+    some = slice(0, 50)  # 50 queries, 30 of which are in the gallery of 70 others
+    gallery = torch.cat([rows[50:], rows[:30]]), torch.cat([labels[50:], labels[:30]])
+    own = torch.cat([70 + torch.arange(30), torch.full((20,), -1)])
+    parts = []
+    for i in range(50):
+        kept = torch.arange(100) != own[i]
+        if (gallery[1][kept] == labels[i]).any():
+            parts.append(brute_force(rows[i : i + 1], labels[i : i + 1], gallery[0][kept], gallery[1][kept]))
+    found = retrieval_metrics(rows[some], labels[some], *gallery, ks=KS, self_indices=own)
+    assert found == pytest.approx({name: np.mean([part[name] for part in parts]) for name in found}, abs=1e-9)
+    assert recall_at_k(rows[some], labels[some], *gallery, ks=(1,), self_indices=own.int())[1] == found["recall@1"]
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_own_rows_that_do_not_fit_are_named():
+    rows, labels = gaussian(12, 3, 0)
+    with pytest.raises(UserError, match="gallery with self_indices"):
+        recall_at_k(rows, labels, self_indices=torch.arange(12))
+    for own in (torch.arange(11), torch.arange(12) + 1, torch.arange(12) - 2, torch.arange(12)[:, None]):
+        with pytest.raises(UserError, match=r"self_indices of shape \[12\] in \[-1, 12\)"):
+            recall_at_k(rows, labels, rows, labels, self_indices=own)
+    for features in (rows[0], rows[None]):
+        with pytest.raises(UserError, match="features of shape"):
+            recall_at_k(features, labels)

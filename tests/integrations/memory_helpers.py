@@ -3,6 +3,7 @@
 import copy
 
 import torch
+import torch.nn.functional as F
 from pytorch_metric_learning import losses as peer
 from pytorch_metric_learning.miners import MultiSimilarityMiner, PairMarginMiner, TripletMarginMiner
 
@@ -44,3 +45,19 @@ def assert_equal_step(ours, theirs, embeddings, labels, *args, **kwargs):
         torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=0, atol=0)
     assert (ours.queue_idx, ours.has_been_filled) == (theirs.queue_idx, theirs.has_been_filled)
     return found.item()
+
+
+def easiest(embeddings, labels, rows, row_labels, own):
+    """Triplets of the nearest other row of the class and the nearest row of another class, anchor by anchor."""
+    z, r = F.normalize(embeddings.detach()), F.normalize(rows)
+    triplets = []
+    for a in range(len(z)):
+        distance = (z[a] - r).norm(dim=1)
+        same = row_labels == labels[a]
+        same[own[a]] = False
+        others = row_labels != labels[a]
+        if same.any() and others.any():
+            p = torch.where(same, distance, torch.inf).argmin()
+            n = torch.where(others, distance, torch.inf).argmin()
+            triplets.append((a, int(p), int(n)))
+    return tuple(torch.tensor(index) for index in zip(*triplets, strict=True))

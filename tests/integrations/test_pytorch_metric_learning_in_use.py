@@ -284,7 +284,7 @@ def test_faults_of_the_user_are_named():
         memory(embeddings, torch.tensor([3.0, 0.5, 1.0, 2.5]))
     with pytest.raises(ValueError, match="mutually exclusive"):
         memory(embeddings, labels, (labels,) * 3, labels > 0)
-    with pytest.raises(ValueError, match="enqueue_mask of 4 rows, got 5"):
+    with pytest.raises(ValueError, match=r"enqueue_mask of 4 rows, got \[5\]"):
         memory(embeddings, labels, enqueue_mask=torch.ones(5, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"\[B, 4\], got \[4, 3\]"):
         memory(embeddings[:, :3], labels)

@@ -368,7 +368,7 @@ def test_bad_arguments_are_named():
         sup_con(z, y, queue, implementation="fast")
     with pytest.raises(ValueError, match="labels=True"):
         sup_con(z, y, filled_queue(15, labels=False))
-    with pytest.raises(ValueError, match=r"whole numbers as labels, got torch\.float32"):
+    with pytest.raises(ValueError, match=r"whole numbers as labels, got \d\.5"):
         sup_con(z, y + 0.5, queue)
     for loss in ("sup_con", "nt_xent"):
         with pytest.raises(ValueError, match="expected labels for"):

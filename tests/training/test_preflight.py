@@ -91,3 +91,10 @@ def test_another_dimension_on_resume_is_refused(finished_run, capsys):
     message = refused(capsys, command)
     assert "does not fit this run" in message
     assert "queue.rows" in message
+
+
+@pytest.mark.parametrize("enqueue", ["before_loss", "after_loss"])
+def test_a_queue_that_is_empty_at_the_first_loss_is_noted(enqueue, tmp_path, capsys):
+    assert main([*SMALL, "--enqueue", enqueue, "--out", str(tmp_path)]) == 0
+    assert ("the queue is empty at the first step" in capsys.readouterr().out) == (enqueue == "after_loss")
+    assert "the queue is empty" not in limits.empty_queue_note(SuperviseConfig())

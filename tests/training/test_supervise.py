@@ -90,6 +90,9 @@ def test_every_data_set_serves_every_mode(tmp_path, capsys):
         (["--batch-size", "40"], ["40", "classes"]),
         (["--loss", "SupConLos"], ["SupConLos", "did you mean SupConLoss"]),
         (["--miner", "PairMarginMine"], ["did you mean PairMarginMiner"]),
+        (["--loss", "TripletMarginLoss", "--loss-args", "swap=True"], ["--loss", "IndexError"]),
+        (["--loss", "MarginLoss", "--loss-args", "num_classes=4,learn_beta=True"], ["--loss", "IndexError"]),
+        (["--loss", "SupConLoss", "--miner", "EmbeddingsAlreadyPackagedAsTriplets"], ["--loss", "AssertionError"]),
         (["--data", "sop:/no/such"], ["/no/such"]),
         (["--head", "l3"], ["l3"]),
         (["--recipe", "digits"], ["digits", "digits-disjoint"]),
@@ -124,3 +127,15 @@ def test_training_reads_image_files(tmp_path):
     assert before["recall@1_raw_pixels"] < 50
     assert after["recall@1"] == 100
     assert after["loss"] > 0.5  # the miner kept pairs
+
+
+def test_an_epoch_without_a_pair_is_a_warning(tmp_path, capsys):
+    options = [*SMALL, "--epochs", "1", "--queue-size", "40"]
+    options += ["--loss", "TripletMarginLoss", "--loss-args", "margin=-3", "--miner", "none"]
+    assert main([*options, "--out", str(tmp_path)]) == 0
+    assert "the loss was 0 at every step" in capsys.readouterr().err
+
+
+def test_a_dry_run_tries_the_loss(tmp_path, capsys):
+    options = ["--loss", "TripletMarginLoss", "--loss-args", "swap=True", "--out", str(tmp_path / "run")]
+    assert "IndexError" in refused(capsys, [*SMALL, "--dry-run", *options])
