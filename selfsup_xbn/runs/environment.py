@@ -14,6 +14,8 @@ PACKAGES = (
     "lightly",
     "pytorch-metric-learning",
     "timm",
+    "matplotlib",
+    "pillow",
     "scikit-learn",
     "faiss-cpu",
 )

@@ -17,6 +17,8 @@ from selfsup_xbn.runs.tensorboard import EVENTS, ScalarLog
 from selfsup_xbn.utils import atomic
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+DATA = "data sha256"
+"""Key of the digest of the images in the environment of ``config.json``."""
 LARGEST = 1e300  # bound of valid values; larger integers in JSON do not fit a float
 RUN_FILES = (
     CONFIG,
@@ -132,6 +134,24 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
         )
 
 
+def check_data(folder: Path, digest: str) -> None:
+    """Check that the images are those that the run in a folder was trained on.
+
+    Args:
+        folder: Folder of the run to continue.
+        digest: SHA-256 of the images, or "" if the data set has none.
+
+    Raises:
+        UserError: The images differ.
+    """
+    saved = read_environment(folder).get(DATA, digest)
+    if saved != digest:
+        raise UserError(
+            f"{folder}: expected the images with SHA-256 {saved[:12]}..., got {digest[:12]}...: install the versions "
+            f"of matplotlib and pillow that the run began with, or choose another --out"
+        )
+
+
 class RunFolder:
     """The files of a run, open for writing.
 
@@ -140,12 +160,13 @@ class RunFolder:
         config: Configuration, which is written to ``config.json`` with versions, machine and commit.
         keep_bytes: Number of bytes of ``metrics.jsonl`` to keep when a run is resumed. With 0 the files of an earlier
             run are deleted.
+        data: SHA-256 of the images, or "" if the data set has none. It is written to ``config.json``.
 
     Raises:
         UserError: ``metrics.jsonl`` is shorter than ``keep_bytes``, or a file could not be written.
     """
 
-    def __init__(self, folder: Path, config: Config, keep_bytes: int = 0) -> None:
+    def __init__(self, folder: Path, config: Config, keep_bytes: int = 0, data: str = "") -> None:
         self.folder = folder
         if keep_bytes and (not (folder / METRICS).is_file() or (folder / METRICS).stat().st_size < keep_bytes):
             raise UserError(
@@ -157,7 +178,8 @@ class RunFolder:
             if not keep_bytes or path.suffix == atomic.TEMPORARY:
                 path.unlink()
         checkpoint.rename_damaged(folder)
-        text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
+        versions = environment() | ({DATA: data} if data else {})
+        text = json.dumps(resolved(config) | {"environment": versions}, indent=2)
         with atomic.replacing(folder / CONFIG) as file:
             file.write(text.encode() + b"\n")
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)
