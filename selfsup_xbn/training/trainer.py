@@ -12,16 +12,16 @@ from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.runs.folder import RunFolder, check_folder
+from selfsup_xbn.runs.folder import RunFolder, check_data, check_folder
 from selfsup_xbn.training.preflight import queue_note
-from selfsup_xbn.training.progress import Progress
+from selfsup_xbn.training.progress import Progress, Watch
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.distributed import rank
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Run | None:
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, watch: Watch | None = None) -> Run | None:
     """Train a run.
 
     Folder, data and sizes are checked before anything is written. A resumed run continues from its last checkpoint. On
@@ -32,6 +32,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         config: Configuration of the run.
         resume: Whether to continue from the last checkpoint in the run folder, if there is one.
         overwrite: Whether to replace an existing run.
+        watch: Function that is called with the numbers of completed and of all steps, about once per second.
 
     Returns:
         The completed run, or ``None`` on all processes but the first.
@@ -44,15 +45,16 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
     """
     folder = Path(config.run_folder)
     with distributed.process_group(config.timeout) as first:
-        run = _train(config, folder, resume=resume, overwrite=overwrite)
+        run = _train(config, folder, resume=resume, overwrite=overwrite, watch=watch)
     return run if first else None
 
 
-def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Run:
+def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool, watch: Watch | None) -> Run:
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     run = Run(config)
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
+        check_data(folder, run.data.digest)
         run.load_state_dict(state)
     notes = [*run.data.notes, queue_note(config, len(run.data.train))]
     print(*filter(None, notes), sep="\n", end="\n" * any(notes))
@@ -61,20 +63,20 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Ru
     with stop_signals() as signals, contextlib.ExitStack() as stack:
         log = None
         if rank() == 0:
-            log = RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)
+            log = RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0, data=run.data.digest)
             stack.callback(log.close)
             if not state:
                 log.log({"epoch": 0, **baselines})
-        _fit(run, log, signals)
+        _fit(run, log, signals, watch)
     return run
 
 
-def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
+def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | None) -> None:
     """Train until the last epoch. The process that has a log writes the log and the checkpoints."""
     config, any_process = run.config, distributed.AnyProcess()
     save_epochs, save_seconds = parse_save_interval(config.save_every)
     saved = time.monotonic()
-    progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step)
+    progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step, watch)
     with contextlib.closing(progress):
         while run.epoch < run.epochs:
             run.meter.start()
