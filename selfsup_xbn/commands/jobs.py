@@ -175,14 +175,14 @@ def _work(connection: Connection, threads: int) -> None:
 
 
 def _train(config: Config, watch: Callable[[int, int], None]) -> str:
-    """Train a run with its output in a log, and return why it failed, or "" for success."""
-    from selfsup_xbn.commands.train import train_run
+    """Train a run without plots, with its output in a log, and return why it failed, or "" for success."""
+    from selfsup_xbn.training.trainer import train
 
     folder, started = Path(config.out), time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            print(*train_run(config, resume=True, watch=watch), sep="\n")
+            train(config, resume=True, watch=watch)
         except Interrupted:
             raise SystemExit from None
         except BrokenPipeError:  # the parent has ended

@@ -107,7 +107,9 @@ def joined_cells(parts: Iterable[Cells]) -> dict[str, Config]:
     cells = _distinct(item for part in parts for item in part.items())
     for (one, config), (other, config2) in itertools.combinations(cells.items(), 2):
         if not differences(config, config2):
-            raise UserError(f"expected cells with different settings, got the same for {one!r} and {other!r}")
+            raise UserError(
+                f"expected cells that differ in a setting that changes results, got the same for {one!r} and {other!r}"
+            )
     return cells
 
 

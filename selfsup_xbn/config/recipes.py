@@ -51,7 +51,7 @@ RECIPES: dict[str, Config] = {
     "inshop": replace(_PAPER, data="inshop"),
     "deepfashion2": replace(_PAPER, data="deepfashion2", queue_size="100%", gain_interval=10),
 }
-DEFAULT_RECIPES = {"pretrain": "digits", "supervise": "digits-disjoint"}
+DEFAULT_RECIPES = {"pretrain": "glyphs-moco", "supervise": "glyphs"}
 
 
 def default_recipe(mode: str) -> Config:

@@ -9,9 +9,6 @@ from typing import Any
 from selfsup_xbn.evaluation.summary import columns
 from selfsup_xbn.runs.results import Result, course, difference, value_text
 
-DASHES = {"untrained": "--", "raw_pixels": ":"}
-"""Line styles of the baselines, by the suffix of the metric's name."""
-
 
 def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
     """Return a Markdown table in percent, with a row for each cell.
@@ -63,7 +60,7 @@ def _difference_text(result: Result, reference: Result, metric: str) -> str:
 def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     """Plot a metric against the epoch: the mean of each cell as a curve, its standard deviation as a band.
 
-    The baselines are horizontal lines, if they are equal for all cells and seeds.
+    A curve begins at epoch 0 with the untrained encoder. Raw pixels are a line, if they are equal for all cells.
 
     Args:
         results: Cells of a comparison.
@@ -82,11 +79,9 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     axes = figure.subplots()
     for number, result in enumerate(results):
         _band(axes, result, metric, f"C{number % 10}")
-    for suffix, style in DASHES.items():
-        values = [seed.get(f"{metric}_{suffix}") for result in results for seed in result["seeds"].values()]
-        if known := [value for value in values if value is not None]:
-            mean = sum(known) / len(known)
-            axes.axhline(mean, color="gray", linestyle=style, linewidth=1, label=suffix.replace("_", " "))
+    pixels = [result["mean"].get(f"{metric}_raw_pixels") for result in results]
+    if len(set(pixels)) == 1 and pixels[0] is not None:
+        axes.axhline(pixels[0], color="gray", linestyle="--", linewidth=1, label="raw pixels")
     title = _title([result["config"] for result in results])
     axes.set(xlabel="epoch", ylabel=f"{columns().get(metric, metric)} (%)", title=title)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -97,6 +92,9 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
 
 def _band(axes: Any, result: Result, metric: str, color: str) -> None:
     epochs, means, deviations = course(result, metric)
+    if (untrained := result["mean"].get(f"{metric}_untrained")) is not None:
+        epochs, means = [0, *epochs], [untrained, *means]
+        deviations = [result["std"].get(f"{metric}_untrained") or 0.0, *deviations]
     low, high = ([m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1))
     axes.plot(epochs, means, color=color, marker=".", label=result["label"])
     axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)

@@ -167,9 +167,10 @@ def difference(result: Result, reference: Result, key: str) -> Difference | None
 
 def course(result: Result, key: str) -> tuple[list[int], list[float], list[float]]:
     """Return the epochs at which a value was measured with every seed, its means and its standard deviations."""
-    by_seed = [history[key] for history in result["history"].values() if key in history]
-    epochs = sorted(set.intersection(*(set(map(int, values)) for values in by_seed))) if by_seed else []
-    at = [[values[str(epoch)] for values in by_seed] for epoch in epochs]
+    measured = [history[key] for history in result["history"].values() if key in history]
+    by_seed = [{int(epoch): v for epoch, v in values.items() if v is not None} for values in measured]
+    epochs = sorted(set.intersection(*map(set, by_seed))) if by_seed else []
+    at = [[values[epoch] for values in by_seed] for epoch in epochs]
     return epochs, [statistics.mean(v) for v in at], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in at]
 
 
