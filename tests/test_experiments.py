@@ -10,8 +10,9 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.runs import CONFIG, RESULTS, Experiment, folder_name, read, settings, table
+from experiments.runs import CONFIG, RESULTS, Experiment, folder_name, read, table
 from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.runs.results import settings
 
 TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size="64", dim=16, drift_every=0)
 CELLS = {name: replace(TINY, adaptation=name) for name in ("xbm", "xbn")}
