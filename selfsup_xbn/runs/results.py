@@ -104,7 +104,7 @@ def _history(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return {name: {str(r["epoch"]): r[name] for r in records if name in r} for name in names}
 
 
-def _summary(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
+def _summary(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, int | float | None]]:
     """Return the mean and the standard deviation over the seeds of each last value."""
     names = dict.fromkeys(name for final in seeds.values() for name, v in final.items() if isinstance(v, int | float))
     values = {name: [final[name] for final in seeds.values() if final.get(name) is not None] for name in names}
