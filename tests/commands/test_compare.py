@@ -36,7 +36,7 @@ def result(label, values, **more):
 
 
 def test_cells_are_trained_resumed_and_compared(tmp_path, capfd):
-    """One cell fails, and is named; the others are finished, by two processes, and kept when the command is repeated."""
+    """Two processes finish two cells; a third cell fails and is named. Finished runs are kept."""
     cells = ["--cell", "plain", "adaptation=xbm", "--cell", "bad", "lr=1e30", "--cell", "XBN", "adaptation=xbn"]
     command = [*COMPARE, *cells, "--epochs", "2", "--seeds", "2", "--jobs", "2", "--out", str(tmp_path)]
     assert main(command) == 5
