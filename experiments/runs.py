@@ -33,6 +33,7 @@ class Experiment:
         scales: cells by name of the scale. The name is ``""`` for an experiment with one scale.
         show: function of the results and their path that returns lines to print and may save charts.
         seeds: default number of seeds.
+        scale: default scale.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Experiment:
     scales: Mapping[str, Cells]
     show: Callable[[list[Result], Path], Sequence[str]]
     seeds: int = 3
+    scale: str = "small"
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Run the command line: train the missing runs, write the results and print them."""
@@ -68,9 +70,8 @@ class Experiment:
             description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         if "" not in self.scales:
-            parser.add_argument(
-                "--scale", choices=list(self.scales), default="small", help="scale of the experiment (default small)"
-            )
+            text = "scale of the experiment (default %(default)s)"
+            parser.add_argument("--scale", choices=list(self.scales), default=self.scale, help=text)
         parser.add_argument("--from-results", action="store_true", help="print the committed results without training")
         parser.add_argument("--commands", action="store_true", help="print the command of every cell without training")
         parser.add_argument("--collect", action="store_true", help="add the results of existing runs without training")

@@ -32,10 +32,19 @@ _SMALL = SuperviseConfig(
 )
 
 RECIPES: dict[str, Config] = {
-    # Chosen on a quarter of the training characters of seed 0, which were held out.
+    # Characters that need no download. Views, momentum and epochs were chosen on a quarter of the training characters.
+    # MoCo has strong views and keys that change fast, which make a plain queue stale. With the views of "glyphs" (mode
+    # supervise) both memories are equal: k-NN top-1 79 % with XBM and with XBN, raw pixels 37 %.
     "glyphs": replace(_SMALL, data="glyphs", queue_size="50%", epochs=4),
     "glyphs-moco": replace(
-        _DIGITS, data="glyphs", backbone="convnet4", batch_size=128, queue_size="4096", epochs=4, drift_every=20
+        _DIGITS,
+        data="glyphs",
+        backbone="convnet4",
+        batch_size=128,
+        queue_size="4096",
+        momentum=0.9,
+        epochs=4,
+        drift_every=20,
     ),
     # Fig. 2: the MoCo notebook of PyTorch Metric Learning for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP,
     # SplitBatchNorm of 8, queue 4096, T 0.1, m 0.99, SGD 0.03 with a cosine schedule), with batch size 128.

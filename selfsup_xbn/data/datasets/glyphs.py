@@ -86,7 +86,7 @@ def _data() -> ImageData:
         image_size=SIDE,
         mean=MEAN,
         std=STD,
-        augmentation="supervised",
+        augmentation="digits",
         digest=_digest(splits),
     )
 
