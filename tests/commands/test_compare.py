@@ -5,20 +5,22 @@ from __future__ import annotations
 import os
 import signal
 import statistics
-import subprocess
-import sys
-import time
+from multiprocessing import Pipe
+from types import SimpleNamespace
 
 import pytest
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.commands import jobs
 from selfsup_xbn.commands.board import Board
-from selfsup_xbn.commands.jobs import Job, Report
+from selfsup_xbn.commands.jobs import Job, Report, run_jobs
 from selfsup_xbn.config.schema import PretrainConfig
+from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.report.comparison import comparison_lines, draw_comparison
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
 from selfsup_xbn.runs.results import FINISHED, read
+from selfsup_xbn.training.trainer import train
 from tests.command_line import refused
 from tests.finished_runs import differences
 
@@ -68,23 +70,26 @@ def test_cells_are_trained_resumed_and_compared(tmp_path, capfd):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_comparison_continues_bit_for_bit(tmp_path, number):
-    command = [*COMPARE, "--vary", "adaptation=xbn", "--seeds", "1", "--epochs", "40", "--eval-every", "0", "--out"]
-    program = [sys.executable, "-m", "selfsup_xbn", *command]
-    folder = tmp_path / "stopped"
-    with subprocess.Popen([*program, str(folder)], stderr=subprocess.PIPE, text=True) as process:
-        while not list(folder.glob("runs/*/checkpoint-1.pt")):
-            time.sleep(0.02)
-        process.send_signal(number)
-        errors = process.stderr.read()
-    assert process.returncode == 75
-    assert "0 of 1 runs finished; runs in progress have been saved" in errors
-    (run,) = [path for path in (folder / "runs").iterdir() if path.is_dir()]
-    assert 0 < checkpoint.load(run)["epoch"] < 40
-    assert main([*command, str(folder)]) == 0
-    assert main([*command, str(tmp_path / "whole")]) == 0
-    assert differences(tmp_path / "whole" / "runs" / run.name, run) == []
+def test_interrupted_runs_continue_bit_for_bit(tmp_path):
+    options = {
+        "limit_train": 128,
+        "batch_size": 32,
+        "queue_size": "64",
+        "epochs": 60,
+        "eval_every": 0,
+        "drift_every": 0,
+    }
+    job, whole = (Job("a", 0, PretrainConfig(**options, out=str(tmp_path / name))) for name in ("parts", "whole"))
+    with pytest.raises(Interrupted, match="repeat the command to continue"):
+        for report in run_jobs([job], processes=1):
+            assert not report.ended
+            os.kill(os.getpid(), signal.SIGINT)
+    assert checkpoint.load(job.folder)["epoch"] < 4
+    assert not (job.folder / FINISHED).exists()
+    assert [report.error for report in run_jobs([job], processes=1) if report.ended] == [""]
+    assert (job.folder / FINISHED).exists()
+    train(whole.config)
+    assert differences(whole.folder, job.folder) == []
 
 
 @pytest.mark.parametrize(
@@ -115,22 +120,15 @@ def test_commands_of_the_cells_are_printed(capsys):
     assert all("--data digits" in line for line in lines[1::2])
 
 
-def test_worker_that_is_killed_is_a_failed_run(tmp_path, monkeypatch):
-    from selfsup_xbn.commands import jobs
-
-    config = PretrainConfig(epochs=1000, batch_size=64, queue_size="64", limit_train=64, eval_every=0, drift_every=0)
-    job = Job("a", 0, PretrainConfig(**(vars(config) | {"out": str(tmp_path / "run")})))
-    for report in jobs.run_jobs([job], processes=1):
-        if not report.ended:
-            (child,) = _children()
-            os.kill(child, signal.SIGKILL)
-    assert report.error == "its process ended with exit code -9"
-
-
-def _children():
-    from multiprocessing import active_children
-
-    return [process.pid for process in active_children()]
+def test_worker_that_ends_by_itself_is_a_failed_run():
+    here, there = Pipe()
+    there.close()
+    worker = jobs._Worker(threads=1)
+    worker.job, worker.connection = Job("a", 0, PretrainConfig()), here
+    worker.process = SimpleNamespace(join=lambda: None, exitcode=-9)
+    report = worker.report()
+    assert (report.ended, report.error) == (True, "its process ended with exit code -9")
+    assert (worker.job, worker.process) == (None, None)  # the next job gets a new process
 
 
 def test_differences_of_the_table_are_paired(tmp_path):
@@ -159,12 +157,12 @@ def test_curves_are_means_and_bands_deviations(tmp_path, pictures, monkeypatch):
 def test_time_left_counts_runs_in_progress(monkeypatch, capsys):
     now = [0.0]
     monkeypatch.setattr("selfsup_xbn.commands.board.time.monotonic", lambda: now[0])
-    jobs = [Job("a", seed, PretrainConfig()) for seed in range(4)]
-    board = Board([job.name for job in jobs], finished=1)
+    runs = [Job("a", seed, PretrainConfig()) for seed in range(4)]
+    board = Board([job.name for job in runs], finished=1)
     now[0] = 30.0
-    board.show(Report(jobs[1], 5, 10))
+    board.show(Report(runs[1], 5, 10))
     assert board.seconds_left == pytest.approx(30 / 0.5 * 2.5)
-    board.show(Report(jobs[2], 0, 1, ended=True), "k-NN 50.0 %")
+    board.show(Report(runs[2], 0, 1, ended=True), "k-NN 50.0 %")
     assert board.seconds_left == pytest.approx(30 / 1.5 * 1.5)
     assert "a, seed 2   k-NN 50.0 %   2 of 4, 30 s left" in capsys.readouterr().out
     board.close()
