@@ -53,10 +53,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from experiments.pictures import course, save_chart
+from experiments.pictures import save_chart
 from experiments.runs import Experiment, Result
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import PretrainConfig
+from selfsup_xbn.runs.results import course
 
 ADAPTATIONS = {"XBM": "xbm", "XBN": "xbn", "AXBN": "axbn"}
 EPOCHS = {"small": (1, 2, 4, 6, 8), "paper": (1, 3, 5, 10, 15, 20, 30)}

@@ -19,9 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.pictures import course, save_chart
+from experiments.pictures import save_chart
 from experiments.retrieval import recipe, rows
 from experiments.runs import Experiment, Result, table
+from selfsup_xbn.runs.results import course
 
 VALUES = {
     "drift": "drift, mean",

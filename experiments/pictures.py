@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,14 +16,6 @@ def series(results: Sequence[dict[str, Any] | None], key: str) -> tuple[list[flo
     means = [math.nan if r is None else r["mean"].get(key, math.nan) for r in results]
     deviations = [0.0 if r is None else r["std"].get(key) or 0.0 for r in results]
     return means, deviations
-
-
-def course(result: dict[str, Any], key: str) -> tuple[list[int], list[float], list[float]]:
-    """Return the epochs at which a value was measured with every seed, its means and its standard deviations."""
-    by_seed = [history[key] for history in result["history"].values() if key in history]
-    epochs = sorted(set.intersection(*(set(map(int, values)) for values in by_seed))) if by_seed else []
-    at = [[values[str(epoch)] for values in by_seed] for epoch in epochs]
-    return epochs, [statistics.mean(v) for v in at], [statistics.stdev(v) if len(v) > 1 else 0.0 for v in at]
 
 
 def save_chart(

@@ -1,35 +1,26 @@
-"""Run experiments: train cells (configs) with several seeds, collect the results in a JSON file, and print them.
+"""Experiments: named lists of cells (configs) on top of ``selfsup-xbn compare``, and tables of their results.
 
-The name of a run's folder contains a hash of all settings that its result depends on. Experiments therefore share runs.
-Finished runs are not repeated, and interrupted runs are resumed.
+Experiments share runs that have the same settings. Finished runs are not repeated, and interrupted runs are resumed.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import hashlib
-import json
 import shlex
-import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, fields, replace
-from multiprocessing import get_context
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
+from selfsup_xbn.commands.compare import train_all
+from selfsup_xbn.commands.jobs import Job
+from selfsup_xbn.config.cells import Cells
 from selfsup_xbn.config.command import command_of
-from selfsup_xbn.config.schema import Config, resolved
-from selfsup_xbn.errors import UserError
-from selfsup_xbn.runs.folder import CONFIG, read_metrics
+from selfsup_xbn.config.schema import Config
+from selfsup_xbn.errors import Interrupted, UserError
+from selfsup_xbn.runs.folder import CONFIG
+from selfsup_xbn.runs.results import Result, add, folder_name, outcome, read, value_text
 
 RESULTS = Path(__file__).parent / "results"
-NOT_IN_HISTORY = ("epoch", "step", "seconds", "images_per_second")
-Cells = Mapping[str, Config]
-Result = dict[str, Any]
-"""One cell of a results file: label, config, last values and history of each seed, mean and standard deviation."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +33,7 @@ class Experiment:
         scales: cells by name of the scale. The name is ``""`` for an experiment with one scale.
         show: function of the results and their path that returns lines to print and may save charts.
         seeds: default number of seeds.
+        scale: default scale.
     """
 
     name: str
@@ -49,6 +41,7 @@ class Experiment:
     scales: Mapping[str, Cells]
     show: Callable[[list[Result], Path], Sequence[str]]
     seeds: int = 3
+    scale: str = "small"
 
     def main(self, argv: Sequence[str] | None = None) -> None:
         """Run the command line: train the missing runs, write the results and print them."""
@@ -69,15 +62,16 @@ class Experiment:
             print(*self.show(read(path), path), sep="\n")
         except UserError as error:
             parser.error(str(error))
+        except Interrupted as error:
+            parser.exit(75, f"interrupted: {error}\n")
 
     def _parser(self) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(
             description=self.doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
         )
         if "" not in self.scales:
-            parser.add_argument(
-                "--scale", choices=list(self.scales), default="small", help="scale of the experiment (default small)"
-            )
+            text = "scale of the experiment (default %(default)s)"
+            parser.add_argument("--scale", choices=list(self.scales), default=self.scale, help=text)
         parser.add_argument("--from-results", action="store_true", help="print the committed results without training")
         parser.add_argument("--commands", action="store_true", help="print the command of every cell without training")
         parser.add_argument("--collect", action="store_true", help="add the results of existing runs without training")
@@ -116,65 +110,25 @@ def _source(text: str) -> str:
 
 def run_all(cells: Cells, options: argparse.Namespace, path: Path) -> None:
     """Train every cell with every seed, and add each run to the results when it ends."""
-    jobs = [(label, seed) for seed in range(options.seeds) for label in cells if options.only in label]
-    with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
-        waiting = {}
-        for label, seed in jobs:
-            cell = cells[label]
-            out = str(options.folder / folder_name(cell, seed))
-            here = replace(
-                cell,
-                seed=seed,
-                data=_spec(options, cell),
-                out=out,
-                device=options.device,
-                compile=options.compile,
-                save_every=options.save_every,
-            )
-            waiting[pool.submit(_run, here, options.threads)] = label, seed
-        for done in as_completed(waiting):
-            label, seed = waiting[done]
-            add(path, cells, label, seed, done.result())
-            print(f"{label}, seed {seed}: done", flush=True)
-
-
-def folder_name(config: Config, seed: int) -> str:
-    """Return a folder name that is unique for the settings of a run and its seed."""
-    digest = hashlib.sha256(json.dumps(settings(config), sort_keys=True).encode()).hexdigest()[:8]
-    return f"{config.data}-{config.adaptation}-b{config.batch_size}-{digest}-{seed}"
-
-
-def settings(config: Config) -> dict[str, Any]:
-    """Return the settings that the results of a cell depend on, without the seed and the path of the data."""
-    names = {item.name for item in fields(config) if item.metadata["affects_results"]} - {"seed"}
-    return {name: value for name, value in resolved(config).items() if name in names | {"mode"}}
-
-
-def _run(config: Config, threads: int) -> dict[str, Any]:
-    """Train a run if necessary; return its records, duration in seconds and environment."""
-    import torch
-
-    from selfsup_xbn.commands.train import train_run
-
-    torch.set_num_threads(threads)
-    folder = Path(config.out)
-    if not (folder / "seconds.txt").exists():
-        started = time.perf_counter()
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log):
-            train_run(config, resume=True)
-        (folder / "seconds.txt").write_text(f"{time.perf_counter() - started:.1f}\n")
-    return _outcome(folder)
-
-
-def _outcome(folder: Path) -> dict[str, Any]:
-    """Return the records of a run, its environment, and its duration in seconds, 0 for an unfinished run."""
-    seconds = folder / "seconds.txt"
-    return {
-        "records": read_metrics(folder),
-        "seconds": float(seconds.read_text()) if seconds.exists() else 0.0,
-        "environment": json.loads((folder / CONFIG).read_text())["environment"],
+    here = {
+        label: replace(
+            cell,
+            data=_spec(options, cell),
+            device=options.device,
+            compile=options.compile,
+            save_every=options.save_every,
+        )
+        for label, cell in cells.items()
     }
+    jobs = [
+        Job(label, seed, replace(here[label], seed=seed, out=str(options.folder / folder_name(cells[label], seed))))
+        for seed in range(options.seeds)
+        for label in cells
+        if options.only in label
+    ]
+    failed = train_all(jobs, cells, path, processes=options.jobs, threads=options.threads)
+    if failed:
+        raise UserError("; ".join(f"{name}: {error}" for name, error in failed.items()))
 
 
 def collect(cells: Cells, options: argparse.Namespace, path: Path) -> None:
@@ -183,57 +137,7 @@ def collect(cells: Cells, options: argparse.Namespace, path: Path) -> None:
         for seed in range(options.seeds):
             folder = options.folder / folder_name(cell, seed)
             if options.only in label and (folder / CONFIG).exists():
-                add(path, cells, label, seed, _outcome(folder))
-
-
-def add(path: Path, cells: Cells, label: str, seed: int, run: dict[str, Any]) -> None:
-    """Add one run to a results file. Runs of cells whose settings have changed are removed."""
-    results = {result["label"]: result for result in (read(path) if path.exists() else [])}
-    results = {name: result for name, result in results.items() if name in cells}
-    result = results.get(label)
-    if result is None or result["config"] != settings(cells[label]):
-        result = {"label": label, "config": settings(cells[label]), "seeds": {}, "history": {}}
-    values: dict[str, Any] = {}
-    for record in run["records"]:
-        values |= record
-    result["seeds"][str(seed)] = values | {"seconds": run["seconds"], "environment": run["environment"]}
-    result["history"][str(seed)] = _history(run["records"])
-    results[label] = result | _summary(result["seeds"])
-    write(path, [results[name] for name in cells if name in results])
-
-
-def _history(records: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Return the values by name and epoch."""
-    names = dict.fromkeys(name for record in records for name in record if name not in NOT_IN_HISTORY)
-    return {name: {str(r["epoch"]): r[name] for r in records if name in r} for name in names}
-
-
-def _summary(seeds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, float | None]]:
-    """Return the mean and the standard deviation over the seeds of each last value."""
-    names = dict.fromkeys(name for final in seeds.values() for name, v in final.items() if isinstance(v, int | float))
-    values = {name: [final[name] for final in seeds.values() if final.get(name) is not None] for name in names}
-    return {
-        "mean": {name: round(statistics.mean(v), 4) for name, v in values.items()},
-        "std": {name: round(statistics.stdev(v), 4) if len(v) > 1 else None for name, v in values.items()},
-    }
-
-
-def write(path: Path, results: Sequence[Result]) -> None:
-    """Write a results file with one JSON object a line."""
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("[\n" + ",\n".join(map(json.dumps, results)) + "\n]\n")
-
-
-def read(path: Path) -> list[Result]:
-    """Return the cells of a results file.
-
-    Raises:
-        UserError: the file does not exist.
-    """
-    if not path.exists():
-        raise UserError(f"no results in {path}; run the experiment without --from-results")
-    results: list[Result] = json.loads(path.read_text())
-    return results
+                add(path, cells, label, seed, outcome(folder))
 
 
 def table(results: Sequence[Result], columns: Mapping[str, str]) -> list[str]:
@@ -241,11 +145,5 @@ def table(results: Sequence[Result], columns: Mapping[str, str]) -> list[str]:
     lines = ["| | " + " | ".join(columns.values()) + " | seeds |", "|---|" + "---|" * (len(columns) + 1)]
     for result in results:
         cells = [value_text(result, key) for key in columns]
-        lines.append(f"| {result['label']} | " + " | ".join(cells) + f" | {len(result['seeds'])} |")
+        lines.append(f"| {result['label']} | {' | '.join(cells)} | {len(result['seeds'])} |")
     return lines
-
-
-def value_text(result: Result, key: str) -> str:
-    """Return "mean ± standard deviation" of a value, or a dash if it is missing."""
-    mean, std = result["mean"].get(key), result["std"].get(key)
-    return "-" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")

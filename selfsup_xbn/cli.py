@@ -6,63 +6,39 @@ import argparse
 import contextlib
 import json
 import os
+import shlex
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import get_type_hints
 
-from selfsup_xbn.config.recipes import RECIPES, default_recipe
+from selfsup_xbn.commands.options import config_of, overrides_of
+from selfsup_xbn.config.cells import cells_of
+from selfsup_xbn.config.command import command_of
+from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.registry import EVALUATORS, METHODS
 from selfsup_xbn.config.schema import EXPORTS, Config, resolved
-from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near, printable
+from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, RunsFailed, UserError, printable
+from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option
 from selfsup_xbn.utils.console import show
 
 EXIT_CODES = (
     "exit codes: 0 success; 2 invalid input, or a file could not be written; 3 the loss diverged; "
-    "4 another process of the run was lost; 75 stopped by SIGTERM or SIGINT, continue with --resume; "
-    "130 stopped by the keyboard before training"
+    "4 another process of the run was lost; 5 runs of a comparison failed; 75 stopped by SIGTERM or SIGINT, continue "
+    "with --resume; 130 stopped by the keyboard before training"
 )
-
-
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that reports errors as a ``UserError`` and suggests corrections of mistyped options.
-
-    Args:
-        add_options: Adds the options before the parser is used for the first time. It may import torch.
-        kwargs: Arguments of ``argparse.ArgumentParser``.
-    """
-
-    def __init__(self, add_options: Callable[[_Parser], None] | None = None, **kwargs: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | kwargs)
-        self._add_options = add_options
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the options if needed, and parse the known arguments."""
-        if self._add_options is not None:
-            self._add_options(self)
-            self._add_options = None
-        return super().parse_known_args(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ``UserError`` with a message of ``argparse``."""
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all arguments.
-
-        Raises:
-            UserError: An argument is unknown or invalid.
-        """
-        options, unknown = self.parse_known_args(argv)
-        if unknown:
-            word = unknown[0].split("=")[0]
-            parser = options.parser
-            known = [option for action in parser._actions for option in action.option_strings]
-            parser.error(f"unknown option {word!r}{near(word, known)}" if word[0] == "-" else f"unexpected {word!r}")
-        return options
+EXITS: dict[type[Exception], tuple[str, int]] = {
+    UserError: ("error", 2),
+    Diverged: ("diverged", 3),
+    ProcessLost: ("lost", 4),
+    RunsFailed: ("failed", 5),
+    Interrupted: ("interrupted", 75),
+    OSError: ("error", 2),
+}
+"""Kind in the message and exit code of each exception that ends a command."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,24 +54,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse(sys.argv[1:] if argv is None else argv)
         with _first_process_prints():
             return int(options.command(options) or 0)
-    except UserError as error:
-        return _fail("error", error, 2)
-    except Diverged as error:
-        return _fail("diverged", error, 3)
-    except ProcessLost as error:
-        return _fail("lost", error, 4)
-    except Interrupted as error:
-        return _fail("interrupted", error, 75)
     except BrokenPipeError:  # the reader of a pipe has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
-    except OSError as error:
-        return _fail("error", error, 2)
+    except tuple(EXITS) as error:
+        return _fail(error, *next(exit for kind, exit in EXITS.items() if isinstance(error, kind)))
     except KeyboardInterrupt:
-        return _fail("interrupted", "stopped by the keyboard; no training was in progress", 130)
+        return _fail("stopped by the keyboard; no training was in progress", "interrupted", 130)
 
 
-def _fail(kind: str, error: object, code: int) -> int:
+def _fail(error: object, kind: str, code: int) -> int:
     if not getattr(error, "already_reported", _rank() > 0):
         print(f"{kind}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
     return code
@@ -116,14 +84,15 @@ def _first_process_prints() -> Iterator[None]:
         yield
 
 
-def _parser() -> _Parser:
+def _parser() -> Parser:
     text = "Contrastive and metric learning with a cross-batch memory that is adapted by XBN or AXBN."
-    parser = _Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
+    parser = Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
     parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     for mode, entry in METHODS.entries.items():
         commands.add_parser(mode, help=entry.help, epilog=EXIT_CODES, add_options=partial(_add_training, mode=mode))
     for name, text, add_options in (
+        ("compare", "train several configurations with several seeds and compare them", _add_compare),
         ("evaluate", "evaluate an encoder", _add_evaluate),
         ("report", "write an HTML page about one or more runs", _add_report),
         ("export", "export a run to a file for other programs", _add_export),
@@ -132,13 +101,10 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_training(parser: _Parser, mode: str) -> None:
+def _add_training(parser: Parser, mode: str) -> None:
     kind: type[Config] = METHODS[mode]
     parser.description = f"{METHODS.entries[mode].help}."
-    recipes = [name for name, recipe in RECIPES.items() if type(recipe) is kind]
-    parser.add_argument(
-        "--recipe", metavar="NAME", help=f"named configuration to start from: {', '.join(recipes) or 'none'}"
-    )
+    _add_recipe(parser, kind)
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in the run folder, if there is one"
     )
@@ -148,53 +114,22 @@ def _add_training(parser: _Parser, mode: str) -> None:
         action="store_true",
         help="print the configuration, the number of steps and the size of the queue, and exit",
     )
-    types = get_type_hints(kind)
-    for item in fields(kind):
-        _add_option(parser, item, types[item.name])
+    _add_options(parser, kind)
     parser.set_defaults(parser=parser, command=lambda options: _train(options, kind))
 
 
-def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
-    flag = "--" + item.name.replace("_", "-")
-    text = item.metadata["help"].format(names=", ".join(item.metadata["names"]))
-    arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    if kind is not bool:
-        arguments = {"type": kind, "metavar": "|".join(item.metadata["choices"]) or kind.__name__.upper()}
-        text += f" (default: {item.default!r})" if item.default != "" else ""
-    parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **arguments)
+def _add_recipe(parser: Parser, kind: type[Config]) -> None:
+    recipes = [name for name, recipe in RECIPES.items() if type(recipe) is kind]
+    parser.add_argument(
+        "--recipe", metavar="NAME", help=f"named configuration to start from: {', '.join(recipes) or 'none'}"
+    )
 
 
-def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
-    """Return the configuration that parsed options stand for.
-
-    The options override the recipe or, with ``--resume`` and no ``--recipe``, the configuration of the saved run.
-
-    Args:
-        options: Parsed options.
-        kind: Configuration class of the mode.
-
-    Raises:
-        UserError: The recipe is unknown, or an option is invalid.
-    """
-    overrides = _overrides(options, kind)
-    recipe = RECIPES.get(options.recipe) if options.recipe else default_recipe(kind.mode)
-    if recipe is None or type(recipe) is not kind:
-        names = [name for name, other in RECIPES.items() if type(other) is kind]
-        raise UserError(
-            f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
-        )
-    config = replace(recipe, **overrides)
-    if options.resume and not options.recipe:
-        from selfsup_xbn.runs.folder import has_run, read_config
-
-        folder = Path(config.run_folder)
-        if has_run(folder) and type(saved := read_config(folder)) is kind:
-            return replace(saved, **overrides)
-    return config
-
-
-def _overrides(options: argparse.Namespace, kind: type[Config]) -> dict[str, Any]:
-    return {item.name: getattr(options, item.name) for item in fields(kind) if hasattr(options, item.name)}
+def _add_options(parser: Parser, kind: type[Config], but: str = "") -> None:
+    types = get_type_hints(kind)
+    for item in fields(kind):
+        if item.name != but:
+            add_option(parser, item, types[item.name])
 
 
 def _train(options: argparse.Namespace, kind: type[Config]) -> None:
@@ -214,9 +149,67 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
     show(train_run(config, resume=options.resume, overwrite=options.overwrite))
 
 
-def _add_evaluate(parser: _Parser) -> None:
+COUNTS = (
+    ("seeds", 3, "number of seeds, from --seed on"),
+    ("jobs", 2, "parallel runs"),
+    ("threads", 1, "threads per run"),
+)
+
+
+def _add_compare(parser: Parser) -> None:
     parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=_Parser)
+    commands = parser.add_subparsers(title="modes", metavar="MODE", parser_class=Parser)
+    for mode, entry in METHODS.entries.items():
+        commands.add_parser(mode, help=entry.help, add_options=partial(_add_cells, mode=mode), epilog=EXIT_CODES)
+
+
+def _add_cells(parser: Parser, mode: str) -> None:
+    kind: type[Config] = METHODS[mode]
+    parser.description = (
+        "Train cells, which are configurations that differ in some options, with several seeds, and compare them with "
+        "the first cell. Finished runs are kept and interrupted runs go on, if the command is repeated. Without --vary "
+        "and --cell the cells are no memory (supervise), a plain queue and XBN."
+    )
+    add = partial(parser.add_argument, action=AppendNamed, nargs="+", default=[], dest="cells")
+    add(
+        "--vary",
+        metavar="NAME=VALUE,...",
+        help="add a cell for each value of an option, or for each combination of the values of several",
+    )
+    add("--cell", metavar=("LABEL", "NAME=VALUE"), help="add one cell with a label, and with any number of options")
+    parser.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="number of seeds, from --seed on (default: 3)"
+    )
+    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="number of parallel runs (default: 2)")
+    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each run (default: 1)")
+    parser.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/compare-MODE-DATA)")
+    parser.add_argument("--commands", action="store_true", help="print the command of each cell, and exit")
+    _add_recipe(parser, kind)
+    _add_options(parser, kind, but="out")
+    parser.set_defaults(parser=parser, command=lambda options: _compare(options, kind), resume=False)
+
+
+def _compare(options: argparse.Namespace, kind: type[Config]) -> None:
+    for name, *_ in COUNTS:
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name}: expected at least 1, got {getattr(options, name)}")
+    out, options.out = options.out, ""
+    base = config_of(options, kind)
+    cells = cells_of(base, options.cells)
+    if options.commands:
+        lines = [line for name, cell in cells.items() for line in (f"# {name}", shlex.join(command_of(cell)))]
+        print(*lines, sep="\n")
+        return
+    from selfsup_xbn.commands.compare import compare
+
+    folder = Path(out or f"runs/compare-{base.mode}-{base.data_name}")
+    seeds = range(base.seed, base.seed + options.seeds)
+    print(*compare(cells, seeds, folder, processes=options.jobs, threads=options.threads), sep="\n")
+
+
+def _add_evaluate(parser: Parser) -> None:
+    parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
+    commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=Parser)
     options = {item.name: item for item in fields(Config)}
     types = get_type_hints(Config)
     for kind, entry in EVALUATORS.entries.items():
@@ -233,12 +226,12 @@ def _add_evaluate(parser: _Parser) -> None:
         evaluation.add_argument("--backbone", metavar="NAME", help="architecture of the backbone in --weights")
         names = ["partial_weights", "data", "data_root", "image_size", "limit_train", *entry.options]
         for name in [*names, "device", "workers"]:
-            _add_option(evaluation, options[name], types[name])
+            add_option(evaluation, options[name], types[name])
         evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    overrides = _overrides(options, Config)
+    overrides = overrides_of(options, Config)
     overrides = {name: value for name, value in overrides.items() if name not in ("weights", "backbone")}
     if bool(options.run) == bool(options.weights):
         raise UserError(f"expected one of --run DIR and --weights FILE, got {'both' if options.run else 'neither'}")
@@ -256,7 +249,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     show(lines)
 
 
-def _add_report(parser: _Parser) -> None:
+def _add_report(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", metavar="DIR", default="report", help="directory to write index.html to (default: report)"
@@ -271,7 +264,7 @@ def _report(options: argparse.Namespace) -> None:
     show([*notes, str(path)])
 
 
-def _add_export(parser: _Parser) -> None:
+def _add_export(parser: Parser) -> None:
     text = (
         "csv: metrics; torchvision: state dict of the backbone for the model of torchvision; "
         "safetensors: backbone and head; onnx: graph of backbone and head"

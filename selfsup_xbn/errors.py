@@ -47,6 +47,10 @@ class ProcessLost(RuntimeError):  # noqa: N818
     """Another process of a distributed run ended or timed out; exit code 4. The last checkpoint is kept."""
 
 
+class RunsFailed(RuntimeError):  # noqa: N818
+    """Some runs of a comparison failed; exit code 5. The message names them. The other runs are finished."""
+
+
 class Interrupted(Exception):  # noqa: N818  (not an error: the run was stopped on request)
     """The run received SIGTERM or SIGINT and wrote a checkpoint after the current step; exit code 75."""
 

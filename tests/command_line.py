@@ -10,7 +10,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from selfsup_xbn.cli import main
 
-SMALL = ["pretrain", "--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--epochs", "1"]
+PRETRAIN, SUPERVISE = ["pretrain", "--recipe", "digits"], ["supervise", "--recipe", "digits-disjoint"]
+"""Beginnings of commands whose runs take a second: the default recipes train for longer."""
+SMALL = [*PRETRAIN, "--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--epochs", "1"]
 
 
 def refused(capsys, argv):

@@ -11,7 +11,7 @@ from selfsup_xbn.cli import main
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.models.encoder import build_encoder
 from selfsup_xbn.runs import checkpoint
-from tests.command_line import SMALL, contents, image_folder, refused
+from tests.command_line import PRETRAIN, SMALL, SUPERVISE, contents, image_folder, refused
 
 
 @pytest.mark.parametrize(
@@ -26,18 +26,18 @@ from tests.command_line import SMALL, contents, image_folder, refused
         (["pretrain", "--recipe", "cifar10-fig3"], ["cifar10-fig3", "did you mean cifar10-fig2"]),
         (["pretrain", "--data", "cifar11"], ["cifar11", "cifar10"]),
         (["pretrain", "--data", "folder:/no/such/place"], ["/no/such/place"]),
-        (["pretrain", "--backbone", "resnet19"], ["resnet19", "resnet18"]),
-        (["pretrain", "--head", "lineer"], ["lineer", "linear"]),
-        (["pretrain", "--batch-size", "9999"], ["9999", "1437"]),
-        (["pretrain", "--queue-size", "5000"], ["5000", "1437"]),
-        (["pretrain", "--device", "cuda:77"], ["cuda:77"]),
-        (["pretrain", "--device", "tpu9"], ["tpu9", "cpu"]),
-        (["pretrain", "--weights", "/no/such.pt"], ["/no/such.pt"]),
+        ([*PRETRAIN, "--backbone", "resnet19"], ["resnet19", "resnet18"]),
+        ([*PRETRAIN, "--head", "lineer"], ["lineer", "linear"]),
+        ([*PRETRAIN, "--batch-size", "9999"], ["9999", "1437"]),
+        ([*PRETRAIN, "--queue-size", "5000"], ["5000", "1437"]),
+        ([*PRETRAIN, "--device", "cuda:77"], ["cuda:77"]),
+        ([*PRETRAIN, "--device", "tpu9"], ["tpu9", "cpu"]),
+        ([*PRETRAIN, "--weights", "/no/such.pt"], ["/no/such.pt"]),
         (["pretrain", "--momentum", "1.5"], ["--momentum", "at most 1", "1.5"]),
         (["pretrain", "--seed", str(2**70)], ["--seed", str(2**70)]),
-        (["pretrain", "--dim", "1000000000000"], ["--dim", "1000000000000"]),
-        (["pretrain", "--out", "/dev/null/x"], ["/dev/null/x"]),
-        (["pretrain", "--out", "x" * 300], ["xxx"]),
+        ([*PRETRAIN, "--dim", "1000000000000"], ["--dim", "1000000000000"]),
+        ([*PRETRAIN, "--out", "/dev/null/x"], ["/dev/null/x"]),
+        ([*PRETRAIN, "--out", "x" * 300], ["xxx"]),
         (["pretrain", "--resume", "--overwrite"], ["--resume", "--overwrite"]),
         (["evaluate", "knn"], ["--run", "--weights"]),
         (["evaluate", "knn", "--run", "/no/such/run"], ["/no/such/run"]),
@@ -67,7 +67,7 @@ def test_error_in_an_image_folder_names_the_place(tmp_path, capsys, fault):
         broken.rename(tmp_path / "elsewhere")
     else:
         broken.write_bytes(b"no image")
-    argv = ["pretrain", "--data", f"folder:{root}", "--batch-size", "2", "--queue-size", "2"]
+    argv = [*PRETRAIN, "--data", f"folder:{root}", "--batch-size", "2", "--queue-size", "2"]
     assert str(broken) in refused(capsys, [*argv, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
@@ -96,7 +96,7 @@ def test_overwrite_removes_nothing_if_the_new_run_is_refused(finished_run, tmp_p
     for index, name in enumerate(("a", "b")):  # disjoint test classes of one image, which retrieval cannot evaluate
         (tmp_path / "photos" / "test" / name).rename(tmp_path / "photos" / "test" / f"other{index}")
     options = [option.replace("PHOTOS", str(tmp_path / "photos")) for option in options]
-    supervise = ["supervise", "--batch-size", "2", "--images-per-class", "1", "--queue-size", "2", "--workers", "0"]
+    supervise = [*SUPERVISE, "--batch-size", "2", "--images-per-class", "1", "--queue-size", "2", "--workers", "0"]
     argv = supervise if "folder" in options[1] else SMALL
     refused(capsys, [*argv, "--out", str(finished_run), "--overwrite", *options])
     assert contents(finished_run) == before

@@ -10,14 +10,16 @@ from dataclasses import replace
 
 import pytest
 
-from experiments.runs import CONFIG, RESULTS, Experiment, folder_name, read, settings, table
+from experiments.runs import CONFIG, RESULTS, Experiment, folder_name, read, table
 from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.runs.results import settings
 
 TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size="64", dim=16, drift_every=0)
 CELLS = {name: replace(TINY, adaptation=name) for name in ("xbm", "xbn")}
 COMMITTED = {  # results file: its module, and the epoch whose values the module shows
     "digits": ("digits", 40),
     "fig1-small": ("fig1_sweeps", 3),
+    "glyphs-supervise": ("glyphs", 4),
     "fig2-small": ("fig2_moco", 8),
     "fig2-paper": ("fig2_moco", 30),
     "fig3-small": ("fig3_drift", 3),

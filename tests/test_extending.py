@@ -31,6 +31,7 @@ from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_config, read_metrics
+from tests.command_line import PRETRAIN, SUPERVISE
 
 
 class Isotropic(Adaptation):
@@ -146,12 +147,12 @@ def test_all_four_train_and_evaluate_from_the_command_line(tmp_path, capsys):
 
 
 def test_the_adaptation_and_the_data_serve_the_other_modes(tmp_path):
-    pretrain = ["pretrain", *TINY, "--knn-k", "5"]
+    pretrain = [*PRETRAIN, *TINY, "--knn-k", "5"]
     assert main([*pretrain, "--out", str(tmp_path / "a")]) == 0
     gaps = read_metrics(tmp_path / "a")[-1]
     assert gaps["gap_mean_after"] < 1e-5
     assert gaps["gap_std_after"] > 1e-3
-    supervise = ["supervise", *TINY, "--augmentation", "digits", "--images-per-class", "10"]
+    supervise = [*SUPERVISE, *TINY, "--augmentation", "digits", "--images-per-class", "10"]
     assert main([*supervise, "--out", str(tmp_path / "b")]) == 0
 
 

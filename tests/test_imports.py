@@ -6,6 +6,7 @@ import sys
 import pytest
 
 import selfsup_xbn
+from tests.command_line import PRETRAIN
 
 TINY = ["--limit-train", "64", "--batch-size", "16", "--queue-size", "32", "--epochs", "1", "--knn-k", "5"]
 
@@ -19,7 +20,7 @@ def loaded(code):
 
 @pytest.mark.slow
 def test_a_moco_run_loads_no_library_that_it_does_not_use(tmp_path):
-    command = ["pretrain", *TINY, "--out", str(tmp_path)]
+    command = [*PRETRAIN, *TINY, "--out", str(tmp_path)]
     modules = loaded(f"from selfsup_xbn.cli import main\nassert main({command!r}) == 0")
     assert {"torch", "selfsup_xbn"} <= modules
     assert modules.isdisjoint({"pytorch_metric_learning", "lightly", "timm"})

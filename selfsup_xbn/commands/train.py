@@ -10,10 +10,13 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
 from selfsup_xbn.report.curves import draw_curves, result_lines
 from selfsup_xbn.report.gallery import draw_gallery
+from selfsup_xbn.training.progress import Watch
 from selfsup_xbn.training.trainer import Run, train
 
 
-def train_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> list[str]:
+def train_run(
+    config: Config, *, resume: bool = False, overwrite: bool = False, watch: Watch | None = None
+) -> list[str]:
     """Train a run, draw its plots into the run folder, and return the lines of its results.
 
     In a distributed run the first process draws the plots, and the other processes return no lines.
@@ -22,6 +25,7 @@ def train_run(config: Config, *, resume: bool = False, overwrite: bool = False) 
         config: Configuration of the run.
         resume: Whether to continue from the last checkpoint in the run folder, if there is one.
         overwrite: Whether to replace an existing run.
+        watch: Function that is called with the numbers of completed and of all steps, about once per second.
 
     Raises:
         UserError: The configuration, the data or the run folder is invalid.
@@ -29,7 +33,7 @@ def train_run(config: Config, *, resume: bool = False, overwrite: bool = False) 
         ProcessLost: Another process of the run ended or timed out.
         Interrupted: The run was stopped by a signal and can be resumed.
     """
-    run = train(config, resume=resume, overwrite=overwrite)
+    run = train(config, resume=resume, overwrite=overwrite, watch=watch)
     if run is None:
         return []
     folder = Path(config.run_folder)

@@ -32,6 +32,20 @@ _SMALL = SuperviseConfig(
 )
 
 RECIPES: dict[str, Config] = {
+    # Characters that need no download. Views, momentum and epochs were chosen on a quarter of the training characters.
+    # MoCo has strong views and keys that change fast, which make a plain queue stale. With the views of "glyphs" (mode
+    # supervise) both memories are equal: k-NN top-1 79 % with XBM and with XBN, raw pixels 37 %.
+    "glyphs": replace(_SMALL, data="glyphs", queue_size="50%", epochs=4),
+    "glyphs-moco": replace(
+        _DIGITS,
+        data="glyphs",
+        backbone="convnet4",
+        batch_size=128,
+        queue_size="4096",
+        momentum=0.9,
+        epochs=4,
+        drift_every=20,
+    ),
     # Fig. 2: the MoCo notebook of PyTorch Metric Learning for CIFAR-10 (ResNet-18 with a 3x3 stem, no MLP,
     # SplitBatchNorm of 8, queue 4096, T 0.1, m 0.99, SGD 0.03 with a cosine schedule), with batch size 128.
     "digits": _DIGITS,
@@ -46,7 +60,7 @@ RECIPES: dict[str, Config] = {
     "inshop": replace(_PAPER, data="inshop"),
     "deepfashion2": replace(_PAPER, data="deepfashion2", queue_size="100%", gain_interval=10),
 }
-DEFAULT_RECIPES = {"pretrain": "digits", "supervise": "digits-disjoint"}
+DEFAULT_RECIPES = {"pretrain": "glyphs-moco", "supervise": "glyphs"}
 
 
 def default_recipe(mode: str) -> Config:

@@ -128,6 +128,7 @@ ADAPTATIONS = Registry(
 DATA_SETS = Registry(
     "data set",
     {
+        "glyphs": Entry("selfsup_xbn.data.datasets.glyphs:load", "characters of many fonts, disjoint test classes"),
         "digits": Entry("selfsup_xbn.data.datasets.digits:load", "scikit-learn's handwritten digits"),
         "digits-disjoint": Entry("selfsup_xbn.data.datasets.digits_disjoint:load", "digits, disjoint test classes"),
         "cifar10": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-10 (downloaded on first use)"),

@@ -163,8 +163,12 @@ class Config:
     @property
     def run_folder(self) -> str:
         """Path of the run folder: ``out``, or a name made of mode, data set, adaptation and seed."""
-        data = self.data.replace("\\", "/").rstrip("/").replace(":", "-").split("/")[-1]
-        return self.out or f"runs/{self.mode}-{data}-{self.adaptation}-{self.seed}"
+        return self.out or f"runs/{self.mode}-{self.data_name}-{self.adaptation}-{self.seed}"
+
+    @property
+    def data_name(self) -> str:
+        """Name of the data set in the names of folders."""
+        return self.data.replace("\\", "/").rstrip("/").replace(":", "-").split("/")[-1]
 
 
 @dataclass(frozen=True, kw_only=True)

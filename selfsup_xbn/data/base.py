@@ -84,6 +84,8 @@ class ImageData:
         std: The standard deviation of each channel for pixels in [0, 1], used for normalization.
         augmentation: The default family of random views, e.g. ``"digits"``, ``"cifar"`` or ``"photo"``.
         notes: Lines for the user, such as counts of images and warnings.
+        digest: The SHA-256 of images that other versions of a package may produce otherwise, or "". It stands in
+            ``config.json``.
     """
 
     name: str
@@ -98,6 +100,7 @@ class ImageData:
     std: tuple[float, ...] = (0.5,)
     augmentation: str = "photo"
     notes: tuple[str, ...] = ()
+    digest: str = ""
 
     @property
     def num_classes(self) -> int:

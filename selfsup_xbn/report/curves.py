@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,7 @@ def draw_curves(folder: Path) -> Path:
     return path
 
 
+Records = list[dict[str, Any]]
 Points = list[tuple[float, float]]
 
 
@@ -49,6 +52,22 @@ def points_of(records: list[dict[str, Any]], key: str) -> Points:
     """Return (epoch, value) of each record that has a finite number with the name ``key``."""
     numbers = [(record["epoch"], record[key]) for record in records if isinstance(record.get(key), int | float)]
     return [(float(epoch), float(value)) for epoch, value in numbers if math.isfinite(value)]
+
+
+def mean_points(runs: Sequence[Records], key: str) -> tuple[Points, list[float]]:
+    """Return (epoch, mean value) over the runs that have a value, and the standard deviation at each of these epochs.
+
+    Only epochs at which all of these runs have a value count. The deviation of one run is 0.
+
+    Example:
+        >>> mean_points([[{"epoch": 1, "loss": 2.0}], [{"epoch": 1, "loss": 2.5}, {"epoch": 2, "loss": 1.0}]], "loss")
+        ([(1.0, 2.25)], [0.3535533905932738])
+    """
+    values = [dict(points) for records in runs if (points := points_of(records, key))]
+    epochs = sorted(set.intersection(*(set(run) for run in values))) if values else []
+    at = [[run[epoch] for run in values] for epoch in epochs]
+    points = [(epoch, statistics.mean(numbers)) for epoch, numbers in zip(epochs, at, strict=True)]
+    return points, [statistics.stdev(numbers) if len(numbers) > 1 else 0.0 for numbers in at]
 
 
 def is_baseline(points: Points) -> bool:

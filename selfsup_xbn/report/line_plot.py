@@ -23,6 +23,7 @@ class Curve:
         color: CSS class of the color.
         dash: CSS class of the dashes.
         across: Whether to draw the first value over the whole width.
+        spread: Half of the height of a band around each point, or nothing for no band.
     """
 
     points: Points
@@ -30,6 +31,16 @@ class Curve:
     color: str
     dash: str
     across: bool = False
+    spread: Sequence[float] = ()
+
+    @property
+    def band(self) -> Points:
+        """Corners of the band: its upper edge, and its lower edge from right to left."""
+        if self.across or not any(self.spread):
+            return []
+        upper = [(x, y + half) for (x, y), half in zip(self.points, self.spread, strict=True)]
+        lower = [(x, y - half) for (x, y), half in zip(self.points, self.spread, strict=True)]
+        return upper + lower[::-1]
 
 
 @dataclass(frozen=True)
@@ -38,11 +49,13 @@ class Line:
 
     Attributes:
         path: Points as ``"x,y x,y ..."``.
+        band: Corners of the band around the curve, as in ``path``.
         markers: Positions of markers, which a curve of few points has.
         curve: Curve with label and style.
     """
 
     path: str
+    band: str
     markers: list[tuple[float, float]]
     curve: Curve
 
@@ -76,7 +89,7 @@ def line_plot(title: str, curves: Sequence[Curve]) -> Plot:
         title: Title of the plot.
         curves: At least one curve, each with at least one point of finite numbers.
     """
-    xs, ys = zip(*(point for curve in curves for point in curve.points), strict=True)
+    xs, ys = zip(*(point for curve in curves for point in [*curve.points, *curve.band]), strict=True)
     x_range, y_range = (min(0.0, *xs), max(1.0, *xs)), _padded(min(ys), max(ys))
     lines = [_line(curve, x_range, y_range) for curve in curves]
     x_ticks = [(_position(tick, x_range, LEFT, RIGHT), f"{tick:.10g}") for tick in _ticks(x_range, integer=True)]
@@ -86,9 +99,13 @@ def line_plot(title: str, curves: Sequence[Curve]) -> Plot:
 
 def _line(curve: Curve, x_range: tuple[float, float], y_range: tuple[float, float]) -> Line:
     points = [(x, curve.points[0][1]) for x in x_range] if curve.across else curve.points
-    positions = [(_position(x, x_range, LEFT, RIGHT), _position(y, y_range, BOTTOM, TOP)) for x, y in points]
+    positions, band = (
+        [(_position(x, x_range, LEFT, RIGHT), _position(y, y_range, BOTTOM, TOP)) for x, y in corners]
+        for corners in (points, curve.band)
+    )
     few = not curve.across and len(points) < 20
-    return Line(" ".join(f"{x},{y}" for x, y in positions), positions if few else [], curve)
+    path, edges = (" ".join(f"{x},{y}" for x, y in corners) for corners in (positions, band))
+    return Line(path, edges, positions if few else [], curve)
 
 
 def _position(value: float, extent: tuple[float, float], start: float, end: float) -> float:

@@ -1,6 +1,7 @@
 """HTML page about one or more runs: results, curves, settings, images, and the commands that reproduce them.
 
-The page is a single file without scripts that requires no network. The template escapes all text.
+The runs of a cell, which differ in the seed, can be folded into one entry with means and standard deviations. The page
+is a single file without scripts that requires no network. The template escapes all text.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -21,7 +23,7 @@ from selfsup_xbn.data import ImageData, data_of
 from selfsup_xbn.errors import UserError, printable
 from selfsup_xbn.evaluation.summary import columns, comparison_rows, latest, panels
 from selfsup_xbn.report import map as embedding_map
-from selfsup_xbn.report.curves import Points, is_baseline, points_of
+from selfsup_xbn.report.curves import Points, Records, is_baseline, mean_points, points_of
 from selfsup_xbn.report.line_plot import Curve, Plot, line_plot
 from selfsup_xbn.report.thumbnails import Pictures, draw_pictures
 from selfsup_xbn.runs.folder import read_config, read_environment, read_metrics
@@ -37,32 +39,47 @@ COLORS = 8  # number of run colors in the template, which are reused for further
 
 @dataclass(frozen=True)
 class RunEntry:
-    """Content of the page for one run.
+    """Content of the page for one run, or for the runs of a cell.
 
     Attributes:
-        name: Shortest suffix of the path that is unique among the runs.
-        folder: Run folder.
-        config: Configuration.
-        environment: Versions, machine and commit.
-        records: Records of the metrics.
+        name: Name of the run or cell.
+        folders: Folder of each run.
+        configs: Configuration of each run.
+        environment: Versions, machine and commit of the first run.
+        records: Records of the metrics of each run.
         color: CSS class of the color.
-        pictures: Gallery and map, if the checkpoint and the data set are available.
+        pictures: Gallery and map of the first run, if the checkpoint and the data set are available.
         note: Why there are no pictures, or ``""``.
     """
 
     name: str
-    folder: Path
-    config: Config
+    folders: Sequence[Path]
+    configs: Sequence[Config]
     environment: dict[str, str]
-    records: list[dict[str, Any]]
+    records: Sequence[Records]
     color: str
     pictures: Pictures | None = None
     note: str = ""
 
     @property
-    def command(self) -> list[str]:
-        """Words of the command that reproduces the run."""
-        return command_of(self.config)
+    def config(self) -> Config:
+        """Configuration of the first run."""
+        return self.configs[0]
+
+    @property
+    def commands(self) -> list[list[str]]:
+        """Words of the commands that reproduce the runs."""
+        return [command_of(config) for config in self.configs]
+
+    @property
+    def seeds(self) -> str:
+        """Text with the seeds of the runs."""
+        return f"seed{'s' * (len(self.configs) > 1)} {', '.join(str(config.seed) for config in self.configs)}"
+
+    @property
+    def epochs(self) -> int:
+        """Largest number of logged epochs."""
+        return max(records[-1]["epoch"] if records else 0 for records in self.records)
 
     @property
     def memory(self) -> str:
@@ -88,15 +105,19 @@ class Row:
         return [value != self.values[0] for value in self.values]
 
 
-def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
+def write_report(
+    folders: Sequence[Path], out: Path, cells: Mapping[str, Sequence[Path]] | None = None
+) -> tuple[Path, list[str]]:
     """Write the page to ``index.html`` in a directory.
 
     Args:
         folders: Run folders.
         out: Directory of the page, which is created if needed.
+        cells: Run folders of each cell by name, to fold the runs of a cell. By default each of ``folders`` has an entry
+            whose name is the shortest suffix of its path that is unique among them.
 
     Returns:
-        Path of the page, and a line for each run without pictures.
+        Path of the page, and a line for each entry without pictures.
 
     Raises:
         UserError: A folder has no run, its configuration or metrics are damaged, or ``out`` is a file or has a page of
@@ -104,7 +125,8 @@ def write_report(folders: Sequence[Path], out: Path) -> tuple[Path, list[str]]:
     """
     path = out / NAME
     _check_out(path)
-    runs = [_entry(folder, name, f"run{i % COLORS}") for i, (folder, name) in enumerate(_named(folders).items())]
+    cells = cells or {name: [folder] for folder, name in _named(folders).items()}
+    runs = [_entry(paths, name, f"run{i % COLORS}") for i, (name, paths) in enumerate(cells.items())]
     runs = [_with_pictures(run) for run in runs]
     page = _page(runs).encode(errors="replace")
     out.mkdir(parents=True, exist_ok=True)
@@ -132,13 +154,14 @@ def _named(folders: Sequence[Path]) -> dict[Path, str]:
     return dict(zip(paths.values(), names, strict=True))
 
 
-def _entry(folder: Path, name: str, color: str) -> RunEntry:
-    return RunEntry(name, folder, read_config(folder), read_environment(folder), read_metrics(folder), color)
+def _entry(folders: Sequence[Path], name: str, color: str) -> RunEntry:
+    configs, records = [read_config(folder) for folder in folders], [read_metrics(folder) for folder in folders]
+    return RunEntry(name, folders, configs, read_environment(folders[0]), records, color)
 
 
 def _with_pictures(run: RunEntry) -> RunEntry:
     try:
-        trained = load_run(run.folder)
+        trained = load_run(run.folders[0])
         return replace(run, pictures=draw_pictures(trained, _data(run.config, trained.image_size)))
     except (UserError, OSError) as error:
         return replace(run, note=f"no pictures ({' '.join(str(error).split())})")
@@ -165,10 +188,11 @@ def _page(runs: list[RunEntry]) -> str:
         finalize=_printable,
     )
     jinja.filters["quoted"] = shlex.quote
-    settings = _table([{name: _text(value) for name, value in resolved(run.config).items()} for run in runs])
+    settings = _table([_settings(run) for run in runs])
     return jinja.get_template("report.html").render(
         generator=GENERATOR,
         runs=runs,
+        folded=any(len(run.folders) > 1 for run in runs),
         settings=settings,
         differences=[row for row in settings if row.name != "out" and any(row.differs)],
         plots=[plot for title, keys in panels().items() if (plot := _plot(title, keys, runs))],
@@ -190,6 +214,12 @@ def _table(columns: Sequence[Mapping[str, str]]) -> list[Row]:
     return [Row(name, [column.get(name, NO_VALUE) for column in columns]) for name in names]
 
 
+def _settings(run: RunEntry) -> dict[str, str]:
+    """Return the text of each setting. Values that differ between the runs of a cell are listed."""
+    values = [resolved(config) for config in run.configs]
+    return {name: ", ".join(dict.fromkeys(_text(value[name]) for value in values)) for name in values[0]}
+
+
 def _text(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
@@ -201,28 +231,37 @@ def _plot(title: str, keys: Mapping[str, str], runs: list[RunEntry]) -> Plot | N
     curves: list[Curve] = []
     dashes = {True: 0, False: 0}
     for key, label in keys.items():
-        series = [(run, points) for run in runs if (points := points_of(run.records, key))]
+        series = [(run, *curve) for run in runs if (curve := mean_points(run.records, key))[0]]
         if not series:
             continue
-        across = all(is_baseline(points) for _, points in series)
+        across = all(is_baseline(points) for _, points, _ in series)
         dash = f"{'level' if across else 'curve'}{dashes[across]}"
         dashes[across] += 1
         curves += _curves(series, label, dash, across)
     return line_plot(title, curves) if curves else None
 
 
-def _curves(series: Sequence[tuple[RunEntry, Points]], label: str, dash: str, across: bool) -> Iterable[Curve]:
+def _curves(
+    series: Sequence[tuple[RunEntry, Points, list[float]]], label: str, dash: str, across: bool
+) -> Iterable[Curve]:
     """Return a curve per run, or a single neutral curve for a baseline that is equal for all runs."""
-    if across and len(series) > 1 and len({points[0] for _, points in series}) == 1:
+    if across and len(series) > 1 and len({points[0] for _, points, _ in series}) == 1:
         return [Curve(series[0][1], label, "all", dash, across)]
-    return [Curve(points, label, run.color, dash, across) for run, points in series]
+    return [Curve(points, label, run.color, dash, across, spread) for run, points, spread in series]
 
 
 def _measured(runs: list[RunEntry]) -> list[str]:
     """Return the names of the metrics in the results table that any run has."""
-    return [name for name in columns() if any(points_of(run.records, name) for run in runs)]
+    return [name for name in columns() if any(points_of(records, name) for run in runs for records in run.records)]
 
 
 def _results(run: RunEntry, names: list[str]) -> dict[str, list[str]]:
-    rows = comparison_rows(latest(run.records), names)
-    return {row: [NO_VALUE if v is None else f"{v:.2f}" for v in values] for row, values in rows.items()}
+    rows = [comparison_rows(latest(records), names) for records in run.records]
+    return {name: [_mean_text(values) for values in zip(*(row[name] for row in rows), strict=True)] for name in rows[0]}
+
+
+def _mean_text(values: Sequence[float | None]) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return NO_VALUE
+    return f"{mean(known):.2f}" + (f" ± {stdev(known):.2f}" if len(known) > 1 else "")

@@ -15,6 +15,8 @@ PACKAGES = (
     "lightly",
     "pytorch-metric-learning",
     "timm",
+    "matplotlib",
+    "pillow",
     "scikit-learn",
     "faiss-cpu",
 )

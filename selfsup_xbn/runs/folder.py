@@ -20,6 +20,8 @@ from selfsup_xbn.utils import atomic
 from selfsup_xbn.utils.files import read_bytes
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
+DATA = "data sha256"
+"""Key of the digest of the images in the environment of ``config.json``."""
 LARGEST = 1e300  # bound of valid values; larger integers in JSON do not fit a float
 RUN_FILES = (
     CONFIG,
@@ -169,6 +171,24 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
         )
 
 
+def check_data(folder: Path, digest: str) -> None:
+    """Check that the images are those that the run in a folder was trained on.
+
+    Args:
+        folder: Folder of the run to continue.
+        digest: SHA-256 of the images, or "" if the data set has none.
+
+    Raises:
+        UserError: The images differ.
+    """
+    saved = read_environment(folder).get(DATA, digest)
+    if saved != digest:
+        raise UserError(
+            f"{folder}: expected the images with SHA-256 {saved[:12]}..., got {digest[:12]}...: install the versions "
+            f"of matplotlib and pillow that the run began with, or choose another --out"
+        )
+
+
 class RunFolder:
     """The files of a run, open for writing.
 
@@ -178,12 +198,15 @@ class RunFolder:
         keep_bytes: Number of bytes of ``metrics.jsonl`` to keep when a run is resumed. With 0 the files of an earlier
             run are deleted.
         keep_sha256: Checksum of these bytes. They are not verified if it is ``""``.
+        data: SHA-256 of the images, or "" if the data set has none. It is written to ``config.json``.
 
     Raises:
         UserError: ``metrics.jsonl`` is shorter than ``keep_bytes`` or differs, or a file could not be written.
     """
 
-    def __init__(self, folder: Path, config: Config, keep_bytes: int = 0, keep_sha256: str = "") -> None:
+    def __init__(
+        self, folder: Path, config: Config, keep_bytes: int = 0, keep_sha256: str = "", *, data: str = ""
+    ) -> None:
         self.folder = folder
         kept = b""
         if keep_bytes:
@@ -196,7 +219,8 @@ class RunFolder:
             if not keep_bytes or path.suffix == atomic.TEMPORARY:
                 path.unlink()
         checkpoint.rename_damaged(folder)
-        text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
+        versions = environment() | ({DATA: data} if data else {})
+        text = json.dumps(resolved(config) | {"environment": versions}, indent=2)
         with atomic.replacing(folder / CONFIG) as file:
             file.write(text.encode() + b"\n")
         with atomic.writing(folder / METRICS):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
 
 from selfsup_xbn.evaluation.summary import progress_text
+
+Watch = Callable[[int, int], None]
+"""Function of the number of completed steps and the number of all steps of a run."""
 
 
 class Progress:
@@ -17,12 +21,15 @@ class Progress:
     Args:
         total: Number of steps of the run.
         done: Number of steps that were done before this process started.
+        watch: Function that is called with the number of completed steps and ``total``, about once per second.
     """
 
-    def __init__(self, total: int, done: int) -> None:
+    def __init__(self, total: int, done: int, watch: Watch | None = None) -> None:
         self.total, self.done, self.initial = total, done, done
+        self.watch = watch or (lambda done, total: None)
         self.started = self.updated = time.monotonic()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
+        self.watch(done, total)
 
     def step(self) -> bool:
         """Count a step. Return whether the values beside the bar are due for an update, about once per second."""
@@ -32,6 +39,7 @@ class Progress:
         due = now - self.updated >= 1
         if due:
             self.updated = now
+            self.watch(self.done, self.total)
         return due
 
     def show(self, **values: Any) -> None:
@@ -48,7 +56,7 @@ class Progress:
         """
         parts = progress_text(record)
         seconds_per_step = (time.monotonic() - self.started) / max(1, self.done - self.initial)
-        parts.append(_duration(seconds_per_step * (self.total - self.done)))
+        parts.append(duration(seconds_per_step * (self.total - self.done)))
         tqdm.write(f"epoch {epoch:>{len(str(epochs))}}/{epochs}   " + "   ".join(parts) + " left", file=sys.stdout)
         sys.stdout.flush()
 
@@ -57,7 +65,13 @@ class Progress:
         self.bar.close()
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return the text of a duration.
+
+    Example:
+        >>> duration(59.6), duration(3600)
+        ('1 min 00 s', '1 h 00 min')
+    """
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

@@ -12,9 +12,9 @@ from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.runs.folder import RunFolder, check_folder
+from selfsup_xbn.runs.folder import RunFolder, check_data, check_folder
 from selfsup_xbn.training.preflight import empty_queue_note, queue_note
-from selfsup_xbn.training.progress import Progress
+from selfsup_xbn.training.progress import Progress, Watch
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
 from selfsup_xbn.utils import distributed
@@ -22,7 +22,7 @@ from selfsup_xbn.utils.console import show
 from selfsup_xbn.utils.distributed import rank
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Run | None:
+def train(config: Config, *, resume: bool = False, overwrite: bool = False, watch: Watch | None = None) -> Run | None:
     """Train a run.
 
     Folder, data and sizes are checked before anything is written. A resumed run continues from its last checkpoint. On
@@ -33,6 +33,7 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
         config: Configuration of the run.
         resume: Whether to continue from the last checkpoint in the run folder, if there is one.
         overwrite: Whether to replace an existing run.
+        watch: Function that is called with the numbers of completed and of all steps, about once per second.
 
     Returns:
         The completed run, or ``None`` on all processes but the first.
@@ -45,16 +46,17 @@ def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> R
     """
     folder = Path(config.run_folder)
     with distributed.process_group(config.timeout) as first:
-        run = _train(config, folder, resume=resume, overwrite=overwrite)
+        run = _train(config, folder, resume=resume, overwrite=overwrite, watch=watch)
     return run if first else None
 
 
-def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Run:
+def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool, watch: Watch | None) -> Run:
     check_folder(folder, config, resume=resume, overwrite=overwrite)
     run = Run(config)
     run.method.try_loss(1 + int(run.data.train.labels.max()))
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
+        check_data(folder, run.data.digest)
         run.load_state_dict(state)
     notes = [*run.data.notes, queue_note(config, len(run.data.train)), empty_queue_note(config)]
     show(filter(None, notes))
@@ -64,20 +66,20 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Ru
         log = None
         if rank() == 0:
             kept = (state["log_bytes"], state.get("log_sha256", "")) if state else (0, "")
-            log = RunFolder(folder, config, *kept)
+            log = RunFolder(folder, config, *kept, data=run.data.digest)
             stack.callback(log.close)
             if not state:
                 log.log({"epoch": 0, **baselines})
-        _fit(run, log, signals)
+        _fit(run, log, signals, watch)
     return run
 
 
-def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
+def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | None) -> None:
     """Train until the last epoch. The process that has a log writes the log and the checkpoints."""
     config, any_process = run.config, distributed.AnyProcess()
     save_epochs, save_seconds = parse_save_interval(config.save_every)
     saved = time.monotonic()
-    progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step)
+    progress = Progress(run.steps * run.epochs, run.steps * run.epoch + run.step, watch)
     with contextlib.closing(progress):
         while run.epoch < run.epochs:
             run.meter.start()

@@ -26,7 +26,7 @@ def changed(config, item):
     if isinstance(value, bool):
         return not value
     if isinstance(value, int | float):
-        return {"batch_size": 120, "images_per_class": 6, "momentum": 0.123}.get(item.name, value + 1)
+        return {"batch_size": 120, "images_per_class": 8, "momentum": 0.123}.get(item.name, value + 1)
     others = [choice for choice in item.metadata["choices"] if choice != value]
     return others[0] if others else SPECIAL.get(item.name, ODD)
 
@@ -53,6 +53,6 @@ def test_values_that_look_like_options_stay_values(text):
 
 
 def test_what_is_as_by_default_is_not_named():
-    assert command_of(RECIPES["digits"]) == ["selfsup-xbn", "pretrain"]
-    changed = replace(RECIPES["digits"], compile=True, lr=0.5)
+    assert command_of(RECIPES["glyphs-moco"]) == ["selfsup-xbn", "pretrain"]
+    changed = replace(RECIPES["glyphs-moco"], compile=True, lr=0.5)
     assert command_of(changed)[2:] == ["--lr", "0.5", "--compile"]

@@ -48,7 +48,7 @@ def test_raw_digits_neighbours_are_about_98_percent_right():
 def test_unknown_data_set_is_refused_with_the_nearest_name(spec, nearest):
     with pytest.raises(
         UserError,
-        match=rf"unknown data set '{spec.split(':')[0]}': expected one of digits, .*cifar10.*did you mean {nearest}",
+        match=rf"unknown data set '{spec.split(':')[0]}': expected one of glyphs, .*cifar10.*did you mean {nearest}",
     ):
         load_data(spec)
 

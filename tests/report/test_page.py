@@ -17,7 +17,7 @@ from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.saved import from_resolved
 from selfsup_xbn.runs.folder import read_metrics
-from tests.command_line import image_folder, refused
+from tests.command_line import PRETRAIN, SUPERVISE, image_folder, refused
 
 VOID = {"meta", "img", "br"}
 
@@ -60,9 +60,9 @@ def runs(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     small = ["--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--epochs", "2", "--drift-every", "1"]
     for name in ("xbm", "axbn"):
-        assert main(["pretrain", *small, "--adaptation", name, "--out", str(root / name)]) == 0
+        assert main([*PRETRAIN, *small, "--adaptation", name, "--out", str(root / name)]) == 0
     small[3], small[7] = "60", "1"
-    assert main(["supervise", *small, "--out", str(root / "supervised")]) == 0
+    assert main([*SUPERVISE, *small, "--out", str(root / "supervised")]) == 0
     return root
 
 

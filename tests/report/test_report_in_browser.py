@@ -8,6 +8,7 @@ import os
 import pytest
 
 from selfsup_xbn.cli import main
+from tests.command_line import PRETRAIN
 
 BROWSER = os.environ.get("SELFSUP_XBN_BROWSER", "")
 if not BROWSER:
@@ -21,7 +22,7 @@ SMALL = ["--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--
 def address(tmp_path_factory):
     root = tmp_path_factory.mktemp("runs")
     for name in ("xbm", "xbn"):
-        assert main(["pretrain", *SMALL, "--adaptation", name, "--out", str(root / name)]) == 0
+        assert main([*PRETRAIN, *SMALL, "--adaptation", name, "--out", str(root / name)]) == 0
     assert main(["report", str(root / "xbm"), str(root / "xbn"), "--out", str(root / "page")]) == 0
     return (root / "page" / "index.html").as_uri()
 

@@ -30,9 +30,10 @@ from typing import Any
 
 import torch
 
-from experiments.runs import RESULTS, write
+from experiments.runs import RESULTS
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs.environment import environment
+from selfsup_xbn.runs.results import write
 from tests.robustness.bad_input_target import Target
 from tests.robustness.bad_input_targets import TARGETS
 

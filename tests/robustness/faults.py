@@ -29,10 +29,11 @@ from typing import Any
 
 import torch
 
-from experiments.runs import RESULTS, write
+from experiments.runs import RESULTS
 from selfsup_xbn.data import datasets
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.environment import environment
+from selfsup_xbn.runs.results import write
 from tests.finished_runs import differences
 from tests.robustness.killed_runs import PLACES, Ended, Kill, run, run_arguments, write_photos
 

@@ -26,6 +26,7 @@ from PIL import Image
 from selfsup_xbn.cli import main as command
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.run import Run
+from tests.command_line import PRETRAIN, SUPERVISE
 
 PLACES: dict[str, tuple[Any, str]] = {
     "step": (Run, "train_step"),
@@ -34,8 +35,8 @@ PLACES: dict[str, tuple[Any, str]] = {
 }
 TINY = ["--backbone", "convnet-digits", "--epochs", "3", "--drift-every", "2", "--knn-k", "5", "--dim", "16"]
 MODES = {
-    "pretrain": ["pretrain", *TINY, "--batch-size", "16", "--queue-size", "40"],
-    "supervise": ["supervise", *TINY, "--batch-size", "16", "--images-per-class", "4", "--recall-ks", "1"],
+    "pretrain": [*PRETRAIN, *TINY, "--batch-size", "16", "--queue-size", "40"],
+    "supervise": [*SUPERVISE, *TINY, "--batch-size", "16", "--images-per-class", "4", "--recall-ks", "1"],
 }
 SOURCES = {"pretrain": "digits", "supervise": "digits-disjoint"}
 

@@ -11,6 +11,7 @@ from selfsup_xbn.runs.folder import read_metrics
 from selfsup_xbn.training import metrics
 from selfsup_xbn.training.metrics import MetricAccumulator
 from selfsup_xbn.training.trainer import Run
+from tests.command_line import PRETRAIN
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def test_images_per_second_leave_evaluations_out(tmp_path, clock, monkeypatch):
     monkeypatch.setattr(Run, "train_step", slow_step)
     monkeypatch.setattr(KnnEvaluator, "encoder", slow_evaluation)
     options = ["--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--epochs", "3"]
-    assert main(["pretrain", *options, "--out", str(tmp_path)]) == 0
+    assert main([*PRETRAIN, *options, "--out", str(tmp_path)]) == 0
     assert [record["images_per_second"] for record in read_metrics(tmp_path)[1:]] == [16, 16, 16]
 
 

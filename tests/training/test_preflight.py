@@ -16,7 +16,7 @@ from selfsup_xbn.methods.base import method_class
 from selfsup_xbn.models.encoder import random_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training import preflight as limits
-from tests.command_line import SMALL, refused
+from tests.command_line import PRETRAIN, SMALL, refused
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,7 +36,7 @@ def test_no_queue_takes_no_bytes():
 def test_queue_that_does_not_fit_is_refused(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(limits, "free_bytes", lambda device: 10**9)
     options = ["--queue-size", "1000", "--dim", "1000000", "--out", str(tmp_path / "run")]
-    message = refused(capsys, ["pretrain", *options])
+    message = refused(capsys, [*PRETRAIN, *options])
     parts = ("1,000 rows of 1,000,000", "4,032,000,000 bytes", "cpu has 1,000,000,000 free", "--queue-dtype bfloat16")
     assert all(part in message for part in parts)
     assert not (tmp_path / "run").exists()

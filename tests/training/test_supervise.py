@@ -8,10 +8,10 @@ from PIL import Image
 from selfsup_xbn.cli import main
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
-from tests.command_line import interrupted_at, refused
+from tests.command_line import PRETRAIN, SUPERVISE, interrupted_at, refused
 from tests.finished_runs import differences
 
-SMALL = ["supervise", "--limit-train", "160", "--batch-size", "20", "--images-per-class", "4", "--epochs", "2"]
+SMALL = [*SUPERVISE, "--limit-train", "160", "--batch-size", "20", "--images-per-class", "4", "--epochs", "2"]
 SMALL += ["--drift-every", "4", "--recall-ks", "1,5"]
 
 
@@ -74,7 +74,7 @@ def test_head_stage_leaves_the_backbone_alone(tmp_path):
 def test_every_data_set_serves_every_mode(tmp_path, capsys):
     data = ["--data", "digits-disjoint", "--limit-train", "128"]
     sizes = ["--batch-size", "64", "--queue-size", "64", "--epochs", "1", "--out", str(tmp_path)]
-    assert main(["pretrain", *data, *sizes]) == 0
+    assert main([*PRETRAIN, *data, *sizes]) == 0
     for kind in ("knn", "retrieval"):
         assert main(["evaluate", kind, "--run", str(tmp_path)]) == 0
         assert main(["evaluate", kind, "--run", str(tmp_path), "--data", "digits"]) == 0
@@ -100,7 +100,7 @@ def test_every_data_set_serves_every_mode(tmp_path, capsys):
     ],
 )
 def test_error_is_one_line_with_value_and_remedy(tmp_path, capsys, options, parts):
-    small = ["supervise", "--batch-size", "20", "--images-per-class", "4", "--out", str(tmp_path / "run"), *options]
+    small = [*SUPERVISE, "--batch-size", "20", "--images-per-class", "4", "--out", str(tmp_path / "run"), *options]
     message = refused(capsys, small)
     for part in parts:
         assert part in message

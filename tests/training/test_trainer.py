@@ -20,10 +20,23 @@ from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
 from selfsup_xbn.training.optimisation import learning_rate
 from selfsup_xbn.training.trainer import train
-from tests.command_line import each_step, interrupted_at
+from tests.command_line import PRETRAIN, each_step, interrupted_at
 from tests.finished_runs import differences
 
-SMALL = ["--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--epochs", "2", "--drift-every", "2"]
+SMALL = [
+    "--recipe",
+    "digits",
+    "--limit-train",
+    "128",
+    "--batch-size",
+    "32",
+    "--queue-size",
+    "64",
+    "--epochs",
+    "2",
+    "--drift-every",
+    "2",
+]
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +105,7 @@ def test_digits_beat_raw_pixels_and_the_untrained_encoder(tmp_path):
     runs = []
     for seed in ("0", "1", "2"):
         options = ["--seed", seed, "--eval-every", "0", "--drift-every", "0", "--out", str(tmp_path / seed)]
-        assert main(["pretrain", *options]) == 0
+        assert main([*PRETRAIN, *options]) == 0
         runs.append({key: value for record in read_metrics(tmp_path / seed) for key, value in record.items()})
     mean = {key: statistics.mean(run[key] for run in runs) for key in runs[0] if key.startswith("knn_top1")}
     assert mean["knn_top1_backbone"] > mean["knn_top1_raw_pixels"]

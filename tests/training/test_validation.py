@@ -13,9 +13,10 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
 from selfsup_xbn.training.trainer import Run
+from tests.command_line import SUPERVISE
 
 HALF = SuperviseConfig(validation="40%", batch_size=12, images_per_class=4, seed=3)
-OPTIONS = ["supervise", "--validation", "40%", "--batch-size", "12", "--images-per-class", "4", "--epochs", "3"]
+OPTIONS = [*SUPERVISE, "--validation", "40%", "--batch-size", "12", "--images-per-class", "4", "--epochs", "3"]
 
 
 def test_validation_classes_follow_the_seed_and_do_not_train():

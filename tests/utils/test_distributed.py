@@ -21,9 +21,20 @@ from tests.command_line import image_folder
 from tests.processes import PATIENCE, launch
 
 PRETRAIN = ["pretrain", "--limit-train", "227", "--batch-size", "22", "--queue-size", "100", "--backbone", "plain"]
-PRETRAIN += ["--epochs", "5", "--lr", "0.01", "--drift-every", "5", "--eval-every", "0"]
+PRETRAIN += ["--recipe", "digits", "--epochs", "5", "--lr", "0.01", "--drift-every", "5", "--eval-every", "0"]
 SUPERVISE = ["supervise", "--limit-train", "181", "--batch-size", "18", "--images-per-class", "6", "--queue-size", "90"]
-SUPERVISE += ["--backbone", "plain", "--epochs", "5", "--drift-every", "5", "--eval-every", "0"]
+SUPERVISE += [
+    "--recipe",
+    "digits-disjoint",
+    "--backbone",
+    "plain",
+    "--epochs",
+    "5",
+    "--drift-every",
+    "5",
+    "--eval-every",
+    "0",
+]
 RUNS = {
     "pretrain xbn": PRETRAIN,
     "supervise xbn": SUPERVISE,
@@ -82,7 +93,7 @@ def test_several_processes_equal_one_after_fifty_steps(tmp_path, name, numbers):
 
 def test_split_batch_norm_equals_that_of_one_process(tmp_path):
     options = ["pretrain", "--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--lr", "0.001"]
-    options += ["--epochs", "1", "--bn-splits", "4", "--symmetric", "--drift-every", "2"]
+    options += ["--recipe", "digits", "--epochs", "1", "--bn-splits", "4", "--symmetric", "--drift-every", "2"]
     assert main([*options, "--out", str(tmp_path / "one")]) == 0
     for processes in (2, 4):
         ended = launch(tmp_path / f"{processes}", processes, [*options, "--out", str(tmp_path / f"of {processes}")])
@@ -117,6 +128,7 @@ def test_signal_to_one_process_stops_all_and_any_number_resumes(tmp_path):
 @pytest.mark.slow
 def test_three_resumed_processes_equal_uninterrupted_ones(tmp_path):
     options = ["pretrain", "--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--epochs", "2"]
+    options += ["--recipe", "digits"]
 
     def stop(step, rank):
         if step == 2 and rank == 2:

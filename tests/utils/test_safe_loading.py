@@ -20,7 +20,7 @@ from selfsup_xbn.data.datasets import cifar
 from selfsup_xbn.data.files import fit
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs import checkpoint
-from tests.command_line import image_folder, refused
+from tests.command_line import SUPERVISE, image_folder, refused
 
 SMALL = ["--limit-train", "64", "--batch-size", "20", "--queue-size", "20", "--epochs", "1", "--drift-every", "0"]
 
@@ -66,7 +66,7 @@ def test_traps_run_when_pickles_are_trusted(tmp_path):
 def run(tmp_path_factory):
     """A supervised run, which has all files that a run can have."""
     folder = tmp_path_factory.mktemp("run")
-    assert main(["supervise", *SMALL, "--images-per-class", "4", "--out", str(folder)]) == 0
+    assert main([*SUPERVISE, *SMALL, "--images-per-class", "4", "--out", str(folder)]) == 0
     return folder
 
 

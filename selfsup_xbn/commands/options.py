@@ -1,0 +1,46 @@
+"""Configuration that the parsed options of a command stand for."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from selfsup_xbn.config.recipes import RECIPES, default_recipe
+from selfsup_xbn.config.schema import Config
+from selfsup_xbn.errors import UserError, near
+
+
+def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
+    """Return the configuration that parsed options stand for.
+
+    The options override the recipe or, with ``--resume`` and no ``--recipe``, the configuration of the saved run.
+
+    Args:
+        options: Parsed options.
+        kind: Configuration class of the mode.
+
+    Raises:
+        UserError: The recipe is unknown, or an option is invalid.
+    """
+    overrides = overrides_of(options, kind)
+    recipe = RECIPES.get(options.recipe) if options.recipe else default_recipe(kind.mode)
+    if recipe is None or type(recipe) is not kind:
+        names = [name for name, other in RECIPES.items() if type(other) is kind]
+        raise UserError(
+            f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
+        )
+    config = replace(recipe, **overrides)
+    if options.resume and not options.recipe:
+        from selfsup_xbn.runs.folder import has_run, read_config
+
+        folder = Path(config.run_folder)
+        if has_run(folder) and type(saved := read_config(folder)) is kind:
+            return replace(saved, **overrides)
+    return config
+
+
+def overrides_of(options: argparse.Namespace, kind: type[Config]) -> dict[str, Any]:
+    """Return the fields of a configuration class that the parsed options set."""
+    return {item.name: getattr(options, item.name) for item in fields(kind) if hasattr(options, item.name)}

@@ -1,0 +1,111 @@
+"""Table and picture of a comparison: mean and standard deviation over the seeds of each cell."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfsup_xbn.evaluation.summary import columns
+from selfsup_xbn.runs.results import Result, course, difference, value_text
+
+
+def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
+    """Return a Markdown table in percent, with a row for each cell.
+
+    The columns are the metric, its difference to the first cell, and the metric of the untrained encoder and of raw
+    pixels.
+
+    Args:
+        results: Cells of a comparison. The first one is the reference.
+        metric: Key of the metric, e.g. ``"recall@1"``.
+
+    Returns:
+        The lines of the table, and a line that explains the numbers.
+
+    Example:
+        >>> seeds = {"0": {"recall@1": 50.0}, "1": {"recall@1": 54.0}}
+        >>> cell = {"label": "XBN", "seeds": seeds, "mean": {"recall@1": 52.0}, "std": {"recall@1": 2.83}}
+        >>> print(comparison_lines([cell], "recall@1")[2])
+        | XBN | 52.00 ± 2.83 |            | -         | -          | 2     |
+    """
+    reference = results[0]
+    title = columns().get(metric, metric)
+    rows = [["", title, "difference", "untrained", "raw pixels", "seeds"]]
+    for result in results:
+        values = [value_text(result, metric + suffix) for suffix in ("", "_untrained", "_raw_pixels")]
+        change = "" if result is reference else _difference_text(result, reference, metric)
+        rows.append([result["label"], values[0], change, *values[1:], str(len(result["seeds"]))])
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "| " + " | ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)) + " |" for row in rows
+    ]
+    return [
+        lines[0],
+        "|" + "|".join("-" * (width + 2) for width in widths) + "|",
+        *lines[1:],
+        "",
+        "Percent: mean ± standard deviation over the seeds; difference to "
+        f"{reference['label']!r}, paired by seed: mean ± standard error.",
+    ]
+
+
+def _difference_text(result: Result, reference: Result, metric: str) -> str:
+    change = difference(result, reference, metric)
+    if change is None:
+        return "-"
+    return f"{change.mean:+.2f}" + ("" if change.error is None else f" ± {change.error:.2f}")
+
+
+def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
+    """Plot a metric against the epoch: the mean of each cell as a curve, its standard deviation as a band.
+
+    A curve begins at epoch 0 with the untrained encoder. Raw pixels are a line, if they are equal for all cells.
+
+    Args:
+        results: Cells of a comparison.
+        metric: Key of the metric.
+        path: PNG file to write.
+
+    Raises:
+        OSError: The file could not be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    for number, result in enumerate(results):
+        _band(axes, result, metric, f"C{number % 10}")
+    pixels = [result["mean"].get(f"{metric}_raw_pixels") for result in results]
+    if len(set(pixels)) == 1 and pixels[0] is not None:
+        axes.axhline(pixels[0], color="gray", linestyle="--", linewidth=1, label="raw pixels")
+    title = _title([result["config"] for result in results])
+    axes.set(xlabel="epoch", ylabel=f"{columns().get(metric, metric)} (%)", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def _band(axes: Any, result: Result, metric: str, color: str) -> None:
+    epochs, means, deviations = course(result, metric)
+    if (untrained := result["mean"].get(f"{metric}_untrained")) is not None:
+        epochs, means = [0, *epochs], [untrained, *means]
+        deviations = [result["std"].get(f"{metric}_untrained") or 0.0, *deviations]
+    low, high = ([m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1))
+    axes.plot(epochs, means, color=color, marker=".", label=result["label"])
+    axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+
+
+def _title(configs: Sequence[Mapping[str, Any]]) -> str:
+    """Return the mode, and the data set and the batch size if they are equal for all cells."""
+    first = configs[0]
+    parts = [first["mode"]]
+    if all(config["data"] == first["data"] for config in configs):
+        parts.append(f"on {first['data']}")
+    if all(config["batch_size"] == first["batch_size"] for config in configs):
+        parts.append(f"with batch size {first['batch_size']}")
+    return " ".join(parts)

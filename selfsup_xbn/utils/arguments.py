@@ -1,0 +1,73 @@
+"""Argument parser whose errors are exceptions of the package."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from dataclasses import Field
+from typing import Any, NoReturn
+
+from selfsup_xbn.errors import UserError, near
+
+
+class AppendNamed(argparse.Action):
+    """Append the option string and its values as a pair, so that a list keeps the order of several options."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        """Append to a copy of the list, because the list may be the default."""
+        setattr(namespace, self.dest, [*getattr(namespace, self.dest), (option_string, values)])
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that reports errors as a ``UserError`` and suggests corrections of mistyped options.
+
+    Args:
+        add_options: Adds the options before the parser is used for the first time. It may import torch.
+        kwargs: Arguments of ``argparse.ArgumentParser``.
+    """
+
+    def __init__(self, add_options: Callable[[Parser], None] | None = None, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False} | kwargs)
+        self._add_options = add_options
+
+    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+        """Add the options if needed, and parse the known arguments."""
+        if self._add_options is not None:
+            self._add_options(self)
+            self._add_options = None
+        return super().parse_known_args(*args, **kwargs)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise a ``UserError`` with a message of ``argparse``."""
+        raise UserError(f"{message} (see {self.prog} --help)")
+
+    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parse all arguments.
+
+        Raises:
+            UserError: An argument is unknown or invalid.
+        """
+        options, unknown = self.parse_known_args(argv)
+        if unknown:
+            word = unknown[0].split("=")[0]
+            parser = options.parser
+            known = [option for action in parser._actions for option in action.option_strings]
+            parser.error(f"unknown option {word!r}{near(word, known)}" if word[0] == "-" else f"unexpected {word!r}")
+        return options
+
+
+def add_option(parser: Parser, item: Field[Any], kind: type) -> None:
+    """Add the option of a field that ``config.options.option`` made.
+
+    Args:
+        parser: Parser of a command.
+        item: Field.
+        kind: Type of its values.
+    """
+    flag = "--" + item.name.replace("_", "-")
+    text = item.metadata["help"].format(names=", ".join(item.metadata["names"]))
+    arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    if kind is not bool:
+        arguments = {"type": kind, "metavar": "|".join(item.metadata["choices"]) or kind.__name__.upper()}
+        text += f" (default: {item.default!r})" if item.default != "" else ""
+    parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **arguments)
