@@ -27,7 +27,7 @@ from torch import Tensor
 from selfsup_xbn.memory.adaptation import Adaptation, make_adaptation
 from selfsup_xbn.memory.device import FixedPrecision, can_refresh, can_sync, queue_kernels, statistics_dtype
 from selfsup_xbn.memory.moments import PIECE, AdaptRecord, AffineMap, Moments, batch_moments, power_sums
-from selfsup_xbn.memory.reading import Block, check_batch, check_labels, check_sizes, check_update, nearest_rows
+from selfsup_xbn.memory.reading import Block, check_labels, check_sizes, check_update, nearest_rows
 
 
 class FeatureQueue(FixedPrecision):
@@ -219,7 +219,6 @@ class FeatureQueue(FixedPrecision):
 
     def nearest(self, queries: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
         """Return, for each query, the adapted row of largest cosine similarity; see ``reading.nearest_rows``."""
-        check_batch(queries, self.dim)
         return nearest_rows(self.blocks, self.affine_map(), queries)
 
     def extra_repr(self) -> str:

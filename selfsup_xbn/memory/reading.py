@@ -96,6 +96,9 @@ def nearest_rows(
         affine_map: the map from stored rows to embeddings.
         queries: rows of any length.
 
+    Raises:
+        ValueError: as in ``check_batch``.
+
     Example:
         >>> from selfsup_xbn import FeatureQueue
         >>> queue = FeatureQueue(4, 2, "xbm")
@@ -103,6 +106,7 @@ def nearest_rows(
         >>> queue.nearest(torch.tensor([[0.1, 0.9]]))
         tensor([[0., 3.]])
     """
+    check_batch(queries, len(affine_map.scale))
     nearest = queries.detach().to(affine_map.scale.dtype)
     unit, best = F.normalize(nearest, dim=1), nearest.new_full((len(nearest), 1), -torch.inf)
     for block in blocks(max(1, PIECE // max(queries.shape))):
