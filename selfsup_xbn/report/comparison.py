@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from selfsup_xbn.errors import printable
 from selfsup_xbn.evaluation.summary import columns
 from selfsup_xbn.runs.results import Result, course, difference, value_text
+from selfsup_xbn.utils.atomic import replacing
 
 
 def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
@@ -68,7 +70,7 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
         path: PNG file to write.
 
     Raises:
-        OSError: The file could not be written.
+        UserError: The file could not be written.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -83,11 +85,13 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     if len(set(pixels)) == 1 and pixels[0] is not None:
         axes.axhline(pixels[0], color="gray", linestyle="--", linewidth=1, label="raw pixels")
     title = _title([result["config"] for result in results])
-    axes.set(xlabel="epoch", ylabel=f"{columns().get(metric, metric)} (%)", title=title)
+    axes.set(xlabel="epoch", ylabel=f"{columns().get(metric, metric)} (%)")
+    axes.set_title(printable(title), parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
-    figure.savefig(path, dpi=110)
+    with replacing(path, remedy="free disk space, and repeat the command") as file:
+        figure.savefig(file, dpi=110)
 
 
 def _band(axes: Any, result: Result, metric: str, color: str) -> None:
@@ -96,7 +100,7 @@ def _band(axes: Any, result: Result, metric: str, color: str) -> None:
         epochs, means = [0, *epochs], [untrained, *means]
         deviations = [result["std"].get(f"{metric}_untrained") or 0.0, *deviations]
     low, high = ([m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1))
-    axes.plot(epochs, means, color=color, marker=".", label=result["label"])
+    axes.plot(epochs, means, color=color, marker=".", label=printable(result["label"]).replace("$", r"\$"))
     axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
 
 
