@@ -8,13 +8,14 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import Field, fields, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import Any, get_type_hints
 
-from selfsup_xbn.config.recipes import RECIPES, default_recipe
+from selfsup_xbn.config.arguments import Parser, add_option, early_options
+from selfsup_xbn.config.recipes import RECIPES, recipe_for
 from selfsup_xbn.config.registry import EVALUATORS, METHODS
 from selfsup_xbn.config.schema import EXPORTS, Config, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near
@@ -26,42 +27,7 @@ EXIT_CODES = (
 )
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser that reports errors as a ``UserError`` and suggests corrections of mistyped options.
-
-    Args:
-        add_options: Adds the options before the parser is used for the first time. It may import torch.
-        kwargs: Arguments of ``argparse.ArgumentParser``.
-    """
-
-    def __init__(self, add_options: Callable[[_Parser], None] | None = None, **kwargs: Any) -> None:
-        super().__init__(**{"allow_abbrev": False} | kwargs)
-        self._add_options = add_options
-
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
-        """Add the options if needed, and parse the known arguments."""
-        if self._add_options is not None:
-            self._add_options(self)
-            self._add_options = None
-        return super().parse_known_args(*args, **kwargs)
-
-    def error(self, message: str) -> NoReturn:
-        """Raise a ``UserError`` with a message of ``argparse``."""
-        raise UserError(f"{message} (see {self.prog} --help)")
-
-    def parse(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parse all arguments.
-
-        Raises:
-            UserError: An argument is unknown or invalid.
-        """
-        options, unknown = self.parse_known_args(argv)
-        if unknown:
-            word = unknown[0].split("=")[0]
-            parser = options.parser
-            known = [option for action in parser._actions for option in action.option_strings]
-            parser.error(f"unknown option {word!r}{near(word, known)}" if word[0] == "-" else f"unexpected {word!r}")
-        return options
+EVALUATION_OPTIONS = ("data", "data_root", "split_classes", "image_size", "mean", "std", "limit_train", "limit_test")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,11 +81,11 @@ def _first_process_prints() -> Iterator[None]:
         yield
 
 
-def _parser() -> _Parser:
+def _parser() -> Parser:
     text = "Contrastive and metric learning with a cross-batch memory that is adapted by XBN or AXBN."
-    parser = _Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
+    parser = Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
     parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     for mode, entry in METHODS.entries.items():
         commands.add_parser(mode, help=entry.help, epilog=EXIT_CODES, add_options=partial(_add_training, mode=mode))
     for name, text, add_options in (
@@ -131,12 +97,15 @@ def _parser() -> _Parser:
     return parser
 
 
-def _add_training(parser: _Parser, mode: str) -> None:
+def _add_training(parser: Parser, args: Sequence[str], mode: str) -> None:
     kind: type[Config] = METHODS[mode]
-    parser.description = f"{METHODS.entries[mode].help}."
+    name, base = _recipe(early_options(args), kind)
+    parser.description = f"{METHODS.entries[mode].help}." + (f" Defaults: recipe {name}." if name else "")
     recipes = [name for name, recipe in RECIPES.items() if type(recipe) is kind]
     parser.add_argument(
-        "--recipe", metavar="NAME", help=f"named configuration to start from: {', '.join(recipes) or 'none'}"
+        "--recipe",
+        metavar="NAME",
+        help=f"named configuration to start from: {', '.join(recipes) or 'none'}; by default the one for --data",
     )
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in the run folder, if there is one"
@@ -145,28 +114,27 @@ def _add_training(parser: _Parser, mode: str) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the configuration, the number of steps and the size of the queue, and exit",
+        help="print configuration, images and classes, steps, weights and the size of the queue, and exit",
     )
     types = get_type_hints(kind)
     for item in fields(kind):
-        _add_option(parser, item, types[item.name])
+        add_option(parser, item, types[item.name], getattr(base, item.name))
     parser.set_defaults(parser=parser, command=lambda options: _train(options, kind))
 
 
-def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
-    flag = "--" + item.name.replace("_", "-")
-    text = item.metadata["help"].format(names=", ".join(item.metadata["names"]))
-    arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
-    if kind is not bool:
-        arguments = {"type": kind, "metavar": "|".join(item.metadata["choices"]) or kind.__name__.upper()}
-        text += f" (default: {item.default!r})" if item.default != "" else ""
-    parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **arguments)
+def _recipe(options: argparse.Namespace, kind: type[Config]) -> tuple[str | None, Config]:
+    """Return the recipe that the options name or, without a valid name, the one for the data set, with its name."""
+    name = options.recipe
+    if name not in RECIPES or type(RECIPES[name]) is not kind:
+        name = recipe_for(kind.mode, getattr(options, "data", None) or "")
+    return name, RECIPES[name] if name else kind()
 
 
 def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
     """Return the configuration that parsed options stand for.
 
-    The options override the recipe or, with ``--resume`` and no ``--recipe``, the configuration of the saved run.
+    The options override the recipe, by default the one for the data set. With ``--resume`` and no ``--recipe`` they
+    override the configuration of the saved run.
 
     Args:
         options: Parsed options.
@@ -176,8 +144,8 @@ def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
         UserError: The recipe is unknown, or an option is invalid.
     """
     overrides = _overrides(options, kind)
-    recipe = RECIPES.get(options.recipe) if options.recipe else default_recipe(kind.mode)
-    if recipe is None or type(recipe) is not kind:
+    name, recipe = _recipe(options, kind)
+    if options.recipe and options.recipe != name:
         names = [name for name, other in RECIPES.items() if type(other) is kind]
         raise UserError(
             f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
@@ -214,9 +182,9 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
     print(*lines, sep="\n", end="\n" * bool(lines))
 
 
-def _add_evaluate(parser: _Parser) -> None:
+def _add_evaluate(parser: Parser) -> None:
     parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=_Parser)
+    commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=Parser)
     options = {item.name: item for item in fields(Config)}
     types = get_type_hints(Config)
     for kind, entry in EVALUATORS.entries.items():
@@ -228,11 +196,16 @@ def _add_evaluate(parser: _Parser) -> None:
             "--best", action="store_true", help="use the best model by Recall@1 instead of the last one"
         )
         evaluation.add_argument(
-            "--weights", metavar="FILE", help="state dict of a backbone: torchvision, timm, MoCo or lightly"
+            "--weights",
+            metavar="FILE",
+            help="state dict of a backbone (torchvision, timm, MoCo or lightly), or 'imagenet'",
         )
         evaluation.add_argument("--backbone", metavar="NAME", help="architecture of the backbone in --weights")
-        for name in ["data", "data_root", "image_size", "limit_train", *entry.options, "device", "workers"]:
-            _add_option(evaluation, options[name], types[name])
+        evaluation.add_argument(
+            "--only", choices=("trained",), help="evaluate the trained encoder only, without raw pixels and untrained"
+        )
+        for name in [*EVALUATION_OPTIONS, *entry.options, "device", "workers"]:
+            add_option(evaluation, options[name], types[name], options[name].default)
         evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
 
 
@@ -247,14 +220,15 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError("--backbone is valid with --weights only: the backbone of a run is in its configuration")
     from selfsup_xbn.commands.evaluate import evaluate_run, evaluate_weights
 
+    compare = options.only is None
     if options.run:
-        lines = evaluate_run(options.kind, Path(options.run), overrides, best=options.best)
+        lines = evaluate_run(options.kind, Path(options.run), overrides, best=options.best, compare=compare)
     else:
-        lines = evaluate_weights(options.kind, options.weights, options.backbone, overrides)
+        lines = evaluate_weights(options.kind, options.weights, options.backbone, overrides, compare=compare)
     print(*lines, sep="\n")
 
 
-def _add_report(parser: _Parser) -> None:
+def _add_report(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
     parser.add_argument(
         "--out", metavar="DIR", default="report", help="directory to write index.html to (default: report)"
@@ -269,7 +243,7 @@ def _report(options: argparse.Namespace) -> None:
     print(*notes, path, sep="\n")
 
 
-def _add_export(parser: _Parser) -> None:
+def _add_export(parser: Parser) -> None:
     text = (
         "csv: metrics; torchvision: state dict of the backbone for the model of torchvision; "
         "safetensors: backbone and head; onnx: graph of backbone and head"

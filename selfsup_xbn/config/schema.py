@@ -10,11 +10,18 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
 from selfsup_xbn.config.options import check_option, option
-from selfsup_xbn.config.parsing import parse_arguments, parse_numbers, parse_rows, parse_save_interval, parse_validation
-from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS, METHODS
+from selfsup_xbn.config.parsing import (
+    parse_arguments,
+    parse_channels,
+    parse_numbers,
+    parse_rows,
+    parse_save_interval,
+    parse_share,
+)
+from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS
 from selfsup_xbn.errors import UserError
 
-DATA_HELP = "data set: {names}; append :PATH to set the directory of its files (folder:PATH has train/ and test/)"
+DATA_HELP = "data set: {names}; append :PATH to set its directory: folder:PATH, list:FILE.csv"
 
 EXPORTS = {
     "csv": "metrics.csv",
@@ -39,6 +46,14 @@ class Config:
     limit_train: int = option(
         0, "number of training images to use, a random subset given by the seed; 0 uses all images", minimum=0
     )
+    limit_test: int = option(
+        0, "number of test images to use, a random subset; 0 uses all images", minimum=0, added_later=True
+    )
+    split_classes: str = option(
+        "0",
+        "data sets without test images: share P% of the sorted classes that train; the others are test classes",
+        added_later=True,
+    )
     image_size: int = option(
         0, "height and width in pixels of the images passed to the network; 0 uses the data set's size", minimum=0
     )
@@ -51,6 +66,17 @@ class Config:
     head: str = option("linear", "projection head from features to embeddings: linear, mlp, ...")
     dim: int = option(128, "dimension D of the embeddings", minimum=1, maximum=2**20)
     weights: str = option("", "initial weights of the backbone: path of a state dict, or 'imagenet'; random if not set")
+
+    mean: str = option(
+        "",
+        "mean of each channel of the images, 0.5 or 0.485,0.456,0.406; that of the network if it has initial weights, "
+        "otherwise that of the data set",
+        added_later=True,
+    )
+    std: str = option("", "standard deviation of each channel, as --mean", added_later=True)
+    freeze_bn: bool = option(
+        False, "keep statistics, scale and shift of the backbone's BatchNorm layers", added_later=True
+    )
 
     # Memory
     queue_size: str = option("1024", "number of rows M in the queue, or P% of the training images")
@@ -150,6 +176,9 @@ class Config:
             check_option(item.name, getattr(self, item.name), types[item.name], item.metadata)
         parse_numbers(self.recall_ks, "--recall-ks")
         parse_save_interval(self.save_every)
+        parse_share(self.split_classes, "--split-classes")
+        parse_channels(self.mean, "--mean")
+        parse_channels(self.std, "--std")
         queue_rows(self, 100)
 
     @property
@@ -196,7 +225,12 @@ class SuperviseConfig(Config):
         "share P% of the training classes to hold out for selecting best.pt; 0 selects on the test set (the paper)",
         added_later=True,
     )
-    augmentation: str = option("supervised", "augmentation: supervised, cifar, photo, digits, none")
+    augmentation: str = option(
+        "supervised",
+        "augmentation; supervised is RandAugment with random erasing for image files (of several sizes), crops and "
+        "flips for color images in memory, and slight affine maps for gray ones",
+        choices=("supervised", "cifar", "photo", "digits", "none"),
+    )
     images_per_class: int = option(4, "number of images per class in a batch", minimum=1)
     head: str = option("l2", "head: l2, l2+ln or l2+bn (Table 3)")
     queue_size: str = option(
@@ -234,7 +268,7 @@ class SuperviseConfig(Config):
             raise UserError(
                 f"--batch-size {self.batch_size}: expected a multiple of --images-per-class {self.images_per_class}"
             )
-        parse_validation(self.validation)
+        parse_share(self.validation, "--validation")
         parse_arguments(self.loss_args, "--loss-args")
         parse_arguments(self.miner_args, "--miner-args")
 
@@ -255,39 +289,3 @@ def queue_rows(config: Config, images: int) -> int:
 def resolved(config: Config) -> dict[str, Any]:
     """Return the mode and all fields as a dictionary, which is the content of ``config.json``."""
     return {"mode": config.mode, **asdict(config)}
-
-
-def from_resolved(values: Any) -> Config:
-    """Return the configuration that the content of a ``config.json`` describes.
-
-    Keys that are not options, such as ``environment``, are ignored. A missing option gets its default value if it does
-    not affect results or if it is marked ``added_later``.
-
-    Args:
-        values: Parsed content of the file.
-
-    Raises:
-        UserError: The mode is unknown, an option is missing, or a value is invalid.
-    """
-    mode = values.get("mode") if isinstance(values, dict) else None
-    if not isinstance(mode, str) or mode not in METHODS:
-        raise UserError(f"expected a configuration with a mode out of {', '.join(METHODS)}, got {mode!r}")
-    kind: type[Config] = METHODS[mode]
-    if type(rows := values.get("queue_size")) is int:  # written so by older versions of mode pretrain
-        values = values | {"queue_size": str(rows)}
-    for item in fields(kind):
-        if item.name not in values and item.metadata["affects_results"] and not item.metadata["added_later"]:
-            raise UserError(f"expected the option {item.name!r} in the configuration, got none")
-    return kind(**{item.name: values[item.name] for item in fields(kind) if item.name in values})
-
-
-def differences(a: Config, b: Config) -> list[str]:
-    """Return ``"name: value in a, value in b"`` for each field that affects results and differs."""
-    if a.mode != b.mode:
-        return [f"mode: {a.mode}, {b.mode}"]
-    pairs = [
-        (item.name, getattr(a, item.name), getattr(b, item.name))
-        for item in fields(a)
-        if item.metadata["affects_results"]
-    ]
-    return [f"{name}: {left!r}, {right!r}" for name, left, right in pairs if left != right]

@@ -9,7 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from selfsup_xbn.config.schema import EXPORTS, Config, differences, from_resolved, resolved
+from selfsup_xbn.config.saved import differences, from_resolved
+from selfsup_xbn.config.schema import EXPORTS, Config, resolved
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.environment import environment

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.schema import Config
+from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
+from selfsup_xbn.evaluation.plan import evaluated_epochs
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, check_folder
 from selfsup_xbn.training.preflight import queue_note
@@ -54,8 +56,10 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Ru
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
         run.load_state_dict(state)
-    notes = [*run.data.notes, queue_note(config, len(run.data.train))]
-    print(*filter(None, notes), sep="\n", end="\n" * any(notes))
+    lines = [*run.data.notes, *part_lines(run.data), *run.weight_lines, queue_note(config, len(run.data.train))]
+    print(*filter(None, lines), sep="\n", flush=True)
+    if not state and len(run.data.test):
+        print("evaluating raw pixels and the encoder before training ...", flush=True)
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder
     with stop_signals() as signals, contextlib.ExitStack() as stack:
@@ -78,6 +82,7 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
     with contextlib.closing(progress):
         while run.epoch < run.epochs:
             run.meter.start()
+            progress.resume()
             for batch in run.batches.epoch(run.epoch, start=run.step):
                 run.train_step(batch)
                 if progress.step():
@@ -89,11 +94,13 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
                     _save_if_finite(run, log)
                     distributed.wait_for_all()
                     raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; continue with --resume")
+            progress.pause()
             record = run.end_epoch()
             if not log:
                 continue
             log.log(record)
-            progress.epoch(run.epoch, run.epochs, record)
+            evaluations = sum(epoch > run.epoch for epoch in evaluated_epochs(config))
+            progress.epoch(run.epoch, run.epochs, record, evaluations * run.evaluation_seconds)
             if warning := collapse_warning(record["embedding_std"], config.dim):
                 warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
             if run.is_best(record) and config.keeps_best:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
-from selfsup_xbn.config.schema import from_resolved
+from selfsup_xbn.config.saved import from_resolved
 from selfsup_xbn.runs.folder import read_metrics
 from tests.command_line import image_folder, refused
 

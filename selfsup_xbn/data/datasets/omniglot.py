@@ -9,7 +9,6 @@ Axis legend: N drawings, S side.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
@@ -75,16 +74,9 @@ def _parts(folder: Path) -> tuple[Path, Path]:
 
 def _characters(folder: Path) -> dict[str, list[str]]:
     """Return the drawings of each character. In the official layout its name is ALPHABET/CHARACTER."""
-    if folder.name not in ("images_background", "images_evaluation"):
-        return class_files(folder)
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.name in ("images_background", "images_evaluation"):
         raise UserError(f"{folder} is not a folder; unpack images_background and images_evaluation into one folder")
-    alphabets = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
-    return {
-        f"{alphabet}/{character}": files
-        for alphabet in alphabets
-        for character, files in class_files(folder / alphabet).items()
-    }
+    return class_files(folder)
 
 
 def _rotated_split(characters: dict[str, list[str]], first: int, workers: int) -> Split:
