@@ -7,11 +7,33 @@ import importlib.util
 from collections.abc import Iterable
 
 
+def printable(value: object) -> str:
+    r"""Return the text of a value with an escape such as ``\x1b`` for each character that is not printable.
+
+    Names of files, classes and tensors may contain control characters, which a terminal would execute, or characters
+    that change the direction of text. Line breaks are escaped too, so that the result is one line.
+
+    Example:
+        >>> printable("cat\x1b[2J\n")
+        'cat\\x1b[2J\\n'
+    """
+    text = str(value)
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 class UserError(ValueError):
     """Invalid input of the user; exit code 2.
 
     The message is one line that states the expected and the actual value, or how to mend the error.
+
+    Args:
+        message: The message. Characters that are not printable are escaped as in ``printable``.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class Diverged(RuntimeError):  # noqa: N818

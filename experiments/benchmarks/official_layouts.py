@@ -1,8 +1,9 @@
 """Write retrieval data sets in their official layout, at any fraction of the official size.
 
 ``write_sop(folder, scale, image)`` and the other writers create the annotation files and a file with the bytes
-``image`` for each image. At scale 1 the numbers of images and classes are the official ones. The files depend on the
-scale only.
+``image`` for each image. For DeepFashion2, whose loader reads the sizes of the images, no bytes stand for a white image
+of 500 x 500 pixels. At scale 1 the numbers of images and classes are the official ones. The files depend on the scale
+only.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from io import BytesIO
 from itertools import count
 from pathlib import Path
 
@@ -87,8 +89,18 @@ def write_cars196(folder: Path, scale: float, image: bytes = b"") -> None:
     savemat(folder / "cars_annos.mat", {"annotations": annotations})
 
 
+def blank_image() -> bytes:
+    """Return a white image of 500 x 500 pixels in a few bytes."""
+    from PIL import Image
+
+    buffer = BytesIO()
+    Image.new("1", (500, 500), 1).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def write_deepfashion2(folder: Path, scale: float, image: bytes = b"") -> None:
     """Write DeepFashion2: 391,000 JSON files of about 2 kB, with the paper's numbers of items, queries and labels."""
+    image = image or blank_image()
     pairs = scaled(31_517, scale)
     images = scaled(358_847, scale)
     items = _placed([(pair, 1, 1) for pair in range(pairs)], scaled(217_778, scale), images, pairs)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.utils.files import open_regular
 
 TEMPORARY = ".tmp"
 RESUME = "free disk space, and continue with --resume"
@@ -19,7 +20,8 @@ RESUME = "free disk space, and continue with --resume"
 def replacing(path: Path, remedy: str = RESUME) -> Iterator[BinaryIO]:
     """Open a new file that replaces ``path`` when the block ends without an exception.
 
-    Readers of ``path`` always see the complete old file or the complete new file.
+    Readers of ``path`` always see the complete old file or the complete new file. A link in the place of the temporary
+    file is deleted, not followed.
 
     Args:
         path: File to replace.
@@ -34,7 +36,9 @@ def replacing(path: Path, remedy: str = RESUME) -> Iterator[BinaryIO]:
     temporary = path.with_name(path.name + TEMPORARY)
     with writing(path, remedy):
         try:
-            with open(temporary, "w+b") as file:
+            with suppress(FileNotFoundError):
+                temporary.unlink()
+            with open_regular(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL, "w+b") as file:
                 yield file
                 sync(file)
             os.replace(temporary, path)
@@ -77,6 +81,15 @@ def writing(path: Path, remedy: str = RESUME) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}") from None
+
+
+def open_to_append(path: Path) -> BinaryIO:
+    """Open a regular file for appending, and create it if it does not exist. A link is not followed.
+
+    Raises:
+        OSError: The file is a link or not a regular file, or cannot be opened.
+    """
+    return open_regular(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), "ab")
 
 
 def sync(file: BinaryIO) -> None:

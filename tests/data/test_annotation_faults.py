@@ -171,7 +171,7 @@ def test_lists_of_cub200_must_name_the_same_images(tmp_path):
     labels.write_text(text.partition("\n")[2])
     assert fault(spec).startswith(f"{images}:1: image_id 1 is missing from {labels}; add it there")
     labels.unlink()
-    assert fault(spec).startswith(f"{labels}: cannot be read (No such file or directory)")
+    assert fault(spec).startswith(f"{labels} is missing; unpack the official archive again")
 
 
 def test_annotations_of_cars196_that_make_no_sense_are_refused(tmp_path):

@@ -98,7 +98,7 @@ def test_unused_folders_and_stray_images_are_reported(tree):
     shutil.copy(root / "train/a/000.png", root / "train/stray.png")
     notes = load_data(f"folder:{root}", workers=0).notes
     assert notes[0] == f"note: not used: raw in {root}"
-    assert f"1 images directly in {root}/train belong to no class" in notes[1]
+    assert f"outside of a class folder: 1, such as {root}/train/stray.png" in notes[1]
 
 
 # ---------------------------------------------------------------- lists

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -78,13 +79,45 @@ def test_each_sample_is_the_crop_of_its_box(tmp_path):
     assert np.abs(ours.numpy() - expected).max() < 0.01
 
 
-def test_boxes_without_a_pixel_are_left_out_with_a_warning(tmp_path):
+@pytest.mark.parametrize("box", [[5, 5, 5, 9], [500, 0, 510, 9], [0, -9, 9, 0], [600, 700, 800, 900]])
+def test_boxes_without_a_pixel_are_left_out_with_a_warning(tmp_path, box):
     spec = official("deepfashion2", tmp_path, SMALL)
     before = len(load_data(spec, workers=0).train)
-    rewrite(tmp_path / "train/annos/000001.json", bounding_box=[5, 5, 5, 9])
+    rewrite(tmp_path / "train/annos/000001.json", bounding_box=box)
     data = load_data(spec, workers=0)
     assert len(data.train) == before - 1
-    assert f"warning: {tmp_path}/train: 1 empty boxes are ignored" in data.notes
+    assert f"warning: {tmp_path}/train: 1 boxes that are empty or outside of their image are ignored" in data.notes
+    assert sum(len(batch) for batch in eval_batches(data.train, data)) == before - 1
+
+
+def test_boxes_are_clipped_to_the_upright_image(tmp_path):
+    spec = official("deepfashion2", tmp_path, SMALL)
+    rewrite(tmp_path / "train/annos/000001.json", bounding_box=[-5, 60, 999, 999])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter turn
+    Image.new("RGB", (90, 40)).save(tmp_path / "train/image/000001.jpg", exif=exif)
+    data = load_data(spec, workers=0)
+    assert data.train.boxes[0].tolist() == [0, 60, 40, 90]
+
+
+def test_image_that_is_no_image_is_named_on_opening(tmp_path):
+    spec = official("deepfashion2", tmp_path, SMALL)
+    (tmp_path / "validation/image/000001.jpg").write_bytes(b"")
+    assert fault(spec).startswith(f"{tmp_path}/validation/image/000001.jpg: not a readable image")
+
+
+def test_cache_that_unpacks_to_more_than_its_sources_is_not_read(tmp_path, monkeypatch):
+    spec = official("deepfashion2", tmp_path, SMALL)
+    before = load_data(spec, workers=0)
+    cache = tmp_path / "train" / CACHE
+    with np.load(cache) as archive:
+        fingerprint, table = archive["fingerprint"], archive["table"]
+    bomb = np.concatenate([table, np.zeros((200_000, table.shape[1]), np.int32)])
+    np.savez_compressed(cache, fingerprint=fingerprint, table=bomb)
+    assert cache.stat().st_size < len(bomb) < bomb.nbytes
+    data, read = read_files(spec, monkeypatch)
+    assert read > 0
+    assert same(before, data)
 
 
 def rewrite(file: Path, **changes: object) -> None:
@@ -133,7 +166,7 @@ def test_change_of_the_files_is_noticed(tmp_path, monkeypatch, change):
         os.utime(file, ns=(1, 1))
     elif change == "new":
         (tmp_path / "validation/annos/999999.json").write_text(file.read_text())
-        (tmp_path / "validation/image/999999.jpg").touch()
+        shutil.copy(tmp_path / "validation/image/000001.jpg", tmp_path / "validation/image/999999.jpg")
     else:
         file.unlink()
     data, read = read_files(spec, monkeypatch)

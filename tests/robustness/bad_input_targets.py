@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,7 +23,7 @@ from scipy.io import whosmat
 from torchvision import datasets
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from experiments.benchmarks.official_layouts import WRITERS
+from experiments.benchmarks.official_layouts import WRITERS, blank_image
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import PretrainConfig, resolved
 from selfsup_xbn.data import ImageData, eval_batches, load_data
@@ -83,14 +84,17 @@ def count_cars(folder: Path) -> int:
     return next(math.prod(shape) for name, shape, _ in whosmat(folder / "cars_annos.mat") if name == "annotations")
 
 
+SIDE = Image.open(BytesIO(blank_image())).width
+
+
 def count_items(folder: Path) -> int:
-    """Count DeepFashion2's items with a pixel: those with a style, in validation also those of shops."""
+    """Count DeepFashion2's items with a pixel of the image: those with a style, in validation also those of shops."""
     items = 0
     for file in folder.glob("*/annos/*.json"):
         content = json.loads(file.read_bytes())
         for key, item in content.items():
             if key.startswith("item") and key[4:].isdecimal():
-                x1, y1, x2, y2 = map(round, item["bounding_box"])
+                x1, y1, x2, y2 = (min(max(round(value), 0), SIDE) for value in item["bounding_box"])
                 from_shop = file.parts[-3] == "validation" and content["source"] == "shop"
                 items += x1 < x2 and y1 < y2 and (from_shop or item["style"] > 0)
     return items

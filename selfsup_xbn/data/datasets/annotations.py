@@ -21,6 +21,7 @@ from torch import Tensor
 from selfsup_xbn.data.base import ImageData, Split
 from selfsup_xbn.data.datasets.folder import IMAGENET_MEAN, IMAGENET_STD, LARGEST_VIEW
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.utils.files import read_bytes
 
 Count = tuple[int, int]
 """Number of images and number of classes of a split."""
@@ -67,7 +68,7 @@ def find_file(file: str, folders: Sequence[Path]) -> Path:
     Raises:
         UserError: If none of the folders contains it.
     """
-    path = next((folder / file for folder in folders if (folder / file).is_file()), None)
+    path = next((folder / file for folder in folders if (folder / file).exists()), None)
     if path is None:
         searched = ", ".join(str(folder) for folder in folders)
         raise UserError(f"{file} not found in {searched}; write the path of the unpacked official archive")
@@ -81,8 +82,26 @@ def quoted(value: object) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
+def read_content(file: Path, remedy: str = "unpack the official archive again") -> bytes:
+    """Return the bytes of an annotation file.
+
+    Args:
+        file: The file.
+        remedy: The advice of the error message.
+
+    Raises:
+        UserError: If the file is missing, cannot be read or is not a regular file.
+    """
+    try:
+        return read_bytes(file)
+    except FileNotFoundError as error:
+        raise UserError(f"{file} is missing; {remedy}") from error
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
+
+
 def read_lines(file: Path, remedy: str = "unpack the official archive again") -> list[str]:
-    """Return the lines of a text file, without blank lines at its end.
+    """Return the lines of a text file, without blank lines at its end and without a byte order mark.
 
     Args:
         file: The text file.
@@ -91,16 +110,13 @@ def read_lines(file: Path, remedy: str = "unpack the official archive again") ->
     Raises:
         UserError: If the file cannot be read, is empty or is not UTF-8.
     """
+    content = read_content(file, remedy)
     try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
-    try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         raise UserError(
-            f"{file}:{line}: expected UTF-8 text, got byte {content[error.start]:#04x}; save the file as UTF-8"
+            f"{file}:{line}: expected UTF-8 text, got byte {error.object[error.start]:#04x}; save the file as UTF-8"
         ) from error
     if not text.strip():
         raise UserError(f"{file}:1: the file is empty; {remedy}")

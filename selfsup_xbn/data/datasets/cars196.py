@@ -12,19 +12,31 @@ The bounding boxes are not used. Each test image is a query against the other te
 
 from __future__ import annotations
 
+import zlib
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from scipy.io import loadmat
 
 from selfsup_xbn.data.base import ImageData
 from selfsup_xbn.data.datasets import folder as image_folders
-from selfsup_xbn.data.datasets.annotations import ImageFolders, Sample, count_note, data_folder, quoted, retrieval_data
+from selfsup_xbn.data.datasets.annotations import (
+    ImageFolders,
+    Sample,
+    count_note,
+    data_folder,
+    quoted,
+    read_content,
+    retrieval_data,
+)
 from selfsup_xbn.errors import UserError
 
 TRAINING_CLASSES, CLASSES = 98, 196
+COMPRESSED, MAX_BYTES = 15, 2**28
+"""Type of a compressed element of a MATLAB file, and maximum size of all elements once they are unpacked."""
 OFFICIAL = {"train": (8_054, 98), "test": (8_131, 98)}
 LAYOUTS = (
     (("cars_annos.mat", ".", "relative_im_path"),),
@@ -47,12 +59,12 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
         workers: The number of processes that read image folders.
 
     Raises:
-        UserError: If the folder has none of the layouts, an annotation is malformed, or an image is missing or, in
-            image folders, cannot be read.
+        UserError: If the folder has none of the layouts, an annotation file is missing or malformed, or an image is
+            missing or, in image folders, cannot be read.
     """
     folder = data_folder(name, path, root)
     for layout in LAYOUTS:
-        if (folder / layout[0][0]).is_file():
+        if (folder / layout[0][0]).exists():
             samples = [sample for file, base, key in layout for sample in _samples(folder / file, folder / base, key)]
             parts = {
                 "train": [sample for sample in samples if int(sample.label) <= TRAINING_CLASSES],
@@ -72,7 +84,8 @@ def _from_folders(name: str, folder: Path, cache_bytes: int, workers: int) -> Im
             f"{folder}: expected different classes in train and test, got common ones; "
             "put classes 99 to 196 into test only"
         )
-    return replace(data, notes=tuple(count_note(part, getattr(data, part), OFFICIAL[part]) for part in OFFICIAL))
+    counts = (count_note(part, getattr(data, part), OFFICIAL[part]) for part in OFFICIAL)
+    return replace(data, notes=(*counts, *data.notes))
 
 
 def _samples(file: Path, base: Path, key: str) -> list[Sample]:
@@ -92,15 +105,35 @@ def _samples(file: Path, base: Path, key: str) -> list[Sample]:
 
 def _entries(file: Path) -> list[Any]:
     """Read the annotations in a separate process, because scipy's reader may crash the process for broken files."""
+    content = read_content(file)
     try:
         with ProcessPoolExecutor(1) as pool:
-            return pool.submit(_annotations, file).result()
+            return pool.submit(_annotations, content).result()
     except Exception as error:  # scipy raises many types of exceptions for broken files
         raise UserError(
             f"{file}: not a MATLAB file with annotations ({quoted(str(error))}); unpack it again"
         ) from error
 
 
-def _annotations(file: Path) -> list[Any]:
-    annotations = loadmat(file, simplify_cells=True)["annotations"]
+def _annotations(content: bytes) -> list[Any]:
+    _check_unpacked(content)
+    annotations = loadmat(BytesIO(content), simplify_cells=True)["annotations"]
     return [annotations] if isinstance(annotations, dict) else list(annotations)
+
+
+def _check_unpacked(content: bytes) -> None:
+    """Check the size of the compressed elements of a MATLAB file, because a small file may unpack to any size.
+
+    Raises:
+        ValueError: If they take more than ``MAX_BYTES``.
+    """
+    position, total = 128, 0  # after the header
+    order: Literal["big", "little"] = "big" if content[126:128] == b"MI" else "little"
+    while position + 8 <= len(content):
+        kind, size = (int.from_bytes(content[start : start + 4], order) for start in (position, position + 4))
+        if kind == COMPRESSED:
+            unpacker = zlib.decompressobj()
+            total += len(unpacker.decompress(content[position + 8 : position + 8 + size], MAX_BYTES + 1 - total))
+            if total > MAX_BYTES:
+                raise ValueError(f"it unpacks to more than {MAX_BYTES:,} bytes")
+        position += 8 + size

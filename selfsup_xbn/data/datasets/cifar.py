@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from torchvision import datasets
+from torchvision.datasets.utils import check_integrity
 
 from selfsup_xbn.data.base import ImageData, Split
 from selfsup_xbn.errors import UserError
@@ -29,16 +30,19 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
         root: The folder of all data sets.
 
     Raises:
-        UserError: If the files are missing and cannot be downloaded.
+        UserError: If the files are missing or damaged, and cannot be downloaded.
     """
     dataset, folder, archive = SETS[name]
     root = path or root
     try:
         train, test = (dataset(root, train=part, download=True) for part in (True, False))
     except (OSError, RuntimeError) as error:
+        place = Path(root) / folder
+        damaged = _damaged(dataset, place, Path(root) / archive)
         raise UserError(
-            f"{name} not found in {Path(root) / folder}, and the download failed ({error}); "
-            f"put {archive} from https://www.cs.toronto.edu/~kriz/cifar.html into {root}"
+            f"{f'{damaged} is damaged (its checksum differs)' if damaged else f'{name} not found in {place}'}, "
+            f"and the download failed ({error}); put {archive} from https://www.cs.toronto.edu/~kriz/cifar.html into "
+            f"{root}"
         ) from error
     return ImageData(
         name=name,
@@ -49,6 +53,13 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
         std=STD,
         augmentation="cifar",
     )
+
+
+def _damaged(dataset: type[datasets.CIFAR10], folder: Path, archive: Path) -> Path | None:
+    """Return the first file that exists and does not have the official checksum, or ``None``."""
+    checksums = [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]
+    files = [(archive, dataset.tgz_md5), *((folder / name, md5) for name, md5 in checksums)]
+    return next((file for file, md5 in files if file.exists() and not check_integrity(file, md5)), None)
 
 
 def _split(part: datasets.CIFAR10) -> Split:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,10 +33,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfsup_xbn.data.base import ImageData
-from selfsup_xbn.data.datasets.annotations import Sample, data_folder, file_names, quoted, retrieval_data
+from selfsup_xbn.data.datasets.annotations import (
+    Sample,
+    data_folder,
+    file_names,
+    quoted,
+    read_content,
+    retrieval_data,
+)
 from selfsup_xbn.data.datasets.table_cache import Source, cached, source_of
+from selfsup_xbn.data.images import upright_size
 from selfsup_xbn.data.workers import ParallelReader
-from selfsup_xbn.errors import UserError
+from selfsup_xbn.errors import UserError, printable
 
 OFFICIAL = {"train": (217_778, 31_517), "query": (12_377, 3_128), "gallery": (36_961, 7_059)}
 SOURCES = ("user", "shop")
@@ -51,7 +59,8 @@ CHUNK = 500
 def load(name: str, path: str, *, root: str, workers: int, **_: object) -> ImageData:
     """Load DeepFashion2 from the folders ``train`` and ``validation``, each with ``image`` and ``annos``.
 
-    The items are cached in one file for each folder, because reading all JSON files is slow.
+    The items are cached in one file for each folder, because reading all JSON files and the sizes of all images
+    is slow. Boxes are clipped to their images.
 
     Args:
         name: The name of the data set.
@@ -60,7 +69,7 @@ def load(name: str, path: str, *, root: str, workers: int, **_: object) -> Image
         workers: The number of processes that read JSON files.
 
     Raises:
-        UserError: If a folder or an image is missing, or a JSON file is malformed.
+        UserError: If a folder or an image is missing, a JSON file is malformed, or an image with items is not an image.
     """
     folder = data_folder(name, path, root)
     train, validation = (_read_part(folder / part, workers) for part in ("train", "validation"))
@@ -128,7 +137,7 @@ def _read_part(folder: Path, workers: int) -> _Part:
     filled = table[(table[:, 5] < table[:, 7]) & (table[:, 6] < table[:, 8])]
     notes = [note] if note else []
     if empty := len(table) - len(filled):
-        notes.append(f"warning: {folder}: {empty:,} empty boxes are ignored")
+        notes.append(f"warning: {folder}: {empty:,} boxes that are empty or outside of their image are ignored")
     return _Part(folder, stems, filled, notes)
 
 
@@ -145,7 +154,7 @@ def _read_all(files: Source, workers: int) -> Int32[np.ndarray, "N 9"]:
     chunks = [[range(first, min(first + CHUNK, len(files.names)))] for first in range(0, len(files.names), CHUNK)]
     read = ParallelReader(_Read(files), min(workers, len(chunks) - 1))
     tables = []
-    text = f"reading {files.folder}"
+    text = printable(f"reading {files.folder}")
     with tqdm(total=len(files.names), desc=text, unit=" files", disable=not sys.stderr.isatty(), leave=False) as bar:
         for (chunk,), table in zip(chunks, read(chunks), strict=True):
             tables.append(table[0].numpy().copy())  # a copy, because the original keeps a file of shared memory open
@@ -157,13 +166,23 @@ class _Read:
     """Read the items of a range of files, in a worker process."""
 
     def __init__(self, files: Source) -> None:
-        self.files = files
+        self.files, self.images = files, files.folder.with_name("image")
 
     def __call__(self, numbers: range) -> Int32[Tensor, "n 9"]:
         rows = [
-            (number, *row) for number in numbers for row in read_items(self.files.folder / self.files.names[number])
+            (number, *row)
+            for number in numbers
+            for row in self._inside(self.files.names[number], read_items(self.files.folder / self.files.names[number]))
         ]
         return torch.tensor(rows, dtype=torch.int32).view(-1, len(COLUMNS))
+
+    def _inside(self, name: str, rows: list[tuple[int, ...]]) -> Iterator[tuple[int, ...]]:
+        """Yield the rows of a file with their boxes clipped to the image, whose header is read. A box may be empty."""
+        if rows:
+            limits = upright_size(str(self.images / name.replace(".json", ".jpg"))) * 2
+            for *fields, x1, y1, x2, y2 in rows:
+                box = (min(max(value, 0), limit) for value, limit in zip((x1, y1, x2, y2), limits, strict=True))
+                yield (*fields, *box)
 
 
 def read_items(file: Path) -> list[tuple[int, ...]]:
@@ -190,10 +209,12 @@ def read_items(file: Path) -> list[tuple[int, ...]]:
 
 def _parsed(file: Path) -> dict[str, Any]:
     try:
-        content = json.loads(file.read_bytes())
+        content = json.loads(read_content(file))
     except json.JSONDecodeError as error:
         raise UserError(f"{file}:{error.lineno}: not valid JSON ({error.msg}); unpack the annotations again") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: cannot be read ({quoted(str(error))}); unpack the annotations again") from error
     if not isinstance(content, dict):
         raise UserError(f"{file}: expected an object with source, pair_id, item1, ..., got {quoted(content)}")

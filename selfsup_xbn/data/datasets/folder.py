@@ -25,6 +25,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from selfsup_xbn.data.base import ImageData, Split
 from selfsup_xbn.data.datasets import cifar
+from selfsup_xbn.data.datasets._image_tree import ImageTree
 from selfsup_xbn.data.workers import decode_same_size, image_sizes
 from selfsup_xbn.errors import UserError
 
@@ -72,16 +73,17 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected image folders train/CLASS/ and test/CLASS/, or CLASS/")
     folders = _folders(folder)
-    found = [entry for entry in folders if entry in PARTS]
-    if not found:
-        parts = {"train": _classes_or_images(folder)}
-    else:
-        check_parts(found, str(folder))
-        lone = found == ["train"]
-        parts = {PARTS[part]: (_classes_or_images if lone else class_files)(folder / part) for part in found}
-    unused = [entry for entry in folders if found and entry not in PARTS]
+    names = [name for name in PARTS if name in folders]
+    if names:
+        check_parts(names, str(folder))
+    read = class_files if len(names) > 1 else _classes_or_images
+    paths = [folder / name for name in names] or [folder]
+    trees = [ImageTree(paths) for _ in paths]
+    classes = [read(part, tree) for part, tree in zip(paths, trees, strict=True)]
+    parts = {PARTS[name]: files for name, files in zip(names or ["train"], classes, strict=True)}
+    unused = [name for name in folders if names and name not in PARTS]
     notes = [f"note: not used: {', '.join(unused)} in {folder}"] if unused else []
-    notes += [note for part in found or ["."] for note in _stray_note(folder / part)]
+    notes += [note for tree in trees for note in tree.notes()]
     return image_data(f"{name}:{path}", parts, cache_bytes, workers, notes)
 
 
@@ -147,59 +149,46 @@ def check_parts(names: Sequence[str], where: str) -> None:
         raise UserError(f"{where}: expected query beside gallery, got none; add query, or rename gallery to test")
 
 
-def class_files(folder: Path) -> Classes:
+def class_files(folder: Path, tree: ImageTree) -> Classes:
     """Return the image files of each class, with classes and files sorted by name.
 
     A class is a folder that contains images. Its name is its path below ``folder``.
 
+    Args:
+        folder: The folder of the class folders.
+        tree: The files of the part of the data set, which counts what is skipped.
+
     Raises:
-        UserError: If the folder does not exist or contains no classes, or the folder of a class contains no image.
+        UserError: If the folder does not exist, has no class folders, or a class folder contains no image.
     """
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; expected image folders train/CLASS/ and test/CLASS/")
-    classes = {}
-    for directory, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = [os.path.join(directory, name) for name in sorted(filter(_is_image, names))]
-        if directory == str(folder):
-            continue
-        if images:
-            classes[Path(directory).relative_to(folder).as_posix()] = images
-        elif not folders:
-            raise UserError(
-                f"{directory}: expected at least one image ({' '.join(IMG_EXTENSIONS)}), got none; "
-                "add images or remove the folder"
-            )
-    if not classes:
+    names = tree.class_names(folder)
+    if not names:
         raise UserError(
             f"{folder}: expected one folder per class, got none; put the images of each class into a separate folder"
         )
-    return dict(sorted(classes.items()))
+    classes: Classes = {}
+    for name, images in zip(names, tree.files(folder / name for name in names), strict=True):
+        if not images:
+            skipped = "".join(f" ({note})" for note in tree.notes())
+            raise UserError(
+                f"{folder / name}: expected at least one image ({' '.join(IMG_EXTENSIONS)}), got none{skipped}; "
+                "add images or remove the folder"
+            )
+        for image in images:
+            classes.setdefault(os.path.relpath(os.path.dirname(image), folder), []).append(image)
+    return {name.replace(os.sep, "/"): classes[name] for name in sorted(classes)}
 
 
 def _folders(folder: Path) -> list[str]:
     return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
-
-
-def _images(folder: Path) -> list[str]:
-    """Return the image files directly in a folder."""
-    return sorted(entry.path for entry in os.scandir(folder) if _is_image(entry.name) and entry.is_file())
-
-
-def _classes_or_images(folder: Path) -> Classes:
+def _classes_or_images(folder: Path, tree: ImageTree) -> Classes:
     """Return the classes or, in a folder without folders, all images as ``NO_CLASS``."""
-    images = [] if _folders(folder) else _images(folder)
-    return {NO_CLASS: images} if images else class_files(folder)
-
-
-def _stray_note(folder: Path) -> list[str]:
-    """Return a note if there are images beside the folders of the classes."""
-    strays = len(_images(folder)) if _folders(folder) else 0
-    return [f"warning: {strays} images directly in {folder} belong to no class and are not used"] if strays else []
+    images = [] if _folders(folder) else tree.files([folder])[0]
+    return {NO_CLASS: images} if images else class_files(folder, tree)
 
 
 def _split(files: Classes, numbers: Mapping[str, int]) -> Split:

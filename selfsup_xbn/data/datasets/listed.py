@@ -54,7 +54,6 @@ def _order(item: tuple[str, object]) -> tuple[bool, int, str]:
 def _rows(file: Path) -> Iterator[tuple[str, str, str]]:
     """Yield the split, the label and the path of each image."""
     lines = read_lines(file, "write a header path,label and a line per image")
-    lines[0] = lines[0].removeprefix("\ufeff")
     table = csv.reader(lines, delimiter="\t" if "\t" in lines[0] else ",", strict=True)
     columns = _columns(file, [name.strip().lower() for name in next(table)])
     files, listed = lru_cache(None)(file_names), dict[str, str]()

@@ -16,6 +16,7 @@ from jaxtyping import UInt8
 from torch import Tensor
 
 from selfsup_xbn.data.base import ImageData, Split
+from selfsup_xbn.data.datasets._image_tree import ImageTree
 from selfsup_xbn.data.datasets.annotations import count_note, data_folder
 from selfsup_xbn.data.datasets.folder import class_files
 from selfsup_xbn.data.files import SmallFile
@@ -45,7 +46,9 @@ def load(name: str, path: str, *, root: str, workers: int, **_: object) -> Image
         UserError: If the folder has neither layout, a character is in both parts, or a file cannot be read.
     """
     folder = data_folder(name, path, root)
-    train, test = (_characters(part) for part in _parts(folder))
+    parts = _parts(folder)
+    trees = [ImageTree(parts) for _ in parts]
+    train, test = (_characters(part, tree) for part, tree in zip(parts, trees, strict=True))
     if common := train.keys() & test.keys():
         raise UserError(f"{folder}: {min(common)} is in both the training set and the test set; remove one of the two")
     splits = _rotated_split(train, 0, workers), _rotated_split(test, len(train) * ROTATIONS, workers)
@@ -61,7 +64,10 @@ def load(name: str, path: str, *, root: str, workers: int, **_: object) -> Image
         mean=MEAN,
         std=STD,
         augmentation="digits",
-        notes=tuple(count_note(part, split, OFFICIAL[part]) for part, split in zip(OFFICIAL, splits, strict=True)),
+        notes=(
+            *(count_note(part, split, OFFICIAL[part]) for part, split in zip(OFFICIAL, splits, strict=True)),
+            *(note for tree in trees for note in tree.notes()),
+        ),
     )
 
 
@@ -72,11 +78,11 @@ def _parts(folder: Path) -> tuple[Path, Path]:
     return folder / "train", folder / "test"
 
 
-def _characters(folder: Path) -> dict[str, list[str]]:
+def _characters(folder: Path, tree: ImageTree) -> dict[str, list[str]]:
     """Return the drawings of each character. In the official layout its name is ALPHABET/CHARACTER."""
     if not folder.is_dir() and folder.name in ("images_background", "images_evaluation"):
         raise UserError(f"{folder} is not a folder; unpack images_background and images_evaluation into one folder")
-    return class_files(folder)
+    return class_files(folder, tree)
 
 
 def _rotated_split(characters: dict[str, list[str]], first: int, workers: int) -> Split:

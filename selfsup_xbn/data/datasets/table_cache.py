@@ -20,8 +20,13 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int32
 
-FORMAT = "1"
+from selfsup_xbn.utils.files import open_regular, unpacked_bytes
+
+FORMAT = "2"
 """Version of the format, a part of the fingerprint. A change of the columns needs a new version."""
+
+HEADER_BYTES = 4096
+"""More than the bytes of the archive that are not rows of the table: the fingerprint and the headers of both arrays."""
 
 
 class Source(NamedTuple):
@@ -31,11 +36,13 @@ class Source(NamedTuple):
         folder: The folder of the files.
         names: The sorted names of the files.
         fingerprint: A hash of the names, sizes and modification times of the files.
+        size: The number of bytes of all files.
     """
 
     folder: Path
     names: list[str]
     fingerprint: str
+    size: int
 
 
 def source_of(folder: Path, ending: str) -> Source:
@@ -51,7 +58,7 @@ def source_of(folder: Path, ending: str) -> Source:
             if entry.name.endswith(ending) and not entry.name.startswith(".") and (status := entry.stat())
         )
     digest = hashlib.sha256(repr((FORMAT, states)).encode(errors="surrogateescape")).hexdigest()
-    return Source(folder, [name for name, *_ in states], digest)
+    return Source(folder, [name for name, *_ in states], digest, sum(size for _, size, _ in states))
 
 
 def cached(
@@ -92,8 +99,12 @@ def _cache_paths(folder: Path) -> tuple[Path, Path]:
 
 def _load(path: Path, files: Source, width: int) -> Int32[np.ndarray, "N W"] | None:
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            fingerprint, table = str(archive["fingerprint"]), archive["table"]
+        with open_regular(path) as file:
+            # A row is shorter than its text in the source files. A damaged archive may unpack to any size.
+            if unpacked_bytes(file) > files.size + HEADER_BYTES:
+                return None
+            with np.load(file, allow_pickle=False) as archive:
+                fingerprint, table = str(archive["fingerprint"]), archive["table"]
     except Exception:  # NumPy and zipfile raise many types of exceptions for broken files
         return None
     valid = table.dtype == np.int32 and table.ndim == 2 and table.shape[1] == width
