@@ -173,8 +173,8 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
     if options.dry_run:
         from selfsup_xbn.commands.dry_run import cost_lines
 
-        print(json.dumps(resolved(config), indent=2))
-        print(*cost_lines(config), sep="\n")
+        lines = cost_lines(config)
+        print(json.dumps(resolved(config), indent=2), *lines, sep="\n")
         return
     from selfsup_xbn.commands.train import train_run
 

@@ -36,12 +36,12 @@ def cost_lines(config: Config) -> list[str]:
     with torch.device("meta"):
         method = method_class(config).from_config(config, random_encoder(config, channels, size), images)
     steps = images // config.batch_size
-    epochs = f"{config.head_epochs} head epochs and {config.epochs} epochs" if config.head_epochs else config.epochs
+    epochs = f"{config.epochs} epochs" + f" after {config.head_epochs} of the head" * bool(config.head_epochs)
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())
     return [
         *parts,
         f"{'images':<19}{images:,} for training, of {size} x {size} pixels, {channels} channels",
-        f"{'steps':<19}{steps:,} per epoch, {steps * (config.head_epochs + config.epochs):,} in total ({epochs})",
+        f"{'steps':<19}{steps:,} per epoch, {steps * (config.head_epochs + config.epochs):,} in total, {epochs}",
         f"{'parameters':<19}{trained:,} in the encoder {config.backbone}",
         *_weight_lines(config, channels, size),
         f"{'queue':<19}{_queue_line(method.queue)}",

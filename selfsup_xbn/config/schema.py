@@ -61,7 +61,8 @@ class Config:
     # Network
     backbone: str = option(
         "convnet4",
-        "backbone: convnet4, convnet-digits, conv4-64, resnet18-cifar, a torchvision model name, or timm:NAME",
+        "backbone: convnet4, convnet-digits, conv4-64, resnet18-cifar, efficientnet-lite0 (ImageNet weights without a "
+        "download: extra pretrained), a torchvision model name, or timm:NAME",
     )
     head: str = option("linear", "projection head from features to embeddings: linear, mlp, ...")
     dim: int = option(128, "dimension D of the embeddings", minimum=1, maximum=2**20)

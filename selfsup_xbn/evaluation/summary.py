@@ -106,6 +106,8 @@ def progress_text(record: Mapping[str, Any]) -> list[str]:
 def comparison_table(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of a results table in percent, with a row for each of ``BASELINES`` and a column per metric.
 
+    Rows without values are left out.
+
     Args:
         record: The metrics by name, with or without the suffixes of ``BASELINES``.
 
@@ -114,13 +116,19 @@ def comparison_table(record: Mapping[str, Any]) -> list[str]:
         ...     print(line)
         percent                       Recall@1
         raw pixels                       50.00
-        untrained encoder                    -
         trained encoder                  75.00
     """
     titles = {name: title for name, title in columns().items() if name in record}
-    lines = [f"{'percent':<20}" + "".join(f"{title:>18}" for title in titles.values())]
+    if not titles:
+        return []
+    widths = [max(18, len(title) + 2) for title in titles.values()]
+    header = zip(titles.values(), widths, strict=True)
+    lines = [f"{'percent':<20}" + "".join(f"{title:>{width}}" for title, width in header)]
     for row, values in comparison_rows(record, list(titles)).items():
-        lines.append(f"{row:<20}" + "".join(f"{'-':>18}" if v is None else f"{v:>18.2f}" for v in values))
+        if all(value is None for value in values):
+            continue
+        cells = zip(("-" if value is None else f"{value:.2f}" for value in values), widths, strict=True)
+        lines.append(f"{row:<20}" + "".join(f"{cell:>{width}}" for cell, width in cells))
     return lines
 
 
