@@ -122,8 +122,8 @@ def _classifier_line(classifier: dict[str, Tensor]) -> str:
 def write_safetensors(run: TrainedRun, file: BinaryIO) -> list[str]:
     """Write the tensors of backbone and head, and return lines that describe them.
 
-    The metadata of the file has the arguments of ``build_encoder``, mean and standard deviation of the channels and, for
-    a model of timm, the line that loads the backbone into it.
+    The metadata of the file has the arguments of ``build_encoder``, mean and standard deviation of the channels, and
+    the line that loads the backbone into a model of timm.
     """
     from safetensors.torch import save
 

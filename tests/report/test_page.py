@@ -16,6 +16,7 @@ from PIL import Image
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.saved import from_resolved
+from selfsup_xbn.report.thumbnails import draw_pictures
 from selfsup_xbn.runs.folder import read_metrics
 from tests.command_line import image_folder, refused
 
@@ -142,12 +143,21 @@ def test_pictures_do_not_depend_on_the_other_runs(page, runs, capsys):
     assert few == [figures[0], figures[3]]  # gallery and map of the first of three
 
 
-def test_runs_on_a_data_set_show_the_same_queries(page):
-    galleries = re.findall(r'<table class="gallery">.*?</table>', page.source, re.DOTALL)
+def test_runs_on_a_data_set_show_the_same_queries(runs, tmp_path, monkeypatch):
+    chosen = []
+
+    def drawn(run, data, queries):
+        chosen.append(queries)
+        return draw_pictures(run, data, [7, 5, 3] if queries is None else queries)
+
+    monkeypatch.setattr("selfsup_xbn.report.page.draw_pictures", drawn)
+    folders = [str(runs / name) for name in ("xbm", "supervised", "axbn")]
+    assert main(["report", *folders, "--out", str(tmp_path)]) == 0
+    assert chosen == [None, None, [7, 5, 3]]
+    galleries = re.findall(r'<table class="gallery">.*?</table>', (tmp_path / "index.html").read_text(), re.DOTALL)
     queries = [re.findall(r'class="query" src="([^"]*)"', gallery) for gallery in galleries]
-    assert len(queries[0]) == 10
-    assert queries[0] == queries[1]  # xbm, axbn
-    assert galleries[0] != galleries[1]
+    assert len(queries[0]) == 3
+    assert queries[0] == queries[2] != queries[1]
 
 
 def test_results_have_a_column_for_each_run(page):
