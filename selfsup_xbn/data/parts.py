@@ -72,7 +72,7 @@ def part_lines(data: ImageData) -> list[str]:
 
     Example:
         >>> from selfsup_xbn.data import load_data
-        >>> print(*part_lines(load_data("digits")), sep="\\n")
+        >>> print(*part_lines(load_data("digits")), sep="\n")
         training images    1,437 of 10 classes
         test images        360 of 10 classes
         classes            all 10 test classes are training classes

@@ -121,6 +121,8 @@ class Run:
         loss = (self._step if measured or self.graphed is None else self._graphed)(views, batch.labels)
         self.step += 1
         self.meter.add("loss", loss)
+        if self.config.labelled:  # a loss of pairs is 0 if the miner keeps none
+            self.meter.add("steps_without_pairs", loss.detach() == 0)
         if measured:
             self._measure()
 

@@ -103,6 +103,12 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
             progress.epoch(run.epoch, run.epochs, record, evaluations * run.evaluation_seconds)
             if warning := collapse_warning(record["embedding_std"], config.dim):
                 warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
+            if share := record.get("steps_without_pairs"):
+                warnings.warn(
+                    f"epoch {run.epoch}: {share:.0%} of the steps had no pairs, so that their loss is 0 and nothing is "
+                    "learned; try other margins in --miner-args, or --miner none",
+                    stacklevel=2,
+                )
             if run.is_best(record) and config.keeps_best:
                 checkpoint.save(run.state_dict(), log.folder, checkpoint.BEST)
             if run.epoch == run.epochs or (save_epochs and run.epoch % save_epochs == 0):

@@ -102,3 +102,13 @@ def test_validation_folder_selects_the_best_model(tmp_path):
     assert main([*argv, "--data", f"folder:{root}", "--out", str(tmp_path / "run")]) == 0
     assert "recall@1_validation" in read_metrics(tmp_path / "run")[-1]
     assert (tmp_path / "run" / "best.pt").exists()
+
+
+@pytest.mark.parametrize(("margins", "share"), [("pos_margin=3,neg_margin=0.000001", 1), ("pos_margin=0.2", 0)])
+def test_loss_without_pairs_is_said_and_counted(tmp_path, capsys, margins, share):
+    argv = [*SMALL, "--head-epochs", "0", "--miner-args", margins, "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert ("100% of the steps had no pairs" in capsys.readouterr().err) == bool(share)
+    record = read_metrics(tmp_path)[-1]
+    assert record["steps_without_pairs"] == share
+    assert (record["loss"] == 0) == bool(share)
