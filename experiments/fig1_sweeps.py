@@ -3,7 +3,7 @@
 In the paper, with a ResNet-50 on retrieval benchmarks, XBM degrades with small batches and does not benefit from a
 large queue, in contrast to XBN. Paper scale: SOP, queue of 50 % for all batch sizes, batch 64 for all queue sizes.
 Small scale: Omniglot as in ``experiments.omniglot``, 3 epochs at every batch size. 96 runs of two to three minutes took
-two hours on two cores of a 2.1 GHz Xeon, with two runs of one thread in parallel. Runs of ``experiments.table1`` and
+two hours on two cores of a 2.1 GHz Xeon, with two runs of one thread in parallel. Runs of ``experiments.table2`` and
 ``table3`` are reused.
 
 Recall@1 at small scale, 3 seeds (``results/fig1-small.json``, ``.png``)::

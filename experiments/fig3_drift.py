@@ -2,7 +2,7 @@
 
 Drift is the distance that the embeddings of a fixed batch move in one step, as mean and maximum, averaged over an
 epoch. The gap is the distance between the moments of the queue and of the batch, before and after adapting. Small
-scale: Omniglot (``experiments.omniglot``, queue of 50 %), with the runs of ``experiments.table1``. Paper scale: SOP.
+scale: Omniglot (``experiments.omniglot``, queue of 50 %), with the runs of ``experiments.table2``. Paper scale: SOP.
 
 Small scale, 3 seeds (``results/fig3-small.json``, ``.png``), last of 3 epochs: the mean drift of unit vectors in a step
 is 0.04 +- 0.01 without memory, 0.06 +- 0.01 with XBM and 0.07 +- 0.01 with XBN, so XBN does not slow down the encoder.

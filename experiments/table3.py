@@ -2,7 +2,7 @@
 
 Recall@1 with XBM and XBN for the heads L2, L2 + LayerNorm and L2 + BatchNorm. Small scale: Omniglot
 (``experiments.omniglot``, queue of 50 %), 18 runs of two minutes, two in parallel on two cores of a 2.1 GHz Xeon. Paper
-scale: SOP and In-Shop.
+scale: SOP.
 
 Recall@1 at small scale, 3 seeds (``results/table3-small.json``)::
 
@@ -14,15 +14,14 @@ A final BatchNorm recovers most of the loss of XBM, a LayerNorm none of it. XBN 
 either.
 
     python -m experiments.table3 --data omniglot=omniglot:FOLDER
-    python -m experiments.table3 --scale paper --data sop=sop:ROOT --data inshop=inshop:ROOT      # not run
+    python -m experiments.table3 --scale paper --data sop=sop:ROOT      # not run
     python -m experiments.table3 --from-results
 """
 
 from __future__ import annotations
 
-from experiments.retrieval import recipe, rows
+from experiments.retrieval import recipe, rows, show
 from experiments.runs import Experiment
-from experiments.table1 import show
 from selfsup_xbn.config.schema import SuperviseConfig
 
 HEADS = {"l2": "L2", "l2+ln": "L2 + LN", "l2+bn": "L2 + BN"}
@@ -36,7 +35,7 @@ def cells(name: str) -> dict[str, SuperviseConfig]:
     return cells
 
 
-SCALES = {"small": cells("omniglot"), "paper": cells("sop") | cells("inshop")}
+SCALES = {"small": cells("omniglot"), "paper": cells("sop")}
 
 if __name__ == "__main__":
     Experiment("table3", __doc__ or "", SCALES, show).main()

@@ -15,14 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
-from selfsup_xbn.commands.options import config_of, overrides_of
+from selfsup_xbn.commands.options import config_of, overrides_of, recipe_of
 from selfsup_xbn.config.cells import cells_of
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.registry import EVALUATORS, METHODS
 from selfsup_xbn.config.schema import EXPORTS, Config, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, RunsFailed, UserError, printable
-from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option
+from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option, early_options
 from selfsup_xbn.utils.console import show
 
 EXIT_CODES = (
@@ -39,6 +39,11 @@ EXITS: dict[type[Exception], tuple[str, int]] = {
     OSError: ("error", 2),
 }
 """Kind in the message and exit code of each exception that ends a command."""
+
+EVALUATION_OPTIONS = (
+    *("partial_weights", "data", "data_root", "split_classes", "image_size", "mean", "std", "limit_train"),
+    "limit_test",
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -101,9 +106,10 @@ def _parser() -> Parser:
     return parser
 
 
-def _add_training(parser: Parser, mode: str) -> None:
+def _add_training(parser: Parser, args: Sequence[str], mode: str) -> None:
     kind: type[Config] = METHODS[mode]
-    parser.description = f"{METHODS.entries[mode].help}."
+    name, base = recipe_of(early_options(args), kind)
+    parser.description = f"{METHODS.entries[mode].help}." + (f" Defaults: recipe {name}." if name else "")
     _add_recipe(parser, kind)
     parser.add_argument(
         "--resume", action="store_true", help="continue from the last checkpoint in the run folder, if there is one"
@@ -112,24 +118,26 @@ def _add_training(parser: Parser, mode: str) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print the configuration, the number of steps and the size of the queue, and exit",
+        help="print configuration, images and classes, steps, weights and the size of the queue, and exit",
     )
-    _add_options(parser, kind)
+    _add_options(parser, base)
     parser.set_defaults(parser=parser, command=lambda options: _train(options, kind))
 
 
 def _add_recipe(parser: Parser, kind: type[Config]) -> None:
     recipes = [name for name, recipe in RECIPES.items() if type(recipe) is kind]
     parser.add_argument(
-        "--recipe", metavar="NAME", help=f"named configuration to start from: {', '.join(recipes) or 'none'}"
+        "--recipe",
+        metavar="NAME",
+        help=f"named configuration to start from: {', '.join(recipes) or 'none'}; by default the one for --data",
     )
 
 
-def _add_options(parser: Parser, kind: type[Config], but: str = "") -> None:
-    types = get_type_hints(kind)
-    for item in fields(kind):
+def _add_options(parser: Parser, base: Config, but: str = "") -> None:
+    types = get_type_hints(type(base))
+    for item in fields(base):
         if item.name != but:
-            add_option(parser, item, types[item.name])
+            add_option(parser, item, types[item.name], getattr(base, item.name))
 
 
 def _train(options: argparse.Namespace, kind: type[Config]) -> None:
@@ -163,7 +171,7 @@ def _add_compare(parser: Parser) -> None:
         commands.add_parser(mode, help=entry.help, add_options=partial(_add_cells, mode=mode), epilog=EXIT_CODES)
 
 
-def _add_cells(parser: Parser, mode: str) -> None:
+def _add_cells(parser: Parser, args: Sequence[str], mode: str) -> None:
     kind: type[Config] = METHODS[mode]
     parser.description = (
         "Train cells, which are configurations that differ in some options, with several seeds, and compare them with "
@@ -185,7 +193,7 @@ def _add_cells(parser: Parser, mode: str) -> None:
     parser.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/compare-MODE-DATA)")
     parser.add_argument("--commands", action="store_true", help="print the command of each cell, and exit")
     _add_recipe(parser, kind)
-    _add_options(parser, kind, but="out")
+    _add_options(parser, recipe_of(early_options(args), kind)[1], but="out")
     parser.set_defaults(parser=parser, command=lambda options: _compare(options, kind), resume=False)
 
 
@@ -221,12 +229,16 @@ def _add_evaluate(parser: Parser) -> None:
             "--best", action="store_true", help="use the best model by Recall@1 instead of the last one"
         )
         evaluation.add_argument(
-            "--weights", metavar="FILE", help="state dict of a backbone: torchvision, timm, MoCo or lightly"
+            "--weights",
+            metavar="FILE",
+            help="state dict of a backbone (torchvision, timm, MoCo or lightly), or 'imagenet'",
         )
         evaluation.add_argument("--backbone", metavar="NAME", help="architecture of the backbone in --weights")
-        names = ["partial_weights", "data", "data_root", "image_size", "limit_train", *entry.options]
-        for name in [*names, "device", "workers"]:
-            add_option(evaluation, options[name], types[name])
+        evaluation.add_argument(
+            "--only", choices=("trained",), help="evaluate the trained encoder only, without raw pixels and untrained"
+        )
+        for name in [*EVALUATION_OPTIONS, *entry.options, "device", "workers"]:
+            add_option(evaluation, options[name], types[name], options[name].default)
         evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
 
 
@@ -242,10 +254,11 @@ def _evaluate(options: argparse.Namespace) -> None:
         raise UserError(f"{option} is valid with --weights only: the backbone of a run is in its configuration")
     from selfsup_xbn.commands.evaluate import evaluate_run, evaluate_weights
 
+    compare = options.only is None
     if options.run:
-        lines = evaluate_run(options.kind, Path(options.run), overrides, best=options.best)
+        lines = evaluate_run(options.kind, Path(options.run), overrides, best=options.best, compare=compare)
     else:
-        lines = evaluate_weights(options.kind, options.weights, options.backbone, overrides)
+        lines = evaluate_weights(options.kind, options.weights, options.backbone, overrides, compare=compare)
     show(lines)
 
 

@@ -53,22 +53,23 @@ def test_error_is_one_line_with_value_and_remedy(tmp_path, capsys, argv, parts, 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("fault", ["empty class", "no test", "unreadable"])
+@pytest.mark.parametrize("fault", ["empty class", "no train", "unreadable"])
 def test_error_in_an_image_folder_names_the_place(tmp_path, capsys, fault):
     root = image_folder(tmp_path / "photos")
     broken = {
         "empty class": root / "train" / "c",
-        "no test": root / "test",
+        "no train": root / "train",
         "unreadable": root / "train" / "a" / "0.png",
     }[fault]
     if fault == "empty class":
         broken.mkdir()
-    elif fault == "no test":
+    elif fault == "no train":
         broken.rename(tmp_path / "elsewhere")
     else:
         broken.write_bytes(b"no image")
     argv = [*PRETRAIN, "--data", f"folder:{root}", "--batch-size", "2", "--queue-size", "2"]
-    assert str(broken) in refused(capsys, [*argv, "--out", str(tmp_path / "run")])
+    place = root if fault == "no train" else broken
+    assert str(place) in refused(capsys, [*argv, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
 
 

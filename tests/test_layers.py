@@ -15,7 +15,7 @@ ALLOWED = {
     "losses": COMMON | {"memory"},
     "models": COMMON,
     "integrations": COMMON | {"memory", "losses"},
-    "data": COMMON,
+    "data": COMMON | {"models"},
     "methods": COMMON | {"memory", "losses", "models", "integrations"},
     "evaluation": COMMON | {"memory", "models", "data"},
     "runs": COMMON | {"models", "methods"},

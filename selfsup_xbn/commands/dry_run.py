@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
-from selfsup_xbn.config.parsing import parse_validation
+from selfsup_xbn.config.parsing import parse_share
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import data_of
+from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import method_class
 from selfsup_xbn.models.encoder import random_encoder
-from selfsup_xbn.training.preflight import check_sizes
+from selfsup_xbn.models.pretrained import initial_encoder
+from selfsup_xbn.training.preflight import check_config, check_sizes
 
 DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}
 """Number of training images of the data sets that are downloaded on first use."""
@@ -22,24 +24,39 @@ def cost_lines(config: Config) -> list[str]:
     Raises:
         UserError: The configuration is invalid, as in ``train``.
     """
+    check_config(config, download=False)
     size, channels, images, classes = config.image_size or 32, 3, DOWNLOADED.get(config.data), 2
-    if images is None or parse_validation(config.validation):
+    parts: list[str] = []
+    if images is None or parse_share(config.validation, "--validation"):
         data = data_of(config)
         size, channels, images = data.image_size, data.channels, len(data.train)
         classes = 1 + int(data.train.labels.max())
+        parts = [*data.notes, *part_lines(data)]
     images = min(images, config.limit_train or images)
     check_sizes(config, images)
     with torch.device("meta"):
         method = method_class(config).from_config(config, random_encoder(config, channels, size), images)
     method.try_loss(classes)
     steps = images // config.batch_size
+    epochs = f"{config.epochs} epochs" + f" after {config.head_epochs} of the head" * bool(config.head_epochs)
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())
     return [
-        f"training images  {images:,} of {size} x {size} pixels, {channels} channels",
-        f"steps            {steps:,} per epoch, {steps * config.epochs:,} in total",
-        f"parameters       {trained:,} in the encoder {config.backbone}",
-        f"queue            {_queue_line(method.queue)}",
+        *parts,
+        f"{'images':<19}{images:,} for training, of {size} x {size} pixels, {channels} channels",
+        f"{'steps':<19}{steps:,} per epoch, {steps * (config.head_epochs + config.epochs):,} in total, {epochs}",
+        f"{'parameters':<19}{trained:,} in the encoder {config.backbone}",
+        *_weight_lines(config, channels, size),
+        f"{'queue':<19}{_queue_line(method.queue)}",
     ]
+
+
+def _weight_lines(config: Config, channels: int, size: int) -> list[str]:
+    """Return lines on the initial weights. ImageNet weights are not downloaded."""
+    if not config.weights:
+        return [f"{'weights':<19}random"]
+    if config.weights == "imagenet":
+        return [f"{'weights':<19}of ImageNet; random head"]
+    return [f"{'weights':<19}{line}" for line in initial_encoder(config, channels, size)[1]]
 
 
 def _queue_line(queue: FeatureQueue | None) -> str:

@@ -17,9 +17,9 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfsup_xbn.config.schema import EXPORTS
-from selfsup_xbn.data import data_of
+from selfsup_xbn.data import ImageData, data_of
 from selfsup_xbn.errors import UserError, require_package
-from selfsup_xbn.models.backbones import CIFAR, SMALL_BACKBONES, TIMM
+from selfsup_xbn.models.backbones import CIFAR, SMALL_BACKBONES, TIMM, library_name
 from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.runs.folder import read_config, read_metrics
 from selfsup_xbn.runs.load import TrainedRun, load_run
@@ -90,7 +90,7 @@ def write_torchvision(run: TrainedRun, file: BinaryIO) -> list[str]:
         UserError: The backbone is not a model of torchvision.
     """
     name = run.config.backbone
-    if name in SMALL_BACKBONES or name.startswith(TIMM):
+    if name in SMALL_BACKBONES or library_name(name).startswith(TIMM):
         raise UserError(f"backbone {name!r} is not a model of torchvision: use --format safetensors or onnx")
     plain = name.removesuffix(CIFAR)
     with torch.device("meta"):
@@ -120,17 +120,26 @@ def _classifier_line(classifier: dict[str, Tensor]) -> str:
 
 
 def write_safetensors(run: TrainedRun, file: BinaryIO) -> list[str]:
-    """Write the tensors of backbone and head, and return a line that describes them.
+    """Write the tensors of backbone and head, and return lines that describe them.
 
-    The metadata of the file has the arguments of ``build_encoder``.
+    The metadata of the file has the arguments of ``build_encoder``, mean and standard deviation of the channels, and
+    the line that loads the backbone into a model of timm.
     """
     from safetensors.torch import save
 
     settings = {name: str(getattr(run.config, name)) for name in ("backbone", "head", "dim")}
     settings |= {"channels": str(run.channels), "image_size": str(run.image_size)}
+    if (data := _available_data(run)) is not None:
+        settings |= {"mean": _formatted(data.mean), "std": _formatted(data.std)}
+    lines = []
+    if (name := library_name(run.config.backbone)).startswith(TIMM):
+        model = f'timm.create_model("{name.removeprefix(TIMM)}", num_classes=0, in_chans={run.channels})'
+        state = '{k[9:]: v for k, v in safetensors.torch.load_file(FILE).items() if k.startswith("backbone.")}'
+        lines = [f"{model}.load_state_dict({state})"]
+        settings["load"] = lines[0]
     tensors = _tensors(run.trained)
     file.write(save(tensors, {"format": "pt", **settings}))
-    return [f"{len(tensors)} tensors of the encoder: backbone.* and head.*"]
+    return [f"{len(tensors)} tensors of the encoder: backbone.* and head.*", *lines]
 
 
 def write_onnx(run: TrainedRun, file: BinaryIO) -> list[str]:
@@ -194,12 +203,18 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def _input_line(run: TrainedRun) -> str:
     """Return a line on the input of the encoder. The statistics are omitted if the data set is not available."""
+    data = _available_data(run)
     shape = f"input: float32 [B, {run.channels}, {run.image_size}, {run.image_size}]"
-    try:
-        data = data_of(replace(run.config, limit_train=0))
-    except (UserError, OSError):
+    if data is None:
         return f"{shape}, normalized as in {run.config.data}, which is not available here"
     return f"{shape}, (pixel / 255 - {_formatted(data.mean)}) / {_formatted(data.std)} for each channel"
+
+
+def _available_data(run: TrainedRun) -> ImageData | None:
+    try:
+        return data_of(replace(run.config, limit_train=0))
+    except (UserError, OSError):
+        return None
 
 
 def _formatted(values: tuple[float, ...]) -> str:

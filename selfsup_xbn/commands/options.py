@@ -7,7 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from selfsup_xbn.config.recipes import RECIPES, default_recipe
+from selfsup_xbn.config.recipes import RECIPES, recipe_for
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError, near
 
@@ -15,7 +15,8 @@ from selfsup_xbn.errors import UserError, near
 def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
     """Return the configuration that parsed options stand for.
 
-    The options override the recipe or, with ``--resume`` and no ``--recipe``, the configuration of the saved run.
+    The options override the recipe, by default the one for the data set. With ``--resume`` and no ``--recipe`` they
+    override the configuration of the saved run.
 
     Args:
         options: Parsed options.
@@ -25,8 +26,8 @@ def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
         UserError: The recipe is unknown, or an option is invalid.
     """
     overrides = overrides_of(options, kind)
-    recipe = RECIPES.get(options.recipe) if options.recipe else default_recipe(kind.mode)
-    if recipe is None or type(recipe) is not kind:
+    name, recipe = recipe_of(options, kind)
+    if options.recipe and options.recipe != name:
         names = [name for name, other in RECIPES.items() if type(other) is kind]
         raise UserError(
             f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
@@ -39,6 +40,14 @@ def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
         if has_run(folder) and type(saved := read_config(folder)) is kind:
             return replace(saved, **overrides)
     return config
+
+
+def recipe_of(options: argparse.Namespace, kind: type[Config]) -> tuple[str | None, Config]:
+    """Return the recipe that the options name or, without a valid name, the one for the data set, with its name."""
+    name = options.recipe
+    if name not in RECIPES or type(RECIPES[name]) is not kind:
+        name = recipe_for(kind.mode, getattr(options, "data", None) or "")
+    return name, RECIPES[name] if name else kind()
 
 
 def overrides_of(options: argparse.Namespace, kind: type[Config]) -> dict[str, Any]:

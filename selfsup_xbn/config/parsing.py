@@ -34,24 +34,52 @@ def parse_rows(text: str, images: int) -> int:
     return rows
 
 
-def parse_validation(text: str) -> float:
-    """Return the share of the training classes to hold out, in [0, 1).
+def parse_share(text: str, flag: str) -> float:
+    """Return a share of the training classes, in [0, 1).
 
     Args:
         text: ``"P%"``, or ``"0"`` for none.
+        flag: Name of the option for the error message.
 
     Raises:
         UserError: ``text`` is neither 0 nor a percentage below 100.
 
     Example:
-        >>> parse_validation("10%"), parse_validation("0")
+        >>> parse_share("10%", "--validation"), parse_share("0", "--validation")
         (0.1, 0.0)
     """
     text = text.strip()
     with contextlib.suppress(ValueError):
         if text == "0" or (text.endswith("%") and _percent(text) < 100):
             return 0.0 if text == "0" else _percent(text) / 100
-    raise UserError(f"--validation: expected 0 or a percentage below 100% of the training classes, got {text!r}")
+    raise UserError(f"{flag}: expected 0 or a percentage below 100% of the training classes, got {text!r}")
+
+
+def parse_channels(text: str, flag: str, channels: int = 0) -> tuple[float, ...]:
+    """Return a number per channel.
+
+    Args:
+        text: A number for all channels, numbers separated by commas, or ``""`` for none.
+        flag: Name of the option for the error message.
+        channels: Number of channels; 0 if it is not known.
+
+    Raises:
+        UserError: ``text`` is not such a list of finite numbers, a standard deviation is not positive, or the number
+            of values is not that of the channels.
+
+    Example:
+        >>> parse_channels("0.5", "--mean", 3), parse_channels("", "--mean", 3)
+        ((0.5, 0.5, 0.5), ())
+    """
+    try:
+        values = tuple(float(part) for part in text.split(",")) if text else ()
+    except ValueError:
+        values = (math.nan,)
+    if not all(math.isfinite(value) and (value > 0 or flag == "--mean") for value in values) or (
+        channels and len(values) not in (0, 1, channels)
+    ):
+        raise UserError(f"{flag}: expected a number, or {channels or 3} separated by commas, got {text!r}")
+    return values * channels if len(values) == 1 else values
 
 
 def _percent(text: str) -> float:

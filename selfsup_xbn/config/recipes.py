@@ -31,6 +31,22 @@ _SMALL = SuperviseConfig(
     backbone="convnet4", batch_size=64, optimizer="adamw", lr=1e-3, schedule="constant", epochs=3, knn_k=20
 )
 
+# Photographs of any kind, for a CPU: ImageNet weights whose BatchNorm layers stay as they are.
+_PHOTOS = SuperviseConfig(
+    backbone="efficientnet-lite0",
+    weights="imagenet",
+    freeze_bn=True,
+    image_size=128,
+    dim=128,
+    batch_size=32,
+    queue_size="50%",
+    optimizer="adamw",
+    lr=1e-4,
+    epochs=10,
+    head_epochs=1,
+    knn_k=20,
+)
+
 RECIPES: dict[str, Config] = {
     # Characters that need no download. Views, momentum and epochs were chosen on a quarter of the training characters.
     # MoCo has strong views and keys that change fast, which make a plain queue stale. With the views of "glyphs" (mode
@@ -55,7 +71,12 @@ RECIPES: dict[str, Config] = {
         _SMALL, data="digits-disjoint", backbone="convnet-digits", batch_size=60, images_per_class=12, epochs=20
     ),
     "omniglot": replace(_SMALL, data="omniglot", backbone="conv4-64", queue_size="6000", augmentation="none"),
+    "photos": _PHOTOS,
+    "photos-pretrain": PretrainConfig(
+        backbone="resnet18", head="mlp", image_size=96, batch_size=64, queue_size="50%", weight_decay=1e-4, knn_k=20
+    ),
     "cars196": replace(_PAPER, data="cars196", queue_size="100%"),
+    "cub200": replace(_PAPER, data="cub200", queue_size="100%"),
     "sop": replace(_PAPER, data="sop"),
     "inshop": replace(_PAPER, data="inshop"),
     "deepfashion2": replace(_PAPER, data="deepfashion2", queue_size="100%", gain_interval=10),
@@ -66,3 +87,30 @@ DEFAULT_RECIPES = {"pretrain": "glyphs-moco", "supervise": "glyphs"}
 def default_recipe(mode: str) -> Config:
     """Return the configuration of a mode that is used if no recipe is given."""
     return RECIPES[DEFAULT_RECIPES[mode]] if mode in DEFAULT_RECIPES else METHODS[mode]()
+
+
+PHOTOGRAPHS = {"folder", "list", "sop", "inshop", "deepfashion2", "cars196", "cub200"}
+"""Data sets that take the recipe for photographs in a mode without a recipe for the data set itself."""
+
+
+def recipe_for(mode: str, data: str = "") -> str | None:
+    """Return the name of the recipe of a mode that is used for a data set if no recipe is given.
+
+    It is the recipe with this data set, ``photos`` or ``photos-pretrain`` for other photographs, or the default recipe
+    of the mode.
+
+    Args:
+        mode: Name of the mode.
+        data: Specification of the data set, or "" if it is not given.
+
+    Example:
+        >>> recipe_for("supervise", "sop:/data/sop"), recipe_for("pretrain", "folder:photos")
+        ('sop', 'photos-pretrain')
+    """
+    default = DEFAULT_RECIPES.get(mode)
+    source = data.partition(":")[0]
+    if not source or default is None or source == RECIPES[default].data:
+        return default
+    own = (name for name, recipe in RECIPES.items() if recipe.mode == mode and recipe.data == source)
+    photos = {"supervise": "photos", "pretrain": "photos-pretrain"}.get(mode) if source in PHOTOGRAPHS else None
+    return next(own, photos or default)

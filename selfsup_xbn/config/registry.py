@@ -142,6 +142,7 @@ DATA_SETS = Registry(
         "cub200": Entry("selfsup_xbn.data.datasets.cub200:load", "CUB-200-2011, disjoint test classes"),
         "omniglot": Entry("selfsup_xbn.data.datasets.omniglot:load", "Omniglot, disjoint test alphabets"),
         "folder": Entry("selfsup_xbn.data.datasets.folder:load", "images in PATH/train/CLASS/ and PATH/test/CLASS/"),
+        "list": Entry("selfsup_xbn.data.datasets.listed:load", "images in a CSV file: path, label and split"),
     },
 )
 """Functions ``load(name, path, *, root, cache_bytes, workers)`` that return ``ImageData``."""

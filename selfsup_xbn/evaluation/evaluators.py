@@ -19,7 +19,7 @@ from selfsup_xbn.data import ImageData, Split
 from selfsup_xbn.evaluation._split_features import CHUNK, backbone_features, pixel_features
 from selfsup_xbn.evaluation.features import extract_features
 from selfsup_xbn.evaluation.knn import knn_classify
-from selfsup_xbn.evaluation.retrieval import retrieval_metrics
+from selfsup_xbn.evaluation.retrieval import recall_at_k, retrieval_metrics
 from selfsup_xbn.models.encoder import Encoder
 
 
@@ -206,7 +206,14 @@ class FeatureEvaluator:
 
     def embeddings(self, encoder: Encoder) -> list[Float[Tensor, "_ D"]]:
         """Return the embeddings of the test images and, if there is one, of the gallery."""
-        features = [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
+        return self.projections(encoder, self.features(encoder))
+
+    def features(self, encoder: Encoder) -> list[Float[Tensor, "_ F"]]:
+        """Return the features of the backbone for the test images and, if there is one, for the gallery."""
+        return [backbone_features(encoder, split, self.data, self.device, self.workers) for split in self._splits()]
+
+    def projections(self, encoder: Encoder, features: list[Float[Tensor, "_ F"]]) -> list[Float[Tensor, "_ D"]]:
+        """Return the embeddings of the results of ``features``."""
         return [extract_features(encoder.head, iter(rows.split(CHUNK))) for rows in features]
 
     def _splits(self) -> list[Split]:
@@ -251,6 +258,14 @@ class RetrievalEvaluator(FeatureEvaluator):
     def title(cls, config: Config) -> str:
         """Return the title of a table: the metric and the data set."""
         return f"retrieval on {config.data}"
+
+    def encoder(self, encoder: Encoder) -> dict[str, float]:
+        """Return the metrics of the embeddings, and the Recall@1 of the backbone's features, ``recall@1_backbone``."""
+        features = self.features(encoder)
+        labels = [split.labels for split in self._splits()]
+        gallery, gallery_labels = (features[1], labels[1]) if len(features) > 1 else (None, None)
+        recall = recall_at_k(features[0], labels[0], gallery, gallery_labels, (1,))[1]
+        return self._measure(self.projections(encoder, features)) | {"recall@1_backbone": recall}
 
     def measure(
         self,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 BASELINES = {"raw pixels": "_raw_pixels", "untrained encoder": "_untrained", "trained encoder": ""}
-"""Rows of a results table, with the suffix of the metrics' names in the record."""
+"""Rows of a results table, with the suffix of the metrics' names in the record. The untrained encoder has the initial
+weights of the run: random ones, or those of ``--weights`` with a random head."""
 
 
 @dataclass(frozen=True)
@@ -36,12 +37,15 @@ GAP = "moments: queue against batch (std)"
 
 METRICS = [
     Metric("loss", panel="loss", label="loss", progress="loss {:.3f}"),
+    Metric("head_loss", panel="loss", label="head epochs", progress="head loss {:.3f}"),
     Metric("knn_top1", "k-NN, projection", KNN, "projection", "k-NN {:.1f} %"),
     Metric("knn_top1_backbone", "k-NN, backbone", KNN, "backbone", "(backbone {:.1f} %)"),
     Metric("recall@1", "Recall@1", RECALL, "trained", "Recall@1 {:.1f} %"),
+    Metric("recall@1_backbone", "Recall@1, backbone", RECALL, "backbone", "(backbone {:.1f} %)"),
     Metric("recall@10", "Recall@10"),
     Metric("recall@100", "Recall@100"),
     Metric("recall@1000", "Recall@1000"),
+    Metric("knn_top1_validation", panel=KNN, label="validation", progress="validation {:.1f} %"),
     Metric("recall@1_validation", panel=RECALL, label="validation classes", progress="validation {:.1f} %"),
     Metric("r_precision", "R-precision"),
     Metric("map@r", "MAP@R"),
@@ -72,7 +76,7 @@ def panels() -> dict[str, dict[str, str]]:
 
     Example:
         >>> panels()["loss"]
-        {'loss': 'loss'}
+        {'loss': 'loss', 'head_loss': 'head epochs'}
     """
     curves: dict[str, dict[str, str]] = {metric.panel: {} for metric in METRICS if metric.panel}
     for panel, labels in curves.items():
@@ -102,6 +106,8 @@ def progress_text(record: Mapping[str, Any]) -> list[str]:
 def comparison_table(record: Mapping[str, Any]) -> list[str]:
     """Return the lines of a results table in percent, with a row for each of ``BASELINES`` and a column per metric.
 
+    Rows without values are left out.
+
     Args:
         record: The metrics by name, with or without the suffixes of ``BASELINES``.
 
@@ -110,13 +116,19 @@ def comparison_table(record: Mapping[str, Any]) -> list[str]:
         ...     print(line)
         percent                       Recall@1
         raw pixels                       50.00
-        untrained encoder                    -
         trained encoder                  75.00
     """
     titles = {name: title for name, title in columns().items() if name in record}
-    lines = [f"{'percent':<20}" + "".join(f"{title:>18}" for title in titles.values())]
+    if not titles:
+        return []
+    widths = [max(18, len(title) + 2) for title in titles.values()]
+    header = zip(titles.values(), widths, strict=True)
+    lines = [f"{'percent':<20}" + "".join(f"{title:>{width}}" for title, width in header)]
     for row, values in comparison_rows(record, list(titles)).items():
-        lines.append(f"{row:<20}" + "".join(f"{'-':>18}" if v is None else f"{v:>18.2f}" for v in values))
+        if all(value is None for value in values):
+            continue
+        cells = zip(("-" if value is None else f"{value:.2f}" for value in values), widths, strict=True)
+        lines.append(f"{row:<20}" + "".join(f"{cell:>{width}}" for cell, width in cells))
     return lines
 
 

@@ -180,7 +180,7 @@ class MetricLearning(Method):
         self.encoder.backbone.eval()
         with torch.no_grad():
             features = self.encoder.features(views[0])
-        self.encoder.backbone.train()
+        self.encoder.train()
         return sup_con(gather(self.encoder.head(features), len(labels)), labels)
 
 

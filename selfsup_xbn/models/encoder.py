@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError
@@ -27,14 +28,33 @@ class Encoder(nn.Module):
         head: module that maps features [B, F] to embeddings [B, D]. The embeddings are not normalised.
         feature_dim: number of features F.
         dim: number of embedding dimensions D.
+        freeze_bn: whether the BatchNorm layers of the backbone stay in eval mode and are not trained.
     """
 
-    def __init__(self, backbone: nn.Module, head: nn.Module, feature_dim: int, dim: int) -> None:
+    def __init__(
+        self, backbone: nn.Module, head: nn.Module, feature_dim: int, dim: int, *, freeze_bn: bool = False
+    ) -> None:
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.feature_dim = feature_dim
         self.dim = dim
+        self.freeze_bn = freeze_bn
+        if freeze_bn:
+            for norm in self._norms():
+                norm.requires_grad_(False)
+            self.train()
+
+    def train(self, mode: bool = True) -> Encoder:
+        """Set training or eval mode. Frozen BatchNorm layers stay in eval mode."""
+        super().train(mode)
+        if self.freeze_bn:
+            for norm in self._norms():
+                norm.eval()
+        return self
+
+    def _norms(self) -> list[nn.Module]:
+        return [module for module in self.backbone.modules() if isinstance(module, _BatchNorm)]
 
     def features(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B F"]:
         """Return the output of the backbone, the representation for downstream tasks."""
@@ -54,20 +74,22 @@ def build_encoder(
     head: str = "linear",
     bn_splits: int = 1,
     weights: str | None = None,
+    freeze_bn: bool = False,
 ) -> Encoder:
     """Return an encoder with the given backbone and head.
 
     Args:
         backbone: name of a small network for CPUs (``"convnet4"``, ``"convnet-digits"``, ``"conv4-64"``), a torchvision
             classification model (``"resnet50"``), a torchvision ResNet with a stem for small images
-            (``"resnet18-cifar"``), or a timm model (``"timm:vit_small_patch16_224"``). Parameters keep the names of the
-            library.
+            (``"resnet18-cifar"``), a timm model (``"timm:vit_small_patch16_224"``), or ``"efficientnet-lite0"``, timm's
+            ``tf_efficientnet_lite0`` with weights that need no download. Parameters keep the names of the library.
         dim: number of embedding dimensions D.
         channels: number of image channels C.
         image_size: side S of the images in pixels. Architectures that depend on it are built for this size.
         head: a key of ``HEADS``.
         bn_splits: number of splits of a batch with separate BatchNorm statistics (``SplitBatchNorm2d``).
         weights: ``"imagenet"`` for the weights of the library, None for random weights.
+        freeze_bn: whether the BatchNorm layers of the backbone keep their statistics, scale and shift.
 
     Returns:
         Encoder of images [B, C, S, S], in training mode.
@@ -97,7 +119,7 @@ def build_encoder(
         ) from error
     if bn_splits > 1:
         _split_norms(network, bn_splits, backbone)
-    return Encoder(network, HEADS[head](feature_dim, dim), feature_dim, dim)
+    return Encoder(network, HEADS[head](feature_dim, dim), feature_dim, dim, freeze_bn=freeze_bn)
 
 
 def random_encoder(
@@ -122,6 +144,7 @@ def random_encoder(
         head=config.head,
         bn_splits=max(1, config.bn_splits // world()),
         weights=weights,
+        freeze_bn=config.freeze_bn,
     )
 
 

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.models.backbones import check_backbone, require_known
 from selfsup_xbn.models.encoder import Encoder, random_encoder
-from selfsup_xbn.utils.console import show
+from selfsup_xbn.models.heads import HEADS
 from selfsup_xbn.utils.safe_loading import read_values
 
 
@@ -111,21 +112,54 @@ def load_weights(model: nn.Module, path: str | PathLike[str], *, partial: bool =
     return report
 
 
-def initial_encoder(config: Config, channels: int, image_size: int) -> Encoder:
-    """Return the encoder of a config with its initial weights: random, of ImageNet, or of a file.
+def initial_encoder(config: Config, channels: int, image_size: int) -> tuple[Encoder, list[str]]:
+    """Return the encoder of a config with its initial weights, and lines that describe them.
 
-    For a file, the report of ``load_weights`` is printed.
+    The weights are random, those of ImageNet, or those of a file.
 
     Args:
         config: settings of the run.
         channels: number of image channels.
         image_size: side of the images in pixels.
+
+    Raises:
+        UserError: the encoder cannot be built, or the weights cannot be loaded.
     """
-    if config.weights in ("", "imagenet"):
-        return random_encoder(config, channels, image_size, "imagenet" if config.weights else None)
+    if config.weights == "":
+        return random_encoder(config, channels, image_size), []
+    if config.weights == "imagenet":
+        encoder = random_encoder(config, channels, image_size, "imagenet")
+        return encoder, [f"imagenet: all {len(encoder.backbone.state_dict())} tensors of the backbone; random head"]
     encoder = random_encoder(config, channels, image_size)
-    show(load_weights(encoder, config.weights, partial=config.partial_weights).lines())
-    return encoder
+    return encoder, load_weights(encoder, config.weights, partial=config.partial_weights).lines()
+
+
+def check_weights(config: Config, *, download: bool = True) -> None:
+    """Check that the network of a config exists and that its initial weights can be loaded, before data is read.
+
+    The number of channels and the side of the images are not known yet. Networks for 3 channels and for 1 channel and
+    the side of the config, by default 224 pixels, are tried.
+
+    Args:
+        config: settings of the run.
+        download: whether ImageNet weights may be downloaded. Otherwise they are not loaded.
+
+    Raises:
+        UserError: the backbone or the head is unknown, or the weights cannot be loaded.
+    """
+    check_backbone(config.backbone, "imagenet" if config.weights == "imagenet" else None)
+    require_known(config.head, HEADS, "head")
+    if not config.weights or (config.weights == "imagenet" and not download):
+        return
+    try:
+        initial_encoder(config, 3, config.image_size or 224)
+    except UserError as error:
+        if config.weights == "imagenet":
+            raise
+        try:
+            initial_encoder(config, 1, config.image_size or 224)
+        except UserError:
+            raise error from None
 
 
 # ---------------------------------------------------------------- reading

@@ -21,6 +21,8 @@ from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.utils.atomic import replacing
 
 BLOCK = 1024
+TITLE = 20
+"""Maximum number of characters of a class name above an image."""
 
 
 def draw_gallery(
@@ -48,14 +50,14 @@ def draw_gallery(
     data = evaluator.data
     shown = nearest_images(evaluator.embeddings(encoder), data, rows, nearest)
     columns = 1 + len(shown[0].nearest)
-    figure = Figure(figsize=(1.2 * columns, 1.25 * len(shown)), layout="constrained")
+    figure = Figure(figsize=(1.5 * columns, 1.75 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
     figure.suptitle("query and its nearest images (green: same class, red: other class)", fontsize="medium")
     searched = data.gallery or data.test
     for axes, row in zip(figure.subplots(len(shown), columns, squeeze=False), shown, strict=True):
-        _thumbnail(axes[0], image_pixels(data.test, row.query, data), "black")
+        _thumbnail(axes[0], data.test, row.query, data, "black")
         for cell, index, right in zip(axes[1:], row.nearest, row.right, strict=True):
-            _thumbnail(cell, image_pixels(searched, index, data), "tab:green" if right else "tab:red")
+            _thumbnail(cell, searched, index, data, "tab:green" if right else "tab:red")
     path = folder / "retrieval.png"
     with replacing(path) as file:
         figure.savefig(file, dpi=100)
@@ -77,7 +79,11 @@ class GalleryRow(NamedTuple):
 
 
 def nearest_images(
-    embeddings: Sequence[Float[Tensor, "_ D"]], data: ImageData, rows: int = 10, nearest: int = 5
+    embeddings: Sequence[Float[Tensor, "_ D"]],
+    data: ImageData,
+    rows: int = 10,
+    nearest: int = 5,
+    chosen: Sequence[int] | None = None,
 ) -> list[GalleryRow]:
     """Select queries as in ``draw_gallery``, and find their nearest images.
 
@@ -86,11 +92,12 @@ def nearest_images(
         data: Data set.
         rows: Number of queries.
         nearest: Number of images K per query.
+        chosen: Indices of the queries, in place of the selection.
     """
     queries, gallery = F.normalize(embeddings[0], dim=1), F.normalize(embeddings[-1], dim=1)
     lead, columns = _search(queries, gallery, data, min(nearest, len(gallery) - 1))
     right = (data.gallery or data.test).labels[columns] == data.test.labels[:, None]
-    return [GalleryRow(q, columns[q].tolist(), right[q].tolist()) for q in choose_queries(lead, rows)]
+    return [GalleryRow(q, columns[q].tolist(), right[q].tolist()) for q in chosen or choose_queries(lead, rows)]
 
 
 def choose_queries(lead: Float[Tensor, "N"], rows: int) -> list[int]:
@@ -139,7 +146,15 @@ def image_pixels(split: Split, index: int, data: ImageData) -> UInt8[Tensor, "C 
     return EvalFile(split, data.image_size)(index) if split.images is None else split.images[index]
 
 
-def _thumbnail(axes: Any, pixels: UInt8[Tensor, "C _ _"], color: str) -> None:
+def class_name(data: ImageData, label: int) -> str:
+    """Return the name of a class, or its number if the data set has no name for it."""
+    return str(data.classes[label]) if label < len(data.classes) else str(label)
+
+
+def _thumbnail(axes: Any, split: Split, index: int, data: ImageData, color: str) -> None:
+    pixels = image_pixels(split, index, data)
+    name = class_name(data, int(split.labels[index])).rpartition("/")[2]
+    axes.set_title(name if len(name) <= TITLE else name[: TITLE - 1] + "…", fontsize="x-small", parse_math=False)
     axes.imshow(pixels.squeeze(0).numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).numpy(), cmap="gray")
     axes.set(xticks=[], yticks=[])
     for side in axes.spines.values():

@@ -127,7 +127,8 @@ def write_report(
     _check_out(path)
     cells = cells or {name: [folder] for folder, name in _named(folders).items()}
     runs = [_entry(paths, name, f"run{i % COLORS}") for i, (name, paths) in enumerate(cells.items())]
-    runs = [_with_pictures(run) for run in runs]
+    queries: dict[str, list[int]] = {}
+    runs = [_with_pictures(run, queries) for run in runs]
     page = _page(runs).encode(errors="replace")
     out.mkdir(parents=True, exist_ok=True)
     with replacing(path, "choose another --out") as file:
@@ -159,19 +160,22 @@ def _entry(folders: Sequence[Path], name: str, color: str) -> RunEntry:
     return RunEntry(name, folders, configs, read_environment(folders[0]), records, color)
 
 
-def _with_pictures(run: RunEntry) -> RunEntry:
+def _with_pictures(run: RunEntry, queries: dict[str, list[int]]) -> RunEntry:
+    """Return the run with pictures. The queries of the first run on a data set are those of all runs on it."""
     try:
         trained = load_run(run.folders[0])
-        return replace(run, pictures=draw_pictures(trained, _data(run.config, trained.image_size)))
+        data = _data(run.config, trained.image_size)
+        pictures = draw_pictures(trained, data, queries.get(data.name))
+        queries.setdefault(data.name, pictures.queries)
+        return replace(run, pictures=pictures)
     except (UserError, OSError) as error:
         return replace(run, note=f"no pictures ({' '.join(str(error).split())})")
 
 
 def _data(config: Config, image_size: int) -> ImageData:
     """Return the data set. Runs on the same data set share it."""
-    return _load(
-        PretrainConfig(data=config.data, data_root=config.data_root, image_size=image_size, workers=config.workers)
-    )
+    names = ("data", "data_root", "split_classes", "backbone", "weights", "mean", "std", "workers")
+    return _load(PretrainConfig(image_size=image_size, **{name: getattr(config, name) for name in names}))
 
 
 _load = lru_cache(maxsize=2)(data_of)
@@ -196,8 +200,7 @@ def _page(runs: list[RunEntry]) -> str:
         settings=settings,
         differences=[row for row in settings if row.name != "out" and any(row.differs)],
         plots=[plot for title, keys in panels().items() if (plot := _plot(title, keys, runs))],
-        columns=[columns()[name] for name in _measured(runs)],
-        results=[(run, _results(run, _measured(runs))) for run in runs],
+        results={columns()[name]: _results(runs, name) for name in _measured(runs)},
         versions=_table([run.environment for run in runs]),
         map_method=embedding_map.METHOD,
     )
@@ -255,9 +258,11 @@ def _measured(runs: list[RunEntry]) -> list[str]:
     return [name for name in columns() if any(points_of(records, name) for run in runs for records in run.records)]
 
 
-def _results(run: RunEntry, names: list[str]) -> dict[str, list[str]]:
-    rows = [comparison_rows(latest(records), names) for records in run.records]
-    return {name: [_mean_text(values) for values in zip(*(row[name] for row in rows), strict=True)] for name in rows[0]}
+def _results(runs: list[RunEntry], name: str) -> list[Row]:
+    """Return the rows of a metric in the results table: raw pixels, untrained and trained encoder of each run."""
+    columns = [[comparison_rows(latest(records), [name]) for records in run.records] for run in runs]
+    rows = [Row(row, [_mean_text([seed[row][0] for seed in column]) for column in columns]) for row in columns[0][0]]
+    return [row for row in rows if set(row.values) != {NO_VALUE}]
 
 
 def _mean_text(values: Sequence[float | None]) -> str:

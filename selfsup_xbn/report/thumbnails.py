@@ -14,7 +14,7 @@ from torchvision.transforms.functional import to_pil_image
 from selfsup_xbn.data import ImageData, Split
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
-from selfsup_xbn.report.gallery import image_pixels, nearest_images
+from selfsup_xbn.report.gallery import GalleryRow, class_name, image_pixels, nearest_images
 from selfsup_xbn.report.map import first_of_each, plane_of, spread_classes
 from selfsup_xbn.runs.load import TrainedRun
 from selfsup_xbn.utils.device import device_of
@@ -23,8 +23,8 @@ SEARCHED, SEARCHED_PER_CLASS = 2000, 20
 """Approximate number of images to search, and minimum number of images per class, if the class has as many."""
 MAP_CLASSES, MAP_PER_CLASS = 12, 25
 """Number of classes on the map, and number of images per class."""
-SIDE = 48
-"""Height and width of a thumbnail in pixels."""
+SIDE, MAP_SIDE = 112, 48
+"""Height and width in pixels of a thumbnail in the gallery and on the map."""
 
 
 class Thumbnail(NamedTuple):
@@ -62,6 +62,7 @@ class Pictures(NamedTuple):
 
     Attributes:
         gallery: Rows of images, each with the query first.
+        queries: Indices of the queries in the searched subset.
         searched: Number of images that were searched.
         images: Number of images in the data set to search.
         dots: Images on the map.
@@ -69,13 +70,14 @@ class Pictures(NamedTuple):
     """
 
     gallery: list[list[Thumbnail]]
+    queries: list[int]
     searched: int
     images: int
     dots: list[Dot]
     classes: list[str]
 
 
-def draw_pictures(run: TrainedRun, data: ImageData) -> Pictures:
+def draw_pictures(run: TrainedRun, data: ImageData, chosen: list[int] | None = None) -> Pictures:
     """Return the gallery and the map of a run on a subset of its test images.
 
     The subset depends on the data set only, so that runs on the same data set are comparable.
@@ -83,18 +85,24 @@ def draw_pictures(run: TrainedRun, data: ImageData) -> Pictures:
     Args:
         run: Run with its encoder.
         data: Data set of the run.
+        chosen: Queries to show, as in ``Pictures.queries``. By default they are selected as in ``nearest_images``.
 
     Raises:
-        UserError: The number of channels does not fit the network, or an embedding is not finite.
+        UserError: There are no test images, the number of channels does not fit the network, or an embedding is not
+            finite.
     """
     if data.channels != run.channels:
         raise UserError(f"{data.name}: expected images of {run.channels} channels, got {data.channels}")
+    if not len(data.test):
+        raise UserError(f"{data.name} has no test images")
     subset, device = _subset(data), device_of("auto")
     evaluator = RetrievalEvaluator(subset, device=device, workers=run.config.workers)
     embeddings = [rows.cpu() for rows in evaluator.embeddings(run.trained.to(device))]
     dots, classes = _map(embeddings[0], subset)
     searched = subset.gallery or subset.test
-    return Pictures(_gallery(embeddings, subset), len(searched), len(data.gallery or data.test), dots, classes)
+    rows = nearest_images(embeddings, subset, chosen=chosen)
+    queries = [row.query for row in rows]
+    return Pictures(_gallery(rows, subset), queries, len(searched), len(data.gallery or data.test), dots, classes)
 
 
 def _subset(data: ImageData) -> ImageData:
@@ -111,12 +119,12 @@ def _subset(data: ImageData) -> ImageData:
     return replace(data, test=test, gallery=gallery)
 
 
-def _gallery(embeddings: list[Float[Tensor, "_ D"]], data: ImageData) -> list[list[Thumbnail]]:
+def _gallery(rows: list[GalleryRow], data: ImageData) -> list[list[Thumbnail]]:
     searched = data.gallery or data.test
     return [
         [_thumbnail(data.test, row.query, data, right=True)]
         + [_thumbnail(searched, index, data, right) for index, right in zip(row.nearest, row.right, strict=True)]
-        for row in nearest_images(embeddings, data)
+        for row in rows
     ]
 
 
@@ -124,26 +132,24 @@ def _map(embeddings: Float[Tensor, "N D"], data: ImageData) -> tuple[list[Dot], 
     classes = spread_classes(data.test.labels, MAP_CLASSES)
     selected = first_of_each(data.test.labels, classes, MAP_PER_CLASS)
     groups = {name: group for group, name in enumerate(classes.tolist())}
-    positions = zip(selected.tolist(), plane_of(embeddings[selected]).tolist(), strict=True)
+    labels = data.test.labels[selected].tolist()
+    positions = zip(selected.tolist(), labels, plane_of(embeddings[selected]).tolist(), strict=True)
     dots = [
-        Dot(round(x, 4), round(y, 4), _source(image_pixels(data.test, i, data)), groups[int(data.test.labels[i])])
-        for i, (x, y) in positions
+        Dot(round(x, 4), round(y, 4), _source(image_pixels(data.test, index, data), MAP_SIDE), groups[label])
+        for index, label, (x, y) in positions
     ]
-    return dots, [_name(data, label) for label in groups]
+    return dots, [class_name(data, label) for label in groups]
 
 
 def _thumbnail(split: Split, index: int, data: ImageData, right: bool) -> Thumbnail:
-    return Thumbnail(_source(image_pixels(split, index, data)), _name(data, int(split.labels[index])), right)
+    name = class_name(data, int(split.labels[index]))
+    return Thumbnail(_source(image_pixels(split, index, data), SIDE), name, right)
 
 
-def _name(data: ImageData, label: int) -> str:
-    return str(data.classes[label]) if label < len(data.classes) else str(label)
-
-
-def _source(pixels: UInt8[Tensor, "C H W"]) -> str:
+def _source(pixels: UInt8[Tensor, "C H W"], side: int) -> str:
     """Return a thumbnail as a data URI: JPEG for photographs, PNG for small or gray images."""
     image = to_pil_image(pixels)
-    image.thumbnail((SIDE, SIDE))
+    image.thumbnail((side, side))
     kind = "jpeg" if len(pixels) == 3 and image.width > 32 else "png"
     content = io.BytesIO()
     image.save(content, kind)

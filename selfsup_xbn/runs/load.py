@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from pathlib import Path
 from typing import NamedTuple
-
-import torch
 
 from selfsup_xbn.config.saved import differences, from_resolved
 from selfsup_xbn.config.schema import Config
@@ -26,18 +23,16 @@ class TrainedRun(NamedTuple):
         image_size: Height and width in pixels of the images that the network takes.
         channels: Number of channels of the images.
         trained: Encoder after training.
-        untrained: Encoder before training.
     """
 
     config: Config
     image_size: int
     channels: int
     trained: Encoder
-    untrained: Encoder
 
 
 def load_run(folder: Path, best: bool = False) -> TrainedRun:
-    """Load a run with its encoder after and before training.
+    """Load a run with its encoder after training.
 
     Args:
         folder: Run folder.
@@ -53,9 +48,7 @@ def load_run(folder: Path, best: bool = False) -> TrainedRun:
         warnings.warn(printable(f"{folder / CONFIG} was changed after the training ({changes[0]})"), stacklevel=2)
     if not isinstance(network, dict) or network.keys() != {"channels", "image_size"}:
         raise UserError(f"the checkpoint in {folder} is damaged: expected channels and image_size of the network")
-    torch.manual_seed(config.seed)
-    untrained = random_encoder(config, **network)
-    trained = copy.deepcopy(untrained)
+    trained = random_encoder(config, **network)
     prefix = method_class(config).encoder_name + "."
     state_dict = {
         name.removeprefix(prefix): value for name, value in state["method"].items() if name.startswith(prefix)
@@ -64,4 +57,4 @@ def load_run(folder: Path, best: bool = False) -> TrainedRun:
         trained.load_state_dict(state_dict)
     except RuntimeError:
         raise UserError(f"the checkpoint in {folder} does not fit the network of its configuration") from None
-    return TrainedRun(config, network["image_size"], network["channels"], trained, untrained)
+    return TrainedRun(config, network["image_size"], network["channels"], trained)

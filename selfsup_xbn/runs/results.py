@@ -45,8 +45,16 @@ class Difference(NamedTuple):
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Return the settings that the results of a cell depend on, without the seed and the path of the data."""
-    names = {item.name for item in fields(config) if item.metadata["affects_results"]} - {"seed"}
+    """Return the settings that the results of a cell depend on, without the seed and the path of the data.
+
+    Options that were added later are left out at their default, which is what earlier versions did.
+    """
+    names = {
+        item.name
+        for item in fields(config)
+        if item.metadata["affects_results"]
+        and not (item.metadata["added_later"] and getattr(config, item.name) == item.default)
+    } - {"seed"}
     return {name: value for name, value in resolved(config).items() if name in names | {"mode"}}
 
 

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfsup_xbn.memory.feature_queue import FeatureQueue
+
 
 class MetricAccumulator:
     """Accumulator of named values over an epoch, and of the training time in seconds.
@@ -66,3 +68,11 @@ class MetricAccumulator:
 
     def _elapsed(self) -> float:
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+def queue_record(queue: FeatureQueue | None) -> dict[str, int | float]:
+    """Return the number of skipped batches and, with AXBN, the Kalman gain. Synchronizes the host with the device."""
+    if queue is None:
+        return {}
+    gain = getattr(queue.adaptation, "gain", None)
+    return {"skipped_batches": int(queue.skipped)} | ({} if gain is None else {"gain": gain.item()})

@@ -9,9 +9,31 @@ import os
 
 import torch
 
-from selfsup_xbn.config.schema import Config, queue_rows
+from selfsup_xbn.config.schema import Config, SuperviseConfig, queue_rows
+from selfsup_xbn.data import check_spec
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.methods.metric_learning import make_loss
+from selfsup_xbn.models.pretrained import check_weights
 from selfsup_xbn.utils.distributed import world
+
+
+def check_config(config: Config, *, download: bool = True) -> None:
+    """Check data set, network, loss and miner, and load the initial weights, before images are opened.
+
+    Args:
+        config: Configuration of the run.
+        download: Whether ImageNet weights may be downloaded.
+
+    Raises:
+        UserError: A name is unknown, the path of the data does not exist, or the weights cannot be loaded.
+    """
+    check_spec(config.data)
+    path = config.data.partition(":")[2]
+    if path and not os.path.exists(os.path.expanduser(path)):
+        raise UserError(f"--data {config.data}: {path} does not exist")
+    check_weights(config, download=download)
+    if isinstance(config, SuperviseConfig):
+        make_loss(config)
 
 
 def check_sizes(config: Config, images: int) -> None:

@@ -27,7 +27,8 @@ class Progress:
     def __init__(self, total: int, done: int, watch: Watch | None = None) -> None:
         self.total, self.done, self.initial = total, done, done
         self.watch = watch or (lambda done, total: None)
-        self.started = self.updated = time.monotonic()
+        self.seconds = 0.0
+        self.resumed = self.updated = time.monotonic()
         self.bar = tqdm(total=total, initial=done, unit="step", dynamic_ncols=True, disable=not sys.stderr.isatty())
         self.watch(done, total)
 
@@ -46,17 +47,26 @@ class Progress:
         """Show values beside the bar."""
         self.bar.set_postfix(values)
 
-    def epoch(self, epoch: int, epochs: int, record: dict[str, Any]) -> None:
+    def resume(self) -> None:
+        """Start to count the time of steps."""
+        self.resumed = time.monotonic()
+
+    def pause(self) -> None:
+        """Stop to count the time of steps, before an evaluation."""
+        self.seconds += time.monotonic() - self.resumed
+
+    def epoch(self, epoch: int, epochs: int, record: dict[str, Any], evaluation_seconds: float = 0.0) -> None:
         """Print the line of a completed epoch, with its metrics and the estimated time left.
 
         Args:
             epoch: Number of the epoch, from 1.
             epochs: Number of epochs of the run.
             record: Record of the epoch.
+            evaluation_seconds: Estimated time of the evaluations that are left.
         """
         parts = progress_text(record)
-        seconds_per_step = (time.monotonic() - self.started) / max(1, self.done - self.initial)
-        parts.append(duration(seconds_per_step * (self.total - self.done)))
+        seconds_per_step = self.seconds / max(1, self.done - self.initial)
+        parts.append(duration(seconds_per_step * (self.total - self.done) + evaluation_seconds))
         tqdm.write(f"epoch {epoch:>{len(str(epochs))}}/{epochs}   " + "   ".join(parts) + " left", file=sys.stdout)
         sys.stdout.flush()
 

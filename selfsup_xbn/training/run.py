@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+import time
 import warnings
-from dataclasses import replace
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfsup_xbn.config.registry import EVALUATORS
 from selfsup_xbn.config.saved import differences, from_resolved
 from selfsup_xbn.config.schema import Config, resolved
 from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
@@ -20,16 +19,16 @@ from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, UserError
 from selfsup_xbn.evaluation.collapse import embedding_std
 from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
-from selfsup_xbn.evaluation.evaluators import Evaluator, baselines
-from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.evaluation.evaluators import baselines
+from selfsup_xbn.evaluation.plan import evaluated_epochs, evaluator_of, validator_of
 from selfsup_xbn.methods.base import Method, method_class
 from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.cuda_graph import CaptureError, GraphedStep
-from selfsup_xbn.training.metrics import MetricAccumulator
+from selfsup_xbn.training.metrics import MetricAccumulator, queue_record
 from selfsup_xbn.training.optimisation import learning_rate, make_optimizer
-from selfsup_xbn.training.preflight import check_memory, check_sizes
+from selfsup_xbn.training.preflight import check_config, check_memory, check_sizes
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.device import device_of
 from selfsup_xbn.utils.distributed import rank, world
@@ -47,6 +46,8 @@ class Run:
         epoch: Number of completed epochs, including the head epochs.
         step: Number of completed steps of the current epoch.
         best: Largest value of the main metric.
+        evaluation_seconds: Duration of the last evaluation.
+        weight_lines: Lines that describe the initial weights.
 
     Raises:
         UserError: The configuration or the data is invalid, or the queue does not fit into the memory.
@@ -55,18 +56,16 @@ class Run:
     def __init__(self, config: Config) -> None:
         self.config, self.device = config, device_of(config.device)
         with distributed.main_process_first():
+            check_config(config)
             self.data = data_of(config)
         check_sizes(config, len(self.data.train))
         check_memory(config, len(self.data.train), self.device)
         torch.manual_seed(config.seed)
-        encoder = initial_encoder(config, self.data.channels, self.data.image_size)
+        encoder, self.weight_lines = initial_encoder(config, self.data.channels, self.data.image_size)
         self.method: Method = method_class(config).from_config(config, encoder, len(self.data.train)).to(self.device)
         self.batches = Batches.from_config(config, self.data, self.device, (rank(), world()))
-        self.evaluator: Evaluator = EVALUATORS[config.evaluator].from_config(config, self.data, self.device)
-        self.validator: Evaluator | None = None
-        if self.data.validation is not None:
-            held_out = replace(self.data, test=self.data.validation, gallery=None, disjoint=True)
-            self.validator = EVALUATORS[config.evaluator].from_config(config, held_out, self.device)
+        self.evaluator = evaluator_of(config, self.data, self.device)
+        self.validator = validator_of(config, self.data, self.device)
         fixed = limit(self.data.train, DRIFT_IMAGES, config.seed)
         images = next(eval_batches(fixed, self.data, device=self.device, batch_size=DRIFT_IMAGES))
         self.drift = FeatureDrift(self.method.encoder, images)
@@ -74,6 +73,7 @@ class Run:
         self.epochs, self.steps = self.head_epochs + config.epochs, len(self.batches)
         self.epoch = self.step = 0
         self.best = -math.inf
+        self.evaluation_seconds = 0.0
         self.meter = MetricAccumulator(self.device)
         self.graphed = self._graph()
         self.optimizer = self._make_optimizer()
@@ -123,6 +123,8 @@ class Run:
         loss = (self._step if measured or self.graphed is None else self._graphed)(views, batch.labels)
         self.step += 1
         self.meter.add("loss", loss)
+        if self.config.labelled:  # a loss of pairs is 0 if the miner keeps none
+            self.meter.add("steps_without_pairs", loss.detach() == 0)
         if measured:
             self._measure()
 
@@ -179,7 +181,8 @@ class Run:
         self.meter.add("drift", drift.mean)
         self.meter.add_maximum("drift_max", drift.maximum)
         record = None if self.method.queue is None else self.method.queue.record
-        if record is not None and self.epoch + self.step > 1:  # the queue is empty at the first step of the run
+        first = (self.epoch, self.step) == (self.head_epochs, 1)  # of the steps that use the queue, which is empty
+        if record is not None and not first:
             for when, moments in (("before", record.before), ("after", record.after)):
                 gap = moment_gap(moments, record.batch)
                 self.meter.add(f"gap_mean_{when}", gap.mean)
@@ -217,17 +220,20 @@ class Run:
         """
         self.mean_loss()
         record: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": self.lr}
-        record |= self.meter.record(self.config.batch_size) | _queue_record(self.method.queue)
+        record |= self.meter.record(self.config.batch_size) | queue_record(self.method.queue)
+        if self.head_stage:
+            record["head_loss"] = record.pop("loss")  # another loss, which is another curve
         record["embedding_std"] = embedding_std(self.drift.embeddings()).item()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MetricAccumulator(self.device)
         if self.epoch == self.head_epochs:
             self.optimizer = self._make_optimizer()
-        every = self.config.eval_every
-        if self.epoch == self.epochs or (every and self.epoch % every == 0):
+        if self.epoch in evaluated_epochs(self.config):
+            started = time.monotonic()
             try:
                 record |= self._evaluate()
             except UserError as error:  # the same evaluation succeeded before the training
                 raise Diverged(f"the encoder cannot be evaluated after epoch {self.epoch}: {error}") from error
+            self.evaluation_seconds = time.monotonic() - started
         return record
 
     def is_best(self, record: dict[str, Any]) -> bool:
@@ -291,10 +297,3 @@ class Run:
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-
-
-def _queue_record(queue: FeatureQueue | None) -> dict[str, int | float]:
-    if queue is None:
-        return {}
-    gain = getattr(queue.adaptation, "gain", None)
-    return {"skipped_batches": int(queue.skipped)} | ({} if gain is None else {"gain": gain.item()})

@@ -9,8 +9,10 @@ from pathlib import Path
 
 from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.schema import Config
+from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
+from selfsup_xbn.evaluation.plan import evaluated_epochs
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, check_data, check_folder
 from selfsup_xbn.training.preflight import empty_queue_note, queue_note
@@ -58,8 +60,10 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool, watch
     if state:
         check_data(folder, run.data.digest)
         run.load_state_dict(state)
-    notes = [*run.data.notes, queue_note(config, len(run.data.train)), empty_queue_note(config)]
-    show(filter(None, notes))
+    notes = [queue_note(config, len(run.data.train)), empty_queue_note(config)]
+    show(filter(None, [*run.data.notes, *part_lines(run.data), *run.weight_lines, *notes]))
+    if not state and len(run.data.test):
+        show(["evaluating raw pixels and the encoder before training ..."])
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder
     with stop_signals() as signals, contextlib.ExitStack() as stack:
@@ -83,6 +87,7 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | Non
     with contextlib.closing(progress):
         while run.epoch < run.epochs:
             run.meter.start()
+            progress.resume()
             for batch in run.batches.epoch(run.epoch, start=run.step):
                 run.train_step(batch)
                 if progress.step():
@@ -94,11 +99,13 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | Non
                     _save_if_finite(run, log)
                     distributed.wait_for_all()
                     raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; continue with --resume")
+            progress.pause()
             record = run.end_epoch()
             if not log:
                 continue
             log.log(record)
-            progress.epoch(run.epoch, run.epochs, record)
+            evaluations = sum(epoch > run.epoch for epoch in evaluated_epochs(config))
+            progress.epoch(run.epoch, run.epochs, record, evaluations * run.evaluation_seconds)
             if record["loss"] == 0:
                 warnings.warn(
                     f"epoch {run.epoch}: the loss was 0 at every step, so nothing was trained: no pair was counted; "
@@ -107,6 +114,12 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | Non
                 )
             if warning := collapse_warning(record["embedding_std"], config.dim):
                 warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
+            if share := record.get("steps_without_pairs"):
+                warnings.warn(
+                    f"epoch {run.epoch}: {share:.0%} of the steps had no pairs, so that their loss is 0 and nothing is "
+                    "learned; try other margins in --miner-args, or --miner none",
+                    stacklevel=2,
+                )
             if run.is_best(record) and config.keeps_best:
                 checkpoint.save(run.state_dict(), log.folder, checkpoint.BEST)
             if run.epoch == run.epochs or (save_epochs and run.epoch % save_epochs == 0):

@@ -22,20 +22,21 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that reports errors as a ``UserError`` and suggests corrections of mistyped options.
 
     Args:
-        add_options: Adds the options before the parser is used for the first time. It may import torch.
+        add_options: Adds the options, given the arguments, before the parser is used for the first time. It may import
+            torch.
         kwargs: Arguments of ``argparse.ArgumentParser``.
     """
 
-    def __init__(self, add_options: Callable[[Parser], None] | None = None, **kwargs: Any) -> None:
+    def __init__(self, add_options: Callable[[Parser, Sequence[str]], None] | None = None, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | kwargs)
         self._add_options = add_options
 
-    def parse_known_args(self, *args: Any, **kwargs: Any) -> Any:
+    def parse_known_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
         """Add the options if needed, and parse the known arguments."""
         if self._add_options is not None:
-            self._add_options(self)
+            self._add_options(self, args or ())
             self._add_options = None
-        return super().parse_known_args(*args, **kwargs)
+        return super().parse_known_args(args, namespace, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raise a ``UserError`` with a message of ``argparse``."""
@@ -56,18 +57,29 @@ class Parser(argparse.ArgumentParser):
         return options
 
 
-def add_option(parser: Parser, item: Field[Any], kind: type) -> None:
-    """Add the option of a field that ``config.options.option`` made.
+def add_option(parser: Parser, item: Field[Any], kind: type, default: Any) -> None:
+    """Add the option of a field.
 
     Args:
-        parser: Parser of a command.
-        item: Field.
-        kind: Type of its values.
+        parser: Parser to add the option to.
+        item: Field of a configuration, made by ``option``.
+        kind: Type of the field.
+        default: Value that ``--help`` shows as the default.
     """
     flag = "--" + item.name.replace("_", "-")
     text = item.metadata["help"].format(names=", ".join(item.metadata["names"]))
     arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     if kind is not bool:
         arguments = {"type": kind, "metavar": "|".join(item.metadata["choices"]) or kind.__name__.upper()}
-        text += f" (default: {item.default!r})" if item.default != "" else ""
+        text += f" (default: {default!r})" if default != "" else ""
+    else:
+        text += f" (default: {'yes' if default else 'no'})"
     parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **arguments)
+
+
+def early_options(args: Sequence[str]) -> argparse.Namespace:
+    """Return ``--recipe`` and ``--data`` of the arguments, which the defaults in ``--help`` depend on."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--recipe", nargs="?", default="")
+    parser.add_argument("--data", nargs="?", default="")
+    return parser.parse_known_args(args)[0]

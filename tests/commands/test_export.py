@@ -95,6 +95,26 @@ def test_safetensors_hold_the_whole_encoder_and_its_settings(tmp_path):
     close(fresh.eval()(images), encoder(images))
 
 
+@torch.no_grad()
+def test_printed_line_loads_the_file_into_timm(tmp_path):
+    import safetensors.torch
+    import timm
+
+    encoder = made_run(tmp_path, backbone="efficientnet-lite0", weights="imagenet", mean="0.25")
+    lines = export_run(tmp_path, "safetensors")
+    (line,) = [line for line in lines if line.startswith("timm.create_model")]
+    with safetensors.safe_open(tmp_path / "encoder.safetensors", "pt") as file:
+        metadata = file.metadata()
+    assert metadata["load"] == line
+    assert metadata["mean"] == "[0.25]"  # digits have one channel
+    names = {"timm": timm, "safetensors": safetensors, "FILE": tmp_path / "encoder.safetensors"}
+    call, _, state = line.partition(".load_state_dict(")
+    model = eval(call, names)
+    model.load_state_dict(eval(state.removesuffix(")"), names))
+    images = torch.randn(2, 3, 32, 32)
+    close(model.eval()(images), encoder.features(images))
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_onnx_graph_computes_both_outputs_for_any_batch(tmp_path, unchecked):

@@ -11,6 +11,7 @@ from selfsup_xbn.config.registry import METHODS
 
 ODD = 'it\'s $HOME/a b; "c" -- \\d é'
 SPECIAL = {"save_every": "9m", "recall_ks": "1,7", "queue_size": "7", "validation": "10%"}
+SPECIAL |= {"mean": "0.5", "std": "0.1,0.2,0.3", "split_classes": "40%"}
 SPECIAL |= {"loss_args": "margin=-0.5", "miner_args": "a=1"}
 
 

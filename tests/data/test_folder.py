@@ -74,14 +74,15 @@ def test_side_and_augmentation_suit_the_images(tree, size, side, augmentation):
     assert (data.mean == cifar.MEAN) == (side <= 64)
 
 
-def test_classes_may_hold_folders_and_foreign_files(tree):
-    root = tree(train={"ant/x": [SMALL], "ant/y": [SMALL]}, test={"ant": [SMALL]})
+def test_folders_in_folders_are_a_class_each_with_joined_names(tree):
+    root = tree(train={"ant/x": [SMALL], "ant/y": [SMALL, SMALL], "bee": [SMALL]}, test={"ant/y": [SMALL]})
     (root / "train/ant/notes.txt").write_text("x")
     (root / "train/ant/.hidden.png").write_text("x")
     (root / "train/.cache").mkdir()
     data = load_data(f"folder:{root}")
-    assert data.classes == ["ant"]
-    assert len(data.train) == 2
+    assert data.classes == ["ant/x", "ant/y", "bee"]
+    assert data.train.labels.tolist() == [0, 1, 1, 2]
+    assert data.test.labels.tolist() == [1]
 
 
 @pytest.mark.parametrize("size", [SMALL, WIDE])
@@ -97,15 +98,19 @@ def test_missing_parts_are_named(tree, tmp_path):
     with pytest.raises(UserError, match=r"train/bee: expected at least one image"):
         load_data(f"folder:{root}")
     os.rmdir(root / "train/bee")
-    os.rename(root / "test", root / "val")
-    with pytest.raises(UserError, match=r"photos/test is not a folder; .* test/CLASS/"):
+    os.rename(root / "train", root / "extra")
+    with pytest.raises(UserError, match="expected training images in train, got only test"):
+        load_data(f"folder:{root}")
+    os.rename(root / "extra", root / "train")
+    os.rename(root / "test", root / "gallery")
+    with pytest.raises(UserError, match="expected query beside gallery, got none"):
         load_data(f"folder:{root}")
     os.mkdir(root / "test")
     with pytest.raises(UserError, match="photos/test: expected one folder per class, got none"):
         load_data(f"folder:{root}")
     with pytest.raises(UserError, match="write folder:PATH"):
         load_data("folder")
-    with pytest.raises(UserError, match="nowhere/train is not a folder"):
+    with pytest.raises(UserError, match="nowhere is not a folder"):
         load_data(f"folder:{tmp_path}/nowhere")
 
 

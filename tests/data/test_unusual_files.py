@@ -133,7 +133,7 @@ def test_link_to_a_folder_elsewhere_is_visited_once(tmp_path):
     (root / "train/a/more").symlink_to(elsewhere)
     (root / "train/b/more").symlink_to(elsewhere)
     data = load_data(f"folder:{root}", workers=0)
-    assert data.train.labels.tolist() == [0] * 6 + [1] * 3
+    assert data.train.labels.tolist() == [0] * 3 + [1] * 3 + [2] * 3  # a, a/more, b
     assert any(note.startswith("warning: skipped") and ": 3, such as" in note for note in data.notes)
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.saved import from_resolved
+from selfsup_xbn.report.thumbnails import draw_pictures
 from selfsup_xbn.runs.folder import read_metrics
 from tests.command_line import PRETRAIN, SUPERVISE, image_folder, refused
 
@@ -110,7 +111,7 @@ def test_each_run_has_a_curve_and_shared_baselines_one_line(page):
     drawn = dict(zip(titles, (re.findall(r'<g class="(\w+)">', figure) for figure in figures), strict=True))
     assert Counter(drawn["loss"]) == {"run0": 1, "run1": 1, "run2": 1}
     assert Counter(drawn["k-NN top-1 (%)"]) == {"run0": 2, "run1": 2, "all": 3}
-    assert Counter(drawn["Recall@1 (%)"]) == {"run2": 3}
+    assert Counter(drawn["Recall@1 (%)"]) == {"run2": 5}  # trained, untrained (both: embedding, backbone), pixels
     assert Counter(drawn["Kalman gain"]) == {"run1": 1}
 
 
@@ -140,6 +141,30 @@ def test_pictures_do_not_depend_on_the_other_runs(page, runs, capsys):
     alone = Page(runs / "alone" / "index.html")
     figures, few = (re.findall("<figure>.*?</figure>", found.source, re.DOTALL) for found in (page, alone))
     assert few == [figures[0], figures[3]]  # gallery and map of the first of three
+
+
+def test_runs_on_a_data_set_show_the_same_queries(runs, tmp_path, monkeypatch):
+    chosen = []
+
+    def drawn(run, data, queries):
+        chosen.append(queries)
+        return draw_pictures(run, data, [7, 5, 3] if queries is None else queries)
+
+    monkeypatch.setattr("selfsup_xbn.report.page.draw_pictures", drawn)
+    folders = [str(runs / name) for name in ("xbm", "supervised", "axbn")]
+    assert main(["report", *folders, "--out", str(tmp_path)]) == 0
+    assert chosen == [None, None, [7, 5, 3]]
+    galleries = re.findall(r'<table class="gallery">.*?</table>', (tmp_path / "index.html").read_text(), re.DOTALL)
+    queries = [re.findall(r'class="query" src="([^"]*)"', gallery) for gallery in galleries]
+    assert len(queries[0]) == 3
+    assert queries[0] == queries[2] != queries[1]
+
+
+def test_results_have_a_column_for_each_run(page):
+    table = page.source.partition("<h2>Results</h2>")[2].partition("</table>")[0]
+    assert [name.strip() for name in re.findall(r"</span>(\w+)</th>", table)] == ["xbm", "axbn", "supervised"]
+    row = re.search(r'>Recall@1</th></tr>\s*<tr><th scope="row">raw pixels</th>(.*?)</tr>', table)[1]
+    assert [value == "–" for value in re.findall("<td[^>]*>(.*?)</td>", row)] == [True, True, False]
 
 
 def test_names_are_text_and_never_markup(tmp_path):

@@ -82,8 +82,12 @@ def quoted(value: object) -> str:
     return repr(text) if isinstance(value, str) else text
 
 
-def read_content(file: Path) -> bytes:
+def read_content(file: Path, remedy: str = "unpack the official archive again") -> bytes:
     """Return the bytes of an annotation file.
+
+    Args:
+        file: The file.
+        remedy: The advice of the error message.
 
     Raises:
         UserError: If the file is missing, cannot be read or is not a regular file.
@@ -91,18 +95,22 @@ def read_content(file: Path) -> bytes:
     try:
         return read_bytes(file)
     except FileNotFoundError as error:
-        raise UserError(f"{file} is missing; unpack the official archive again") from error
+        raise UserError(f"{file} is missing; {remedy}") from error
     except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror}); unpack the official archive again") from error
+        raise UserError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
 
 
-def read_lines(file: Path) -> list[str]:
+def read_lines(file: Path, remedy: str = "unpack the official archive again") -> list[str]:
     """Return the lines of a text file, without blank lines at its end and without a byte order mark.
+
+    Args:
+        file: The text file.
+        remedy: The advice of the error message for a file that is empty or cannot be read.
 
     Raises:
         UserError: If the file cannot be read, is empty or is not UTF-8.
     """
-    content = read_content(file)
+    content = read_content(file, remedy)
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -111,11 +119,13 @@ def read_lines(file: Path) -> list[str]:
             f"{file}:{line}: expected UTF-8 text, got byte {error.object[error.start]:#04x}; save the file as UTF-8"
         ) from error
     if not text.strip():
-        raise UserError(f"{file}:1: the file is empty; unpack the official archive again")
+        raise UserError(f"{file}:1: the file is empty; {remedy}")
     return text.rstrip().split("\n")
 
 
-def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> Iterator[tuple[str, tuple[str, ...]]]:
+def read_table(
+    file: Path, columns: str, *, numbers: int, header: int = 0, separator: str = r"\s+"
+) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield the position FILE:LINE and the fields of each row of a table in a text file.
 
     Args:
@@ -123,6 +133,7 @@ def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> It
         columns: The names of the columns, separated by blanks.
         numbers: The number of leading columns that contain non-negative integers of at most nine digits.
         header: The line that contains the names of the columns, counted from 1. 0 for a file without header.
+        separator: The regular expression between two fields.
 
     Raises:
         UserError: If the file cannot be read, its header differs, it has no rows, or a row does not match the columns.
@@ -134,7 +145,7 @@ def read_table(file: Path, columns: str, *, numbers: int, header: int = 0) -> It
     if len(lines) == header:
         raise UserError(f"{file}:{header + 1}: expected rows of {columns!r}, got the end of the file")
     fields = [r"(\d{1,9})"] * numbers + [r"(\S+)"] * (len(names) - numbers)
-    row = re.compile(r"\s*" + r"\s+".join(fields) + r"\s*", re.ASCII)
+    row = re.compile(r"\s*" + separator.join(fields) + r"\s*", re.ASCII)
     for number, line in enumerate(lines[header:], header + 1):
         match = row.fullmatch(line)
         if not match:

@@ -2,6 +2,9 @@
 
 https://www.vision.caltech.edu/datasets/cub_200_2011/. The bounding boxes are not used, and neither is the split in
 ``train_test_split.txt``, which is for classification. Each test image is a query against the other test images.
+
+The fields of the lists may be separated by commas, and the classes may be numbered from 0, as in some copies. Then the
+images of class 0 are in the folder ``001.*``.
 """
 
 from __future__ import annotations
@@ -20,6 +23,7 @@ from selfsup_xbn.data.datasets.annotations import (
 from selfsup_xbn.errors import UserError
 
 TRAINING_CLASSES, CLASSES = 100, 200
+SEPARATOR = r"(?:\s*,\s*|\s+)"
 OFFICIAL = {"train": (5_864, 100), "test": (5_924, 100)}
 
 
@@ -44,9 +48,11 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
         for number in rows.keys() - other_rows.keys():
             raise UserError(f"{rows[number][0]}: image_id {number} is missing from {other_file}; add it there")
     images = ImageFolders(file.parent / "images")
+    zeros = [paths[number][1] for number, (_, value) in classes.items() if int(value) == 0]
+    first = 0 if zeros and all(image.startswith("001.") for image in zeros) else 1
     parts: dict[str, list[Sample]] = {part: [] for part in OFFICIAL}
     for number, (where, image) in paths.items():
-        label = _class(*classes[number])
+        label = _class(*classes[number], first)
         part = "train" if label <= TRAINING_CLASSES else "test"
         parts[part].append(Sample(where, images.find(where, image), label))
     return retrieval_data(f"{name}:{folder}", parts, OFFICIAL)
@@ -55,14 +61,15 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
 def _by_id(file: Path, columns: str, numbers: int) -> dict[int, tuple[str, str]]:
     """Return the position FILE:LINE and the second field of the row of each image_id."""
     rows: dict[int, tuple[str, str]] = {}
-    for where, (number, value) in read_table(file, columns, numbers=numbers):
+    for where, (number, value) in read_table(file, columns, numbers=numbers, separator=SEPARATOR):
         first, _ = rows.setdefault(int(number), (where, value))
         if first is not where:
             raise UserError(f"{where}: image_id {number} is already listed in {first}; remove one of the two")
     return rows
 
 
-def _class(where: str, value: str) -> int:
-    if not 1 <= int(value) <= CLASSES:
-        raise UserError(f"{where}: expected a class_id from 1 to {CLASSES}, got {int(value)}")
-    return int(value)
+def _class(where: str, value: str, first: int) -> int:
+    """Return the class counted from 1. ``first`` is the smallest class of the list, 0 or 1."""
+    if not first <= int(value) < first + CLASSES:
+        raise UserError(f"{where}: expected a class_id from {first} to {first + CLASSES - 1}, got {int(value)}")
+    return int(value) + 1 - first

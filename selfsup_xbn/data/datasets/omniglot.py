@@ -80,15 +80,9 @@ def _parts(folder: Path) -> tuple[Path, Path]:
 
 def _characters(folder: Path, tree: ImageTree) -> dict[str, list[str]]:
     """Return the drawings of each character. In the official layout its name is ALPHABET/CHARACTER."""
-    if folder.name not in ("images_background", "images_evaluation"):
-        return class_files(folder, tree)
-    if not folder.is_dir():
+    if not folder.is_dir() and folder.name in ("images_background", "images_evaluation"):
         raise UserError(f"{folder} is not a folder; unpack images_background and images_evaluation into one folder")
-    return {
-        f"{alphabet}/{character}": files
-        for alphabet in tree.class_names(folder)
-        for character, files in class_files(folder / alphabet, tree).items()
-    }
+    return class_files(folder, tree)
 
 
 def _rotated_split(characters: dict[str, list[str]], first: int, workers: int) -> Split:
