@@ -72,6 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Idle OpenMP threads that spin slow other programs down. OpenMP reads the variable when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Torch would print the C++ stack of a connection that another process has closed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.showwarning = lambda message, *_: print(f"warning: {message}", file=sys.stderr)
     try:
         options = _parser().parse(sys.argv[1:] if argv is None else argv)

@@ -118,6 +118,12 @@ class Config:
         maximum=10**6,
         affects_results=False,
     )
+    gradient_compression: str = option(
+        "none",
+        "compression of the gradients that the processes of a distributed run exchange",
+        choices=("none", "bf16", "powersgd"),
+        affects_results=False,
+    )
     tensorboard: bool = option(False, "also log to TensorBoard in the run folder", affects_results=False)
     out: str = option("", "run folder; runs/MODE-DATA-ADAPTATION-SEED if not set", affects_results=False)
 

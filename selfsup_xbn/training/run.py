@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from selfsup_xbn.methods.base import Method, method_class
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.cuda_graph import GraphedStep
+from selfsup_xbn.training.data_parallel import GradientSum
 from selfsup_xbn.training.metrics import MetricAccumulator
 from selfsup_xbn.training.optimisation import learning_rate, make_optimizer
 from selfsup_xbn.training.preflight import check_memory, check_sizes
@@ -74,7 +76,7 @@ class Run:
         self.best = -math.inf
         self.meter = MetricAccumulator(self.device)
         self.graphed = self._graph()
-        self.optimizer = self._make_optimizer()
+        self._start_stage()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.method.to(memory_format=self.layout)
@@ -126,13 +128,8 @@ class Run:
     def _step(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform the forward pass, the backward pass and the optimizer step, and return the loss."""
         self.optimizer.zero_grad()
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
-        ):
-            loss = self._loss(views, labels)
-        loss.backward()
-        if world() > 1:
-            self._reduce_gradients()
+        loss = self.gradients.backward(partial(self._loss, views, labels))
+        distributed.average_(self.statistics)
         self.optimizer.step()
         return loss.detach()
 
@@ -160,15 +157,13 @@ class Run:
         return GraphedStep(self._step) if allowed and self.method.capturable else None
 
     def _loss(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
-        if self.head_stage:
-            return self.method.head_loss(views, labels)
-        step = (self.epoch - self.head_epochs) * self.steps + self.step
-        return self.method(views, labels, step, self.config.epochs * self.steps)
-
-    def _reduce_gradients(self) -> None:
-        """Sum the gradients over the processes, and average the running statistics of BatchNorm."""
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        distributed.reduce_([parameter.grad for parameter in trained if parameter.grad is not None], self.statistics)
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
+        ):
+            if self.head_stage:
+                return self.method.head_loss(views, labels)
+            step = (self.epoch - self.head_epochs) * self.steps + self.step
+            return self.method(views, labels, step, self.config.epochs * self.steps)
 
     def _measure(self) -> None:
         """Record the drift of the last step (Eq. 5), and the moment gaps before and after the adaptation."""
@@ -183,11 +178,15 @@ class Run:
                 self.meter.add(f"gap_mean_{when}", gap.mean)
                 self.meter.add(f"gap_std_{when}", gap.std)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def _start_stage(self) -> None:
+        """Create the optimizer of the current stage, and the sum over the processes of the gradients that it uses."""
         if self.head_stage:
             head = self.method.encoder.head.parameters()
-            return torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
-        return make_optimizer(self.config, self.method)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
+        else:
+            self.optimizer = make_optimizer(self.config, self.method)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.gradients = GradientSum(self.method, trained, self.config.gradient_compression)
 
     def mean_loss(self) -> float:
         """Return the mean loss of the current epoch. Synchronizes the host with the device.
@@ -219,7 +218,7 @@ class Run:
         record["embedding_std"] = embedding_std(self.drift.embeddings()).item()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MetricAccumulator(self.device)
         if self.epoch == self.head_epochs:
-            self.optimizer = self._make_optimizer()
+            self._start_stage()
         every = self.config.eval_every
         if self.epoch == self.epochs or (every and self.epoch % every == 0):
             try:
@@ -282,7 +281,7 @@ class Run:
         if not (0 <= self.epoch <= self.epochs and 0 <= self.step <= self.steps):
             raise ValueError(f"got epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}")
         self.method.load_state_dict(state["method"])
-        self.optimizer = self._make_optimizer()
+        self._start_stage()
         self.optimizer.load_state_dict(state["optimizer"])
         self.graphed = self._graph()
         self.meter.load_state_dict(state["meter"])

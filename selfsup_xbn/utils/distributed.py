@@ -1,15 +1,8 @@
 """Distributed training with torch.distributed under torchrun.
 
 Each process embeds its shard of a batch. The embeddings are gathered in the order of the ranks, with the gradient of
-the rows of the process itself, and every process computes the queue update and the loss of the whole batch. Queue,
-loss and log are therefore the same on all processes for every loss. The cost is that each process scores B instead of
-B / n anchors, which is small compared with the encoder. Embeddings and gradients are exchanged and, for the shuffle of
-MoCo, one view of each image. Labels follow from the sampler, which is the same on all processes.
-
-Gradients are summed by one all-reduce of one flat tensor, which includes the running statistics of BatchNorm.
-DistributedDataParallel is not used although it overlaps communication with the backward pass: it averages instead of
-summing, requires different flags for the head epochs and for parameters without gradients, and rebuilds its buckets
-after the first step, which changes the order of summation in a resumed run.
+the rows of the process itself, and every process computes the same update of the queue. Labels follow from the
+sampler, which is the same on all processes. ``training.data_parallel`` sums the gradients of the processes.
 
 In a single process the functions of this module have no effect.
 
@@ -29,6 +22,8 @@ from torch import Tensor
 from torch import distributed as dist
 
 from selfsup_xbn.errors import ProcessLost
+
+NETWORK_ERRORS = ("gloo", "NCCL", "pair closure")  # what messages of collective operations contain
 
 
 def world() -> int:
@@ -91,7 +86,7 @@ def gather(rows: Shaped[Tensor, "b *rest"], total: int) -> Shaped[Tensor, "B *re
     gathered = rows.new_empty(world() * longest, *rows.shape[1:])
     # torch 2.14 renamed the function and deprecated the old name
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
-    with _peers():
+    with peers():
         getattr(dist, name)(gathered, padded)
     pieces = [piece[:count] for piece, count in zip(gathered.split(longest), counts, strict=True)]
     pieces[rank()] = rows
@@ -105,27 +100,27 @@ def from_first(tensor: Tensor) -> Tensor:
         ProcessLost: Another process ended or timed out.
     """
     if world() > 1:
-        with _peers():
+        with peers():
             dist.broadcast(tensor, src=0)
     return tensor
 
 
 @torch.no_grad()
-def reduce_(sums: list[Tensor], means: list[Tensor]) -> None:
-    """Sum and average tensors over the processes, in place.
+def average_(tensors: list[Tensor]) -> None:
+    """Average tensors over the processes, in place.
 
     Args:
-        sums: Tensors to sum, of any shapes.
-        means: Tensors to average, of any shapes.
+        tensors: Tensors of any shapes, the same shapes on all processes.
 
     Raises:
         ProcessLost: Another process ended or timed out.
     """
-    tensors = [*sums, *means]
+    if world() == 1 or not tensors:
+        return
     flat = torch.cat([tensor.flatten() for tensor in tensors])
-    with _peers():
+    with peers():
         dist.all_reduce(flat)
-    flat[sum(tensor.numel() for tensor in sums) :].div_(world())
+    flat.div_(world())
     for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
         tensor.copy_(values.view_as(tensor))
 
@@ -149,7 +144,7 @@ class AnyProcess:
         """
         if world() == 1:
             return flag
-        with _peers():
+        with peers():
             if self._work:
                 self._work.wait()
             any_set = bool(self._flags)
@@ -165,7 +160,7 @@ def wait_for_all() -> None:
         ProcessLost: Another process ended or timed out.
     """
     if world() > 1:
-        with _peers():
+        with peers():
             dist.all_reduce(torch.zeros(()))
 
 
@@ -204,7 +199,7 @@ def process_group(timeout: int) -> Iterator[bool]:
         return
     limit = timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _peers():
+    with peers():
         store, rank, world = next(dist.rendezvous("env://", timeout=limit))
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
     try:
@@ -218,11 +213,21 @@ def process_group(timeout: int) -> Iterator[bool]:
 
 
 @contextlib.contextmanager
-def _peers() -> Iterator[None]:
-    """Convert the ``RuntimeError`` that torch raises for a lost process to a ``ProcessLost`` of one line."""
+def peers(*, computes: bool = False) -> Iterator[None]:
+    """Convert the ``RuntimeError`` that torch raises for a lost process to a ``ProcessLost`` of one line.
+
+    Args:
+        computes: Whether the block also computes, so that errors without a sign of the network are not converted.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
     try:
         yield
     except RuntimeError as error:
+        network = isinstance(error, dist.DistError) or any(sign in str(error) for sign in NETWORK_ERRORS)
+        if computes and not network:
+            raise
         reason = str(error).splitlines()[0].rpartition("] ")[2].partition(". ")[0]
         raise ProcessLost(
             f"another process of the run ended or did not respond within --timeout ({reason}); "
