@@ -78,6 +78,7 @@ def sup_con(
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
     on_pairs: Callable[[Tensor, Tensor], None] | None = None,
+    sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the supervised contrastive loss against the queue, or in the batch (arXiv 2004.11362, Eq. 2).
 
@@ -97,6 +98,8 @@ def sup_con(
         self_indices: slots that an anchor does not meet, such as its own; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
         on_pairs: called with the number of positive and of negative pairs, two tensors.
+        sum_counts: returns the sum of an integer tensor over all processes, where each process has a part of the
+            anchors. The result is then the part's share: the losses of all processes sum to the loss of all anchors.
 
     Raises:
         UserError: a temperature that is not above 0 and finite, an unknown implementation or miner distance.
@@ -116,10 +119,13 @@ def sup_con(
         positives, negatives = sums.positives, sums.negatives
         losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
         # An anchor with one pair has loss 0, which rounding can make positive; it is not averaged, as in PML.
-        averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1) & (negatives.sum() > 0)
+        averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1)
         if on_pairs is not None:
             on_pairs(positives.sum(), negatives.sum())
-        return losses.where(averaged, 0.0).sum() / averaged.sum().clamp(min=1)
+        counts = torch.stack([averaged.sum(), negatives.sum()])
+        anchors_averaged, all_negatives = counts if sum_counts is None else sum_counts(counts)
+        total = losses.where(averaged & (all_negatives > 0), 0.0).sum()
+        return total / anchors_averaged.clamp(min=1)
 
 
 def nt_xent(
@@ -132,6 +138,7 @@ def nt_xent(
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
     on_pairs: Callable[[Tensor, Tensor], None] | None = None,
+    sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Return NT-Xent (arXiv 2002.05709, Eq. 1): each positive pair alone among its anchor's negatives.
 
@@ -151,6 +158,7 @@ def nt_xent(
         self_indices: as in ``sup_con``.
         implementation: as in ``sup_con``.
         on_pairs: as in ``sup_con``.
+        sum_counts: as in ``sup_con``.
 
     Raises:
         UserError, ValueError: as in ``sup_con``.
@@ -169,7 +177,8 @@ def nt_xent(
         if on_pairs is not None:
             on_pairs(sums.positives.sum(), sums.negatives.sum())
         total: Tensor = read.positive_softplus(anchors, sums.logsumexp, pairs).sum()
-        return total / sums.positives.sum().clamp(min=1)
+        count = sums.positives.sum() if sum_counts is None else sum_counts(sums.positives.sum())
+        return total / count.clamp(min=1)
 
 
 def _at_unit_length(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:

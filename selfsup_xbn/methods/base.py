@@ -77,6 +77,10 @@ class Method(nn.Module):
             f"expected head_epochs=0 for {type(self).__name__}, which does not train the head alone"
         )
 
+    def notes(self) -> list[str]:
+        """Return what the log of a run should say about the method, one line each."""
+        return []
+
 
 def method_class(config: Config) -> type[Method]:
     """Return the class of the config's method."""

@@ -19,12 +19,16 @@ from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import Method, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import gather
+from selfsup_xbn.utils.distributed import all_sum, gather, shard_slice, sum_of_shares, world
 
 
 @runtime_checkable
 class MemoryLoss(Protocol):
-    """Loss of the pairs of a batch with the rows of a queue or, without a queue, within the batch."""
+    """Loss of the pairs of a batch with the rows of a queue or, without a queue, within the batch.
+
+    In distributed training every process calls it with the whole batch and gets the loss of the whole batch. Gradient
+    has to flow to the rows of the process itself only (``shard_slice``).
+    """
 
     def __call__(
         self,
@@ -142,9 +146,21 @@ class MetricLearning(Method):
         self.encoder.backbone.train()
         return sup_con(gather(self.encoder.head(features), len(labels)), labels)
 
+    def notes(self) -> list[str]:
+        """Return a note on a loss that several processes do not share out."""
+        if world() == 1 or self.queue is None or isinstance(self.loss, SupCon):
+            return []
+        return [
+            f"note: each of the {world()} processes scores the whole batch, as losses and miners of "
+            "pytorch-metric-learning require; SupConLoss with PairMarginMiner is shared out among the processes"
+        ]
+
 
 class SupCon:
     """Supervised contrastive loss, computed blockwise over the queue (``losses.sup_con``).
+
+    In distributed training each process scores its shard of the batch against the queue. The loss within a batch is
+    computed by every process for the whole batch.
 
     Args:
         temperature: temperature of the logits, above 0.
@@ -169,9 +185,19 @@ class SupCon:
             queue: the queue with labels; None for pairs within the batch.
             self_indices: slot of each anchor in the queue, which is excluded from its pairs.
         """
-        return sup_con(
-            embeddings, labels, queue, temperature=self.temperature, miner=self.miner, self_indices=self_indices
+        if queue is None:
+            return sup_con(embeddings, labels, temperature=self.temperature, miner=self.miner)
+        own = shard_slice(len(labels))
+        share = sup_con(
+            embeddings[own],
+            labels[own],
+            queue,
+            temperature=self.temperature,
+            miner=self.miner,
+            self_indices=None if self_indices is None else self_indices[own],
+            sum_counts=all_sum,
         )
+        return sum_of_shares(share)
 
 
 def make_loss(config: SuperviseConfig) -> MemoryLoss:

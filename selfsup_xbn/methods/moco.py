@@ -19,7 +19,7 @@ from selfsup_xbn.losses import info_nce
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import Method, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import from_first, gather, shard_slice
+from selfsup_xbn.utils.distributed import from_first, gather, shard_slice, shuffle, sum_of_shares, world
 
 
 class MoCo(Method):
@@ -119,44 +119,49 @@ class MoCo(Method):
         """
         view_q, view_k = views
         B = len(labels)
-        q = gather(self.encoder_q(view_q), B)
+        q = self.encoder_q(view_q)
         self.update_key_encoder(self.momentum_at(step / steps))
         k = self.keys(view_k, B)
         if not self.symmetric:
             return self.contrast([(q, k)])
-        return self.contrast([(q, k), (gather(self.encoder_q(view_k), B), self.keys(view_q, B))])
+        return self.contrast([(q, k), (self.encoder_q(view_k), self.keys(view_q, B))])
 
-    def contrast(self, pairs: list[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]]) -> Float[Tensor, ""]:
+    def contrast(self, pairs: list[tuple[Float[Tensor, "b D"], Float[Tensor, "B D"]]]) -> Float[Tensor, ""]:
         """Return the mean InfoNCE of several pairs of queries and keys, and adapt and extend the queue.
 
         Args:
-            pairs: queries and keys, whose rows of equal index are positive pairs.
+            pairs: queries of this rank's shard of the batch, and keys of the whole batch, in the same order of images.
         """
         keys = torch.cat([k for _, k in pairs])
+        own = shard_slice(len(pairs[0][1]))
         self.queue.adapt(keys)
         self_indices = None
         if self.enqueue == "before_loss":
             # [B, pairs]: no key of an image is a negative of the same image.
-            self_indices = torch.stack(self.queue.enqueue(keys).chunk(len(pairs)), dim=1)
-        loss = torch.stack([info_nce(q, k, self.queue, self.temperature, self_indices) for q, k in pairs]).mean()
+            self_indices = torch.stack(self.queue.enqueue(keys).chunk(len(pairs)), dim=1)[own]
+        losses = [info_nce(q, k[own], self.queue, self.temperature, self_indices) for q, k in pairs]
+        loss = torch.stack(losses).mean()
         if self.enqueue == "after_loss":
             self.queue.enqueue(keys)
-        return loss
+        if world() == 1:
+            return loss
+        return sum_of_shares(loss * (len(pairs[0][0]) / len(pairs[0][1])))
 
     @torch.no_grad()
     def keys(self, view: Float[Tensor, "b C S S"], batch_size: int) -> Float[Tensor, "B D"]:
         """Return the keys of a view, embedded in shuffled order (Sec. 3.3 of arXiv 1911.05722).
 
         Shuffling prevents BatchNorm statistics from revealing which key belongs to a query. In distributed training
-        the whole batch is shuffled across the ranks.
+        the whole batch is shuffled across the ranks, and each image is sent to the one rank that embeds it.
 
         Args:
             view: images of this rank's shard of the batch.
             batch_size: number of images B of the whole batch.
         """
-        order = from_first(torch.randperm(batch_size, device=view.device))
-        k = self.encoder_k(gather(view, batch_size)[order[shard_slice(batch_size)]])
-        k = gather(k, batch_size)[order.argsort()]
+        # Several ranks need the order on the host, which plans the exchange.
+        order = from_first(torch.randperm(batch_size, device=view.device if world() == 1 else "cpu"))
+        k = self.encoder_k(shuffle(view, order))
+        k = gather(k, batch_size)[order.argsort().to(k.device)]
         k = k.to(torch.promote_types(k.dtype, torch.float32))  # bfloat16 under autocast
         return F.normalize(k, dim=1) if self.normalize_first else k
 

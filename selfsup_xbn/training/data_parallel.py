@@ -1,10 +1,11 @@
 """Sums of gradients over several processes, computed by torch's DistributedDataParallel during the backward pass."""
 
-import contextlib  # no postponed annotations: torch checks those of the hooks
+from __future__ import annotations
+
+import contextlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
@@ -84,28 +85,25 @@ class _Step(nn.Module):
         return function()
 
 
-def _sum(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _sum(bucket: dist.GradBucket) -> Any:
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     assert work is not None
     return work.get_future().then(lambda future: future.value()[0])
 
 
-def _bf16_sum(state: None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _bf16_mean(bucket: dist.GradBucket) -> Any:
     assert dist.group.WORLD is not None
-    return _times_world(bf16_compress_hook(dist.group.WORLD, bucket))
+    return bf16_compress_hook(dist.group.WORLD, bucket)
 
 
-def _power_sgd_sum(state: PowerSGDState, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-    return _times_world(powerSGD_hook(state, bucket))
-
-
-def _times_world(mean: torch.futures.Future[Tensor]) -> torch.futures.Future[Tensor]:
-    """Turn the mean that a hook of torch computes into a sum."""
+def _times_world(mean: Any) -> Any:
+    """Turn the mean that a hook of torch computes, a future, into a sum."""
     return mean.then(lambda future: future.value().mul_(world()))
 
 
-HOOKS: dict[str, Callable[[Any, dist.GradBucket], torch.futures.Future[Tensor]]] = {
-    "none": _sum,
-    "bf16": _bf16_sum,
-    "powersgd": _power_sgd_sum,
+# Torch refuses annotations other than its own, which lambdas do not have.
+HOOKS: dict[str, Callable[[Any, dist.GradBucket], Any]] = {
+    "none": lambda _, bucket: _sum(bucket),
+    "bf16": lambda _, bucket: _times_world(_bf16_mean(bucket)),
+    "powersgd": lambda state, bucket: _times_world(powerSGD_hook(state, bucket)),
 }

@@ -54,7 +54,7 @@ def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Ru
     state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
     if state:
         run.load_state_dict(state)
-    notes = [*run.data.notes, queue_note(config, len(run.data.train))]
+    notes = [*run.data.notes, queue_note(config, len(run.data.train)), *run.method.notes()]
     print(*filter(None, notes), sep="\n", end="\n" * any(notes))
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder

@@ -1,8 +1,11 @@
 """Distributed training with torch.distributed under torchrun.
 
 Each process embeds its shard of a batch. The embeddings are gathered in the order of the ranks, with the gradient of
-the rows of the process itself, and every process computes the same update of the queue. Labels follow from the
-sampler, which is the same on all processes. ``training.data_parallel`` sums the gradients of the processes.
+the rows of the process itself, and every process computes the same update of the queue. Each process scores the
+anchors of its shard against the queue, and the shares of the loss are summed. A loss that cannot be shared out is
+computed by every process for the whole batch. In both cases the gradients, which ``training.data_parallel`` sums over
+the processes, are those of the loss of the whole batch. Labels follow from the sampler, which is the same on all
+processes.
 
 In a single process the functions of this module have no effect.
 
@@ -17,7 +20,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 import torch
-from jaxtyping import Shaped
+from jaxtyping import Float, Int64, Shaped
 from torch import Tensor
 from torch import distributed as dist
 
@@ -91,6 +94,62 @@ def gather(rows: Shaped[Tensor, "b *rest"], total: int) -> Shaped[Tensor, "B *re
     pieces = [piece[:count] for piece, count in zip(gathered.split(longest), counts, strict=True)]
     pieces[rank()] = rows
     return torch.cat(pieces)
+
+
+@torch.no_grad()
+def shuffle(rows: Shaped[Tensor, "b *rest"], order: Int64[Tensor, "B"]) -> Shaped[Tensor, "c *rest"]:
+    """Return the shard of this process of a batch in another order. Each row is sent once, to one process.
+
+    Args:
+        rows: Rows of this process, the shard of ``shard_slice(len(order))``.
+        order: Permutation of the whole batch, the same on all processes, on the CPU.
+
+    Returns:
+        The rows ``order[shard_slice(len(order))]`` of the whole batch.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
+    if world() == 1:
+        return rows[order]
+    shards = [shard_slice(len(order), (r, world())) for r in range(world())]
+    own = shards[rank()]
+    # Process r needs the rows order[shards[r]]. It gets them in order from process 0, then in order from process 1, ...
+    sent = [order[shard][(order[shard] >= own.start) & (order[shard] < own.stop)] - own.start for shard in shards]
+    source = torch.bucketize(order[own], torch.tensor([shard.stop for shard in shards]), right=True)
+    received = [int((source == r).sum()) for r in range(world())]
+    incoming = rows.new_empty(len(source), *rows.shape[1:])
+    with peers():
+        dist.all_to_all_single(incoming, rows[torch.cat(sent)].contiguous(), received, [len(index) for index in sent])
+    return incoming[source.argsort(stable=True).argsort()]
+
+
+@torch.no_grad()
+def all_sum(tensor: Tensor) -> Tensor:
+    """Return the sum of a tensor over the processes, without gradient.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
+    total = tensor.detach().clone()
+    if world() > 1:
+        with peers():
+            dist.all_reduce(total)
+    return total
+
+
+def sum_of_shares(share: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """Return a loss, given the share of this process: the value of the sum, with the gradient of the share.
+
+    The sum of the gradients over the processes is then the gradient of the loss.
+
+    Args:
+        share: Share of the loss, such as the sum over the anchors of this process divided by those of all processes.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
+    return share if world() == 1 else share + (all_sum(share) - share.detach())
 
 
 def from_first(tensor: Tensor) -> Tensor:
