@@ -18,6 +18,7 @@ from selfsup_xbn.config.recipes import RECIPES, default_recipe
 from selfsup_xbn.config.registry import EVALUATORS, METHODS
 from selfsup_xbn.config.schema import EXPORTS, Config, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError, near
+from selfsup_xbn.utils.launch import launched_rank
 
 EXIT_CODES = (
     "exit codes: 0 success; 2 invalid input, or a file could not be written; 3 the loss diverged; "
@@ -97,20 +98,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(kind: str, error: object, code: int) -> int:
-    if not getattr(error, "already_reported", _rank() > 0):
-        print(f"{kind}: {' '.join(str(error).split())}", file=sys.stderr)
+    """Print an error in one line. Before a process group exists, errors of all processes are printed, with the rank."""
+    reported = getattr(error, "already_reported", None)
+    rank = os.environ.get("RANK", "0")
+    if not reported:
+        process = f"process {rank}: " if reported is None and rank != "0" else ""
+        print(f"{process}{kind}: {' '.join(str(error).split())}", file=sys.stderr)
     return code
-
-
-def _rank() -> int:
-    """Return the rank of this process, before torch is imported."""
-    return int(os.environ.get("RANK", 0))
 
 
 @contextlib.contextmanager
 def _first_process_prints() -> Iterator[None]:
     """Discard what processes other than the first one print. Exceptions are not affected."""
-    if _rank() == 0:
+    if launched_rank() == 0:
         yield
         return
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -168,7 +168,8 @@ def _add_option(parser: _Parser, item: Field[Any], kind: type) -> None:
 def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
     """Return the configuration that parsed options stand for.
 
-    The options override the recipe or, with ``--resume`` and no ``--recipe``, the configuration of the saved run.
+    The options override the recipe or, with ``--resume`` and no ``--recipe``, the configuration of the saved run. Only
+    the first process of a distributed run reads the saved run; ``train`` sends its configuration to the others.
 
     Args:
         options: Parsed options.
@@ -185,7 +186,7 @@ def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
             f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
         )
     config = replace(recipe, **overrides)
-    if options.resume and not options.recipe:
+    if options.resume and not options.recipe and launched_rank() == 0:
         from selfsup_xbn.runs.folder import has_run, read_config
 
         folder = Path(config.run_folder)
@@ -212,7 +213,8 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
         return
     from selfsup_xbn.commands.train import train_run
 
-    lines = train_run(config, resume=options.resume, overwrite=options.overwrite)
+    explicit = None if options.recipe else _overrides(options, kind)
+    lines = train_run(config, resume=options.resume, overwrite=options.overwrite, explicit=explicit)
     print(*lines, sep="\n", end="\n" * bool(lines))
 
 

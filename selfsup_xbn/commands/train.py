@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
@@ -12,7 +14,9 @@ from selfsup_xbn.report.gallery import draw_gallery
 from selfsup_xbn.training.trainer import Run, train
 
 
-def train_run(config: Config, *, resume: bool = False, overwrite: bool = False) -> list[str]:
+def train_run(
+    config: Config, *, resume: bool = False, overwrite: bool = False, explicit: Mapping[str, Any] | None = None
+) -> list[str]:
     """Train a run, draw its plots into the run folder, and return the lines of its results.
 
     In a distributed run the first process draws the plots, and the other processes return no lines.
@@ -21,6 +25,7 @@ def train_run(config: Config, *, resume: bool = False, overwrite: bool = False) 
         config: Configuration of the run.
         resume: Whether to continue from the last checkpoint in the run folder, if there is one.
         overwrite: Whether to replace an existing run.
+        explicit: As in ``train``.
 
     Raises:
         UserError: The configuration, the data or the run folder is invalid.
@@ -28,7 +33,7 @@ def train_run(config: Config, *, resume: bool = False, overwrite: bool = False) 
         ProcessLost: Another process of the run ended or timed out.
         Interrupted: The run was stopped by a signal and can be resumed.
     """
-    run = train(config, resume=resume, overwrite=overwrite)
+    run = train(config, resume=resume, overwrite=overwrite, explicit=explicit)
     if run is None:
         return []
     folder = Path(config.run_folder)

@@ -8,6 +8,7 @@ can read it with ``torch.load``, which does not verify the checksums of a zip ar
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import re
 import warnings
@@ -24,6 +25,7 @@ DAMAGED = ".damaged"
 
 COMMENT_LENGTH = hashlib.sha256().digest_size.to_bytes(2, "little")  # last field of a zip archive before the comment
 CHECKSUM_BYTES = len(COMMENT_LENGTH) + hashlib.sha256().digest_size
+SEAL_BYTES = hashlib.sha256().digest_size
 BLOCK = 2**20
 
 
@@ -55,13 +57,11 @@ def save(state: dict[str, Any], folder: Path, name: str = NAME, keep: int = 1) -
 
 def exists(folder: Path) -> bool:
     """Return whether the folder has a checkpoint to resume from, intact or damaged."""
-    return bool(_newest_first(folder))
+    return bool(newest_first(folder))
 
 
 def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     """Load the state of a checkpoint to the CPU without executing code.
-
-    If ``checkpoint.pt`` is missing or damaged, the newest intact checkpoint is loaded. Damaged ones cause a warning.
 
     Args:
         folder: Run folder.
@@ -70,7 +70,22 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     Raises:
         UserError: There is no intact checkpoint, or the file was not written by this package.
     """
-    paths = _newest_first(folder) if name == NAME else [folder / name]
+    return read(newest(folder, name))
+
+
+def newest(folder: Path, name: str = NAME) -> Path:
+    """Return the path of an intact checkpoint.
+
+    If ``checkpoint.pt`` is missing or damaged, it is the newest intact checkpoint. Damaged ones cause a warning.
+
+    Args:
+        folder: Run folder.
+        name: File name.
+
+    Raises:
+        UserError: There is no intact checkpoint.
+    """
+    paths = newest_first(folder) if name == NAME else [folder / name]
     path = next((path for path in paths if is_intact(path)), None)
     if path is None and paths:
         raise UserError(
@@ -81,7 +96,7 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
         raise UserError(f"expected a run folder, but there is no checkpoint {folder / name}")
     if path != paths[0]:
         warnings.warn(f"{paths[0]} is damaged (the checksum does not match): using {path.name} instead", stacklevel=2)
-    return _read(path)
+    return path
 
 
 def rename_damaged(folder: Path) -> None:
@@ -89,7 +104,7 @@ def rename_damaged(folder: Path) -> None:
 
     Otherwise ``save`` would delete the intact checkpoint and keep the damaged ones.
     """
-    for path in _newest_first(folder):
+    for path in newest_first(folder):
         if is_intact(path):
             return
         os.replace(path, path.with_name(path.name + DAMAGED))
@@ -114,9 +129,18 @@ def is_intact(path: Path) -> bool:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(source: Path | bytes) -> dict[str, Any]:
+    """Load the state of a checkpoint to the CPU without executing code and without verifying its checksum.
+
+    Args:
+        source: Path, or the content of the file.
+
+    Raises:
+        UserError: The file was not written by this package.
+    """
+    path = source if isinstance(source, Path) else "the checkpoint"
     try:
-        state = read_values(path)
+        state = read_values(io.BytesIO(source) if isinstance(source, bytes) else source)
     except Exception as error:  # invalid files make torch.load raise exceptions of many types
         kind = type(error).__name__
         raise UserError(f"cannot read {path} ({kind}): expected tensors and plain values only") from None
@@ -126,6 +150,16 @@ def _read(path: Path) -> dict[str, Any]:
             f"{path} is not a checkpoint of this program: expected a run folder, or a file as --weights FILE"
         )
     return state
+
+
+def seal(path: Path) -> str:
+    """Return the checksum that a checkpoint states, in hexadecimal digits, or ``""`` if the file cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(-SEAL_BYTES, os.SEEK_END)
+            return file.read().hex()
+    except OSError:
+        return ""
 
 
 def _checksum(file: BinaryIO, end: int) -> bytes:
@@ -144,7 +178,8 @@ def _older(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
+    """Return the paths of the checkpoints of a run, intact or damaged, newest first."""
     newest = folder / NAME
     return [newest] * newest.exists() + list(_older(folder).values())
 

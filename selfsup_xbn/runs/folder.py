@@ -15,6 +15,7 @@ from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.environment import environment
 from selfsup_xbn.runs.tensorboard import EVENTS, ScalarLog
 from selfsup_xbn.utils import atomic
+from selfsup_xbn.utils.launch import launch_id, restarts
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 LARGEST = 1e300  # bound of valid values; larger integers in JSON do not fit a float
@@ -89,6 +90,17 @@ def read_environment(folder: Path) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()} if isinstance(values, dict) else {}
 
 
+def began_in_this_launch(folder: Path) -> bool:
+    """Return whether the run in the folder was started or resumed by this launch of torchrun, before a restart."""
+    if not restarts() or not has_run(folder):
+        return False
+    try:
+        values = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError):
+        return False
+    return isinstance(values, dict) and values.get("launch") == launch_id() != ""
+
+
 def has_run(folder: Path) -> bool:
     """Return whether the folder has a run."""
     return (folder / CONFIG).exists()
@@ -157,7 +169,8 @@ class RunFolder:
             if not keep_bytes or path.suffix == atomic.TEMPORARY:
                 path.unlink()
         checkpoint.rename_damaged(folder)
-        text = json.dumps(resolved(config) | {"environment": environment()}, indent=2)
+        launch = {"launch": launch_id()} if launch_id() else {}
+        text = json.dumps(resolved(config) | {"environment": environment()} | launch, indent=2)
         with atomic.replacing(folder / CONFIG) as file:
             file.write(text.encode() + b"\n")
         self._metrics = open(folder / METRICS, "a", encoding="utf-8")  # noqa: SIM115  (open for the whole run)

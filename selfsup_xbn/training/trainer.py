@@ -5,68 +5,96 @@ from __future__ import annotations
 import contextlib
 import time
 import warnings
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.runs.folder import RunFolder, check_folder
+from selfsup_xbn.runs.folder import RunFolder, began_in_this_launch, check_folder
+from selfsup_xbn.runs.lock import FolderLock
+from selfsup_xbn.training.agreement import agreed_checkpoint, agreed_config, check_data, on_first
 from selfsup_xbn.training.preflight import queue_note
 from selfsup_xbn.training.progress import Progress
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
 from selfsup_xbn.utils import distributed
-from selfsup_xbn.utils.distributed import rank
+from selfsup_xbn.utils.distributed import from_first, rank
+from selfsup_xbn.utils.process_group import process_group
 
 
-def train(config: Config, *, resume: bool = False, overwrite: bool = False) -> Run | None:
+def train(
+    config: Config, *, resume: bool = False, overwrite: bool = False, explicit: Mapping[str, Any] | None = None
+) -> Run | None:
     """Train a run.
 
     Folder, data and sizes are checked before anything is written. A resumed run continues from its last checkpoint. On
-    a CPU its results are bitwise equal to those of an uninterrupted run. All processes of a distributed run must have
-    access to the run folder, which the first process writes.
+    a CPU its results are bitwise equal to those of an uninterrupted run. The first process of a distributed run reads
+    and writes the run folder; the others need no access to it. After torchrun has restarted the processes, the run
+    that they have begun is resumed.
 
     Args:
         config: Configuration of the run.
         resume: Whether to continue from the last checkpoint in the run folder, if there is one.
         overwrite: Whether to replace an existing run.
+        explicit: With ``resume``, the options that the user of this process set; the processes of a distributed run
+            take all others from the first one. ``None``: all of them.
 
     Returns:
         The completed run, or ``None`` on all processes but the first.
 
     Raises:
-        UserError: The configuration, the data or the run folder is invalid.
+        UserError: The configuration, the data or the run folder is invalid, or differs between the processes.
         Diverged: The loss or a weight is not finite.
         ProcessLost: Another process of the run ended or timed out.
         Interrupted: The run received SIGTERM or SIGINT and wrote a checkpoint.
     """
-    folder = Path(config.run_folder)
-    with distributed.process_group(config.timeout) as first:
-        run = _train(config, folder, resume=resume, overwrite=overwrite)
+    with process_group(config.timeout) as first, contextlib.ExitStack() as stack:
+        config = agreed_config(config, explicit if resume else None)
+        lock = FolderLock(Path(config.run_folder))
+        stack.callback(lock.release)
+        run = _train(config, lock, stack, resume=resume, overwrite=overwrite)
     return run if first else None
 
 
-def _train(config: Config, folder: Path, *, resume: bool, overwrite: bool) -> Run:
-    check_folder(folder, config, resume=resume, overwrite=overwrite)
+def _train(config: Config, lock: FolderLock, stack: contextlib.ExitStack, *, resume: bool, overwrite: bool) -> Run:
+    folder, first = lock.folder, rank() == 0
+    lock_folder = partial(_lock_folder, lock, config, overwrite=overwrite)
+    resume = bool(from_first(torch.tensor(on_first(partial(lock_folder, resume)) or False)))
     run = Run(config)
-    state = checkpoint.load(folder) if resume and checkpoint.exists(folder) else None
+    check_data(run.data)
+    state = agreed_checkpoint(folder, resume)
     if state:
         run.load_state_dict(state)
     notes = [*run.data.notes, queue_note(config, len(run.data.train)), *run.method.notes()]
     print(*filter(None, notes), sep="\n", end="\n" * any(notes))
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder
-    with stop_signals() as signals, contextlib.ExitStack() as stack:
-        log = None
-        if rank() == 0:
-            log = RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)
-            stack.callback(log.close)
-            if not state:
-                log.log({"epoch": 0, **baselines})
-        _fit(run, log, signals)
+    signals = stack.enter_context(stop_signals())
+    log = None
+    if first:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock_folder(resume)
+        log = RunFolder(folder, config, keep_bytes=state["log_bytes"] if state else 0)
+        stack.callback(log.close)
+        if not state:
+            log.log({"epoch": 0, **baselines})
+    _fit(run, log, signals)
     return run
+
+
+def _lock_folder(lock: FolderLock, config: Config, resume: bool, *, overwrite: bool) -> bool:
+    """Lock and check the run folder, unless it is locked already, and return whether to resume the run in it."""
+    lock.acquire()
+    resume = resume or began_in_this_launch(lock.folder)
+    check_folder(lock.folder, config, resume=resume, overwrite=overwrite and not resume)
+    return resume
 
 
 def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:

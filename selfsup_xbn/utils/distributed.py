@@ -15,9 +15,7 @@ Axis legend: b rows of one process, B rows of all processes.
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Iterator
-from datetime import timedelta
 
 import torch
 from jaxtyping import Float, Int64, Shaped
@@ -25,8 +23,10 @@ from torch import Tensor
 from torch import distributed as dist
 
 from selfsup_xbn.errors import ProcessLost
+from selfsup_xbn.utils.launch import local_rank
 
 NETWORK_ERRORS = ("gloo", "NCCL", "pair closure")  # what messages of collective operations contain
+TEXT_BYTES = 1024
 
 
 def world() -> int:
@@ -37,16 +37,6 @@ def world() -> int:
 def rank() -> int:
     """Return the rank of this process. Only rank 0 writes files and prints."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
-
-
-def launched() -> int:
-    """Return the number of processes that torchrun started. No process group is required."""
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def local_rank() -> int:
-    """Return the rank of this process on its machine."""
-    return int(os.environ.get("LOCAL_RANK", rank()))
 
 
 def shard_slice(total: int, shard: tuple[int, int] | None = None) -> slice:
@@ -212,6 +202,40 @@ class AnyProcess:
         return any_set
 
 
+def bytes_from_first(data: bytes) -> bytes:
+    """Return the bytes that process 0 passes.
+
+    Args:
+        data: Bytes of process 0. Those of other processes are not used.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
+    if world() == 1:
+        return data
+    size = from_first(torch.tensor(len(data)))
+    content = torch.empty(int(size), dtype=torch.uint8)
+    if rank() == 0 and data:
+        content = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+    return from_first(content).numpy().tobytes()
+
+
+def first_text(text: str) -> str:
+    """Return the text of the first process, in the order of the ranks, whose text is not empty.
+
+    Args:
+        text: Text of this process. At most ``TEXT_BYTES`` bytes of it are used.
+
+    Raises:
+        ProcessLost: Another process ended or timed out.
+    """
+    row = torch.zeros(1, TEXT_BYTES, dtype=torch.uint8)
+    encoded = text.encode()[:TEXT_BYTES]
+    row[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    texts = [bytes(values).rstrip(b"\0").decode(errors="ignore") for values in gather(row, world()).tolist()]
+    return next(filter(None, texts), "")
+
+
 def wait_for_all() -> None:
     """Wait until all processes have called this function.
 
@@ -235,40 +259,6 @@ def main_process_first() -> Iterator[None]:
     yield
     if local_rank() == 0:
         wait_for_all()
-
-
-@contextlib.contextmanager
-def process_group(timeout: int) -> Iterator[bool]:
-    """Create the process group of the processes that torchrun started.
-
-    The backend is gloo for CPU tensors and nccl for CUDA tensors. An exception of the block gets an attribute
-    ``already_reported``: whether another process has raised an exception before.
-
-    Args:
-        timeout: Seconds that a process waits for the others.
-
-    Yields:
-        Whether this is the first process.
-
-    Raises:
-        ProcessLost: Another process ended or timed out.
-    """
-    if launched() == 1:
-        yield True
-        return
-    limit = timedelta(seconds=timeout)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with peers():
-        store, rank, world = next(dist.rendezvous("env://", timeout=limit))
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=limit)
-    try:
-        yield rank == 0
-    except Exception as error:
-        with contextlib.suppress(RuntimeError):  # the process of the store may have ended
-            error.already_reported = store.add("reported", 1) > 1  # type: ignore[attr-defined]
-        raise  # the process group is not destroyed, as this would wait for lost processes
-    wait_for_all()
-    dist.destroy_process_group()
 
 
 @contextlib.contextmanager
