@@ -11,11 +11,10 @@ from typing import NamedTuple
 import torch
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-from torch.nn.modules.module import register_module_forward_hook
 
 from selfsup_xbn.cli import main
-from selfsup_xbn.methods.metric_learning import MetricLearning
-from selfsup_xbn.methods.moco import MoCo
+from selfsup_xbn.training import trainer
+from selfsup_xbn.training.run import Run
 from tests.command_line import each_step
 
 PATIENCE = 60
@@ -109,15 +108,16 @@ def _run(rank, folder, arguments, at_step, mode="w"):
     torch.set_num_threads(1)
     sys.stdout, sys.stderr = (open(folder / f"{name}-{rank}", mode, buffering=1) for name in ("out", "err"))  # noqa: SIM115
     arguments = arguments(rank) if callable(arguments) else arguments
-    methods = {}
+    runs = []
 
-    def keep(module, inputs, output):
-        if isinstance(module, MoCo | MetricLearning):
-            methods["last"] = module
+    class KeptRun(Run):
+        def __init__(self, config):
+            super().__init__(config)
+            runs.append(self)
 
-    register_module_forward_hook(keep)
+    trainer.Run = KeptRun
     with each_step(lambda _: at_step and at_step(len(steps), rank)) as steps:
         code = main(arguments)
-    if methods:
-        torch.save(methods["last"].state_dict(), folder / f"rank-{rank}.pt")
+    if runs:
+        torch.save(runs[-1].method.state_dict(), folder / f"rank-{rank}.pt")
     sys.exit(code)

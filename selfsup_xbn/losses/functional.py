@@ -22,7 +22,9 @@ from torch import Tensor
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import blockwise, dense
 from selfsup_xbn.losses.pairs import PairMargin, Pairs
+from selfsup_xbn.losses.sharded import AcrossShards
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.sharding import ShardedQueue
 
 IMPLEMENTATIONS = {"auto": blockwise, "dense": dense, "blockwise": blockwise}
 
@@ -187,8 +189,8 @@ def _at_unit_length(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
 
 def _checked(
     embeddings: Tensor, queue: FeatureQueue | None, temperature: float, implementation: str, **beside: Tensor | None
-) -> ModuleType:
-    """Return the module that makes the sums; ``beside`` are tensors with a row for each embedding."""
+) -> ModuleType | AcrossShards:
+    """Return what makes the sums, over all shards of the queue; ``beside`` has a row for each embedding."""
     if not 0 < temperature < float("inf"):
         raise UserError(f"expected a temperature above 0, got {temperature}")
     if implementation not in IMPLEMENTATIONS:
@@ -198,4 +200,5 @@ def _checked(
     for name, rows in beside.items():
         if rows is not None and (len(rows) != len(embeddings) or (name == "k" and rows.shape != embeddings.shape)):
             raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
-    return IMPLEMENTATIONS[implementation]
+    read = IMPLEMENTATIONS[implementation]
+    return AcrossShards(read) if isinstance(queue, ShardedQueue) else read

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,8 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from selfsup_xbn.config.schema import Config, PretrainConfig
 from selfsup_xbn.losses import info_nce
 from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.methods.base import Method, queue_from_config
+from selfsup_xbn.memory.sharding import ShardedQueue
+from selfsup_xbn.methods.base import Method, MicroBatch, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.utils.distributed import from_first, gather, shard_slice, shuffle, sum_of_shares, world
 
@@ -52,6 +54,7 @@ class MoCo(Method):
     """
 
     encoder_name = "encoder_q"
+    queue_takes_whole_batch = True
     queue: FeatureQueue
 
     def __init__(
@@ -133,19 +136,57 @@ class MoCo(Method):
             pairs: queries of this rank's shard of the batch, and keys of the whole batch, in the same order of images.
         """
         keys = torch.cat([k for _, k in pairs])
-        own = shard_slice(len(pairs[0][1]))
-        self.queue.adapt(keys)
-        self_indices = None
-        if self.enqueue == "before_loss":
-            # [B, pairs]: no key of an image is a negative of the same image.
-            self_indices = torch.stack(self.queue.enqueue(keys).chunk(len(pairs)), dim=1)[own]
-        losses = [info_nce(q, k[own], self.queue, self.temperature, self_indices) for q, k in pairs]
-        loss = torch.stack(losses).mean()
+        self_indices = self._take(keys, len(pairs))
+        loss = self._mean_loss(pairs, self_indices)
         if self.enqueue == "after_loss":
             self.queue.enqueue(keys)
-        if world() == 1:
-            return loss
-        return sum_of_shares(loss * (len(pairs[0][0]) / len(pairs[0][1])))
+        return loss
+
+    def losses(self, parts: list[MicroBatch], step: int, steps: int) -> Iterator[Float[Tensor, ""]]:
+        """Yield the loss of each micro-batch of a step, divided by their number.
+
+        The keys of the whole batch are computed first, without gradient, and the queue is adapted to them and takes
+        them at once, as without micro-batches.
+
+        Args:
+            parts: micro-batches of equal size.
+            step: number of steps before this one, for the momentum schedule.
+            steps: number of steps of the run.
+        """
+        self.update_key_encoder(self.momentum_at(step / steps))
+        roles = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # views of the queries and of the keys
+        keys = [[self.keys(views[key], len(labels)) for views, labels in parts] for _, key in roles]
+        batch = torch.cat([k for part_keys in keys for k in part_keys])
+        self_indices = self._take(batch, len(roles))
+        part_indices = [None] * len(parts) if self_indices is None else self_indices.chunk(len(parts))
+        for number, (views, _) in enumerate(parts):
+            pairs = [(self.encoder_q(views[query]), keys[i][number]) for i, (query, _) in enumerate(roles)]
+            loss = self._mean_loss(pairs, part_indices[number]) / len(parts)
+            if self.enqueue == "after_loss" and number == len(parts) - 1:
+                self.queue.enqueue(batch)
+            yield loss
+
+    def _take(self, keys: Float[Tensor, "K D"], views: int) -> Int64[Tensor, "B views"] | None:
+        """Adapt the queue and, for ``"before_loss"``, enqueue the keys; return the slots of the keys of each image."""
+        self.queue.adapt(keys)
+        if self.enqueue == "after_loss":
+            return None
+        # No key of an image is a negative of the same image.
+        return torch.stack(self.queue.enqueue(keys).chunk(views), dim=1)
+
+    def _mean_loss(
+        self, pairs: list[tuple[Float[Tensor, "b D"], Float[Tensor, "B D"]]], self_indices: Int64[Tensor, "B E"] | None
+    ) -> Float[Tensor, ""]:
+        """Return the mean InfoNCE of several pairs of queries of this rank and keys of the whole batch."""
+        B = len(pairs[0][1])
+        sharded = isinstance(self.queue, ShardedQueue)  # each rank compares all queries with its rows
+        own = slice(None) if sharded else shard_slice(B)
+        indices = None if self_indices is None else self_indices[own]
+        losses = [
+            info_nce(gather(q, B) if sharded else q, k[own], self.queue, self.temperature, indices) for q, k in pairs
+        ]
+        loss = torch.stack(losses).mean()
+        return loss if sharded or world() == 1 else sum_of_shares(loss * (len(pairs[0][0]) / B))
 
     @torch.no_grad()
     def keys(self, view: Float[Tensor, "b C S S"], batch_size: int) -> Float[Tensor, "B D"]:

@@ -8,6 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfsup_xbn.evaluation.drift import moment_gap
+from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.moments import AdaptRecord
+
 
 class MetricAccumulator:
     """Accumulator of named values over an epoch, and of the training time in seconds.
@@ -66,3 +70,21 @@ class MetricAccumulator:
 
     def _elapsed(self) -> float:
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+def add_gaps(meter: MetricAccumulator, record: AdaptRecord | None) -> None:
+    """Add the gaps between the moments of queue and batch, before and after an adaptation, to their means."""
+    if record is None:
+        return
+    for when, moments in (("before", record.before), ("after", record.after)):
+        gap = moment_gap(moments, record.batch)
+        meter.add(f"gap_mean_{when}", gap.mean)
+        meter.add(f"gap_std_{when}", gap.std)
+
+
+def queue_record(queue: FeatureQueue | None) -> dict[str, int | float]:
+    """Return the number of skipped batches and, for AXBN, the Kalman gain."""
+    if queue is None:
+        return {}
+    gain = getattr(queue.adaptation, "gain", None)
+    return {"skipped_batches": int(queue.skipped)} | ({} if gain is None else {"gain": gain.item()})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from operator import index
@@ -19,15 +20,14 @@ from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, UserError
 from selfsup_xbn.evaluation.collapse import embedding_std
-from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
+from selfsup_xbn.evaluation.drift import FeatureDrift
 from selfsup_xbn.evaluation.evaluators import Evaluator, baselines
-from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import Method, method_class
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.cuda_graph import GraphedStep
 from selfsup_xbn.training.data_parallel import GradientSum
-from selfsup_xbn.training.metrics import MetricAccumulator
+from selfsup_xbn.training.metrics import MetricAccumulator, add_gaps, queue_record
 from selfsup_xbn.training.optimisation import learning_rate, make_optimizer
 from selfsup_xbn.training.preflight import check_memory, check_sizes
 from selfsup_xbn.utils import distributed
@@ -128,10 +128,12 @@ class Run:
     def _step(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform the forward pass, the backward pass and the optimizer step, and return the loss."""
         self.optimizer.zero_grad()
-        loss = self.gradients.backward(partial(self._loss, views, labels))
+        losses, parts = self._losses(views, labels), self.config.accumulate
+        last = parts - 1
+        values = [self.gradients.backward(partial(self._next, losses), last=i == last).detach() for i in range(parts)]
         distributed.average_(self.statistics)
         self.optimizer.step()
-        return loss.detach()
+        return values[0] if parts == 1 else torch.stack(values).sum()
 
     def _graphed(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform ``_step`` as a CUDA graph. If the capture fails, warn and run all further steps eagerly."""
@@ -156,14 +158,24 @@ class Run:
         allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1
         return GraphedStep(self._step) if allowed and self.method.capturable else None
 
-    def _loss(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    def _losses(self, views: tuple[Tensor, ...], labels: Tensor) -> Iterator[Tensor]:
+        """Yield the loss, or that of each micro-batch divided by their number."""
+        step = (self.epoch - self.head_epochs) * self.steps + self.step, self.config.epochs * self.steps
+        parts = self.config.accumulate
+        if parts == 1:
+            yield self.method.head_loss(views, labels) if self.head_stage else self.method(views, labels, *step)
+            return
+        split = zip(zip(*(view.chunk(parts) for view in views), strict=True), labels.chunk(parts), strict=True)
+        if self.head_stage:
+            yield from (self.method.head_loss(*part) / parts for part in split)
+        else:
+            yield from self.method.losses(list(split), *step)
+
+    def _next(self, losses: Iterator[Tensor]) -> Tensor:
         with torch.autocast(
             self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
         ):
-            if self.head_stage:
-                return self.method.head_loss(views, labels)
-            step = (self.epoch - self.head_epochs) * self.steps + self.step
-            return self.method(views, labels, step, self.config.epochs * self.steps)
+            return next(losses)
 
     def _measure(self) -> None:
         """Record the drift of the last step (Eq. 5), and the moment gaps before and after the adaptation."""
@@ -171,12 +183,8 @@ class Run:
         assert drift is not None
         self.meter.add("drift", drift.mean)
         self.meter.add_maximum("drift_max", drift.maximum)
-        record = None if self.method.queue is None else self.method.queue.record
-        if record is not None and self.epoch + self.step > 1:  # the queue is empty at the first step of the run
-            for when, moments in (("before", record.before), ("after", record.after)):
-                gap = moment_gap(moments, record.batch)
-                self.meter.add(f"gap_mean_{when}", gap.mean)
-                self.meter.add(f"gap_std_{when}", gap.std)
+        if self.method.queue is not None and self.epoch + self.step > 1:  # it is empty at the first step of the run
+            add_gaps(self.meter, self.method.queue.record)
 
     def _start_stage(self) -> None:
         """Create the optimizer of the current stage, and the sum over the processes of the gradients that it uses."""
@@ -214,7 +222,7 @@ class Run:
         """
         self.mean_loss()
         record: dict[str, Any] = {"epoch": self.epoch + 1, "step": (self.epoch + 1) * self.steps, "lr": self.lr}
-        record |= self.meter.record(self.config.batch_size) | _queue_record(self.method.queue)
+        record |= self.meter.record(self.config.batch_size) | queue_record(self.method.queue)
         record["embedding_std"] = embedding_std(self.drift.embeddings()).item()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MetricAccumulator(self.device)
         if self.epoch == self.head_epochs:
@@ -288,10 +296,3 @@ class Run:
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
             torch.cuda.set_rng_state(state["random_cuda"], self.device)
-
-
-def _queue_record(queue: FeatureQueue | None) -> dict[str, int | float]:
-    if queue is None:
-        return {}
-    gain = getattr(queue.adaptation, "gain", None)
-    return {"skipped_batches": int(queue.skipped)} | ({} if gain is None else {"gain": gain.item()})

@@ -20,7 +20,7 @@ from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import RunFolder, began_in_this_launch, check_folder
 from selfsup_xbn.runs.lock import FolderLock
 from selfsup_xbn.training.agreement import agreed_checkpoint, agreed_config, check_data, on_first
-from selfsup_xbn.training.preflight import queue_note
+from selfsup_xbn.training.preflight import accumulation_note, queue_note
 from selfsup_xbn.training.progress import Progress
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
@@ -73,6 +73,7 @@ def _train(config: Config, lock: FolderLock, stack: contextlib.ExitStack, *, res
     if state:
         run.load_state_dict(state)
     notes = [*run.data.notes, queue_note(config, len(run.data.train)), *run.method.notes()]
+    notes.append(accumulation_note(config, run.method))
     print(*filter(None, notes), sep="\n", end="\n" * any(notes))
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder
@@ -110,22 +111,23 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int]) -> None:
                 run.train_step(batch)
                 if progress.step():
                     progress.show(loss=f"{run.mean_loss():.3f}", lr=f"{run.lr:.2g}")
-                if save_seconds and time.monotonic() - saved >= save_seconds:
+                due = save_seconds > 0 and time.monotonic() - saved >= save_seconds
+                stop, save = any_process(bool(signals), due)
+                if save:
                     _save_if_finite(run, log)
                     saved = time.monotonic()
-                if any_process(bool(signals)):
+                if stop:
                     _save_if_finite(run, log)
                     distributed.wait_for_all()
                     raise Interrupted(f"stopped at epoch {run.epoch}, step {run.step}; continue with --resume")
             record = run.end_epoch()
-            if not log:
-                continue
-            log.log(record)
-            progress.epoch(run.epoch, run.epochs, record)
-            if warning := collapse_warning(record["embedding_std"], config.dim):
-                warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
-            if run.is_best(record) and config.keeps_best:
-                checkpoint.save(run.state_dict(), log.folder, checkpoint.BEST)
+            if log:
+                log.log(record)
+                progress.epoch(run.epoch, run.epochs, record)
+                if warning := collapse_warning(record["embedding_std"], config.dim):
+                    warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
+            if from_first(torch.tensor(run.is_best(record))) and config.keeps_best:
+                _save(run, log, best=True)
             if run.epoch == run.epochs or (save_epochs and run.epoch % save_epochs == 0):
                 _save(run, log)
 
@@ -138,8 +140,13 @@ def _save_if_finite(run: Run, log: RunFolder | None) -> None:
     """
     if log:
         run.mean_loss()
-        _save(run, log)
+    _save(run, log)
 
 
-def _save(run: Run, log: RunFolder) -> None:
-    checkpoint.save(run.state_dict() | {"log_bytes": log.position}, log.folder, keep=run.config.keep)
+def _save(run: Run, log: RunFolder | None, *, best: bool = False) -> None:
+    """Write a checkpoint. All processes must call it, as each has a part of a sharded queue."""
+    state = run.state_dict()
+    if log and best:
+        checkpoint.save(state, log.folder, checkpoint.BEST)
+    elif log:
+        checkpoint.save(state | {"log_bytes": log.position}, log.folder, keep=run.config.keep)

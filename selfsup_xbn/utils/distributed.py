@@ -175,29 +175,29 @@ def average_(tensors: list[Tensor]) -> None:
 
 
 class AnyProcess:
-    """A flag that is true on all processes at the same call if any process has set it.
+    """Flags that are true on all processes at the same call if any process has set them.
 
     With several processes a call returns the flags of the previous call. The flags are exchanged on the CPU while a
     step is computed, so that no process waits for a device, or for a process that is less than one step behind.
     """
 
     def __init__(self) -> None:
-        self._flags = torch.zeros(())
+        self._flags: Tensor | None = None
         self._work: dist.Work | None = None
 
-    def __call__(self, flag: bool) -> bool:
-        """Set the flag of this process, and return whether any process has set its flag.
+    def __call__(self, *flags: bool) -> list[bool]:
+        """Set the flags of this process, and return which flags any process has set.
 
         Raises:
             ProcessLost: Another process ended or timed out.
         """
         if world() == 1:
-            return flag
+            return [*flags]
         with peers():
             if self._work:
                 self._work.wait()
-            any_set = bool(self._flags)
-            self._flags = torch.tensor(float(flag))
+            any_set = [False for _ in flags] if self._flags is None else (self._flags > 0).tolist()
+            self._flags = torch.tensor(flags, dtype=torch.float32)
             self._work = dist.all_reduce(self._flags, async_op=True)
         return any_set
 

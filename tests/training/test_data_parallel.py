@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from torch import nn
 
-from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
+from selfsup_xbn.losses import PairMargin, functional, info_nce, nt_xent, sup_con
 from selfsup_xbn.memory import FeatureQueue
+from selfsup_xbn.memory.sharding import ShardedQueue
 from selfsup_xbn.methods.metric_learning import MetricLearning, SupCon
 from selfsup_xbn.methods.moco import MoCo
 from selfsup_xbn.models.encoder import Encoder
@@ -134,6 +135,77 @@ def each_process_scores_its_own_anchors(rank):
     assert anchors == [own.stop - own.start] * 2
 
 
+def sharded_queue_equals_the_whole_queue(rank):
+    labels = torch.arange(7) % CLASSES
+    whole, sharded = (kind(26, D, "axbn", labels=True) for kind in (FeatureQueue, ShardedQueue))
+    for number in range(13):  # three passes, with a refresh and a skipped batch
+        batch = torch.randn(7, D) * (1 + number) + number
+        if number == 6:
+            batch[3, 2] = torch.nan
+        for queue in (whole, sharded):
+            queue.adapt(batch)
+        slots, own_slots = whole.enqueue(batch, labels), sharded.enqueue(batch, labels)
+        held = (slots >= sharded.first) & (slots < sharded.first + sharded.size)
+        assert torch.equal(own_slots, torch.where(held, slots - sharded.first, -1))
+        own = slice(sharded.first, sharded.first + len(sharded))
+        torch.testing.assert_close(sharded.features(), whole.features()[own], rtol=1e-5, atol=1e-5)
+        for moments, expected in zip(sharded.moments(), whole.moments(), strict=True):
+            torch.testing.assert_close(moments, expected)
+    assert whole.skipped == sharded.skipped == 1
+    state = sharded.state_dict()
+    if rank == 0:
+        for name, value in whole.state_dict().items():
+            torch.testing.assert_close(state[name], value, rtol=1e-5, atol=1e-5)
+    other = ShardedQueue(26, D, "axbn", labels=True)
+    other.load_state_dict(whole.state_dict())
+    torch.testing.assert_close(other.features(), whole.features()[own], rtol=0, atol=0)
+    if rank == 0:
+        assert torch.equal(other.labels, whole.labels[own])
+
+
+def losses_over_a_sharded_queue_equal_those_over_the_whole(rank):
+    labels = torch.arange(7) % CLASSES
+    for filled in (1, 5):
+        queues = [kind(26, D, "xbn", labels=True, dtype=torch.float64) for kind in (FeatureQueue, ShardedQueue)]
+        for _ in range(filled):
+            z = F.normalize(torch.randn(7, D, dtype=torch.float64), dim=1)
+            both_slots = [(queue.adapt(z), queue.enqueue(z, labels))[1] for queue in queues]
+        losses = {"info_nce": (z.clone(),), "sup_con": (labels,), "nt_xent": (labels,)}
+        for name, temperature, implementation in (
+            ("info_nce", 0.1, "blockwise"),
+            ("info_nce", 0.01, "dense"),
+            ("sup_con", 0.1, "blockwise"),
+            ("sup_con", 0.01, "blockwise"),
+            ("nt_xent", 0.1, "blockwise"),
+            ("nt_xent", 0.01, "dense"),
+        ):
+            results = []
+            for queue, slots in zip(queues, both_slots, strict=True):
+                anchors = z.clone().requires_grad_()
+                options = {"temperature": temperature, "self_indices": slots, "implementation": implementation}
+                loss = getattr(functional, name)(anchors, *losses[name], queue, **options)
+                loss.backward()
+                results.append((loss.detach(), anchors.grad))
+            torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
+
+
+def micro_batches_of_moco_equal_the_whole_batch(rank):
+    def gradients(method, parts):
+        views, labels = data()
+        rows = torch.arange(B).view(parts, -1)[:, shard_slice(B // parts)]
+        micro = [(tuple(view[own] for view in views), labels[: B // parts]) for own in rows]
+        accumulated = GradientSum(method, [p for p in method.parameters() if p.requires_grad])
+        losses = method.losses(micro, 0, 1) if parts > 1 else iter([method(*micro[0])])
+        for number in range(parts):
+            accumulated.backward(lambda: next(losses), last=number == parts - 1)
+        return [p.grad for p in method.parameters() if p.requires_grad] + [*method.queue.buffers()]
+
+    for options in ({}, {"symmetric": True, "enqueue": "after_loss"}):
+        whole, parts = (gradients(MoCo(network(), make_queue(), **options), parts) for parts in (1, 2))
+        for value, other in zip(parts, whole, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12)
+
+
 CHECKS = [
     rows_are_shuffled_as_in_one_process,
     losses_are_sums_of_shares,
@@ -141,6 +213,9 @@ CHECKS = [
     moco_steps_equal_one_process,
     compressed_gradients_are_near_the_sum,
     each_process_scores_its_own_anchors,
+    sharded_queue_equals_the_whole_queue,
+    losses_over_a_sharded_queue_equal_those_over_the_whole,
+    micro_batches_of_moco_equal_the_whole_batch,
 ]
 
 
