@@ -62,7 +62,7 @@ def torchrun(folder, processes, arguments, at_step=None, max_restarts=3):
         target=_agent, args=(folder, processes, arguments, at_step, max_restarts)
     )
     agent.start()
-    agent.join(PATIENCE)
+    agent.join((max_restarts + 1) * PATIENCE)
     agent.terminate()
     agent.join()
     return agent.exitcode == 0

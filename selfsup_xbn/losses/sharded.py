@@ -34,10 +34,11 @@ class AcrossShards:
     def pair_sums(self, anchors: Float[Tensor, "B D"], pairs: Pairs, *, include_positives: bool = False) -> PairSums:
         """Return what ``blockwise.pair_sums`` does, over the rows of all processes."""
         own = self.read.pair_sums(_Copy.apply(anchors), pairs, include_positives=include_positives)
+        logsumexp = _LogSumExp.apply(own.logsumexp)
+        if pairs.labels is None:  # there are no positives, and negatives are not counted
+            return PairSums(logsumexp, *own[1:])
         positives, negatives = all_sum(torch.stack([own.positives, own.negatives]))
-        # Without labels there are no positives.
-        positive_rows = own.positive_rows if pairs.labels is None else all_sum(own.positive_rows)
-        return PairSums(_LogSumExp.apply(own.logsumexp), positive_rows, positives, negatives)
+        return PairSums(logsumexp, all_sum(own.positive_rows), positives, negatives)
 
     def positive_softplus(
         self, anchors: Float[Tensor, "B D"], offset: Float[Tensor, "B"], pairs: Pairs
