@@ -147,6 +147,8 @@ def folder_name(config: Config, seed: int) -> str:
 def settings(config: Config) -> dict[str, Any]:
     """Return the settings that the results of a cell depend on, without the seed and the path of the data."""
     names = {item.name for item in fields(config) if item.metadata["affects_results"]} - {"seed"}
+    if config.accumulate == 1:  # cells from before this option keep their names
+        names.discard("accumulate")
     return {name: value for name, value in resolved(config).items() if name in names | {"mode"}}
 
 

@@ -87,6 +87,7 @@ def _agent(folder, processes, arguments, at_step, max_restarts):
 
 
 def _child_of_agent(folder, arguments, at_step):
+    os.setsid()
     _run(int(os.environ["RANK"]), folder, arguments, at_step, mode="a")
 
 

@@ -28,6 +28,7 @@ class GradientSum:
         compression: ``"none"``, or the hook that compresses the gradients on their way: ``"bf16"`` or ``"powersgd"``.
 
     Example:
+        >>> import torch
         >>> layer = nn.Linear(2, 1)
         >>> loss = GradientSum(layer, layer.parameters()).backward(lambda: layer(torch.ones(3, 2)).sum())
         >>> layer.weight.grad

@@ -121,7 +121,8 @@ class Campaign:
         def kill(step: int, rank: int) -> None:
             attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
             if attempt < len(kills) and kills[attempt][:2] == (rank, step):
-                threading.Timer(kills[attempt][2], os.kill, (os.getpid(), signal.SIGKILL)).start()
+                # A DataLoader worker that is just being forked dies too: it would keep the agent from seeing the death.
+                threading.Timer(kills[attempt][2], os.killpg, (os.getpid(), signal.SIGKILL)).start()
 
         ended_well = torchrun(logs, 2, [*self.arguments[cell], "--out", str(folder)], kill)
         faults = differences(whole, folder) if ended_well else [(logs / "err-0").read_text()]
