@@ -24,6 +24,7 @@ from selfsup_xbn.config.schema import EXPORTS, Config, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, RunsFailed, UserError, printable
 from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option, early_options
 from selfsup_xbn.utils.console import show
+from selfsup_xbn.utils.launch import launched_rank
 
 EXIT_CODES = (
     "exit codes: 0 success; 2 invalid input, or a file could not be written; 3 the loss diverged; "
@@ -54,6 +55,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     # Idle OpenMP threads that spin slow other programs down. OpenMP reads the variable when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Torch would print the C++ stack of a connection that another process has closed.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     warnings.showwarning = lambda message, *_: print(f"warning: {printable(message)}", file=sys.stderr)
     try:
         options = _parser().parse(sys.argv[1:] if argv is None else argv)
@@ -69,20 +72,19 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _fail(error: object, kind: str, code: int) -> int:
-    if not getattr(error, "already_reported", _rank() > 0):
-        print(f"{kind}: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+    """Print an error in one line. Before a process group exists, errors of all processes are printed, with the rank."""
+    reported = getattr(error, "already_reported", None)
+    rank = os.environ.get("RANK") or "0"
+    if not reported:
+        process = f"process {rank}: " if reported is None and rank != "0" else ""
+        print(printable(f"{process}{kind}: {' '.join(str(error).split())}"), file=sys.stderr)
     return code
-
-
-def _rank() -> int:
-    """Return the rank of this process, before torch is imported."""
-    return int(os.environ.get("RANK", 0))
 
 
 @contextlib.contextmanager
 def _first_process_prints() -> Iterator[None]:
     """Discard what processes other than the first one print. Exceptions are not affected."""
-    if _rank() == 0:
+    if launched_rank() == 0:
         yield
         return
     with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
@@ -154,13 +156,14 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
         return
     from selfsup_xbn.commands.train import train_run
 
-    show(train_run(config, resume=options.resume, overwrite=options.overwrite))
+    explicit = None if options.recipe else overrides_of(options, kind)
+    show(train_run(config, resume=options.resume, overwrite=options.overwrite, explicit=explicit))
 
 
 COUNTS = (
     ("seeds", 3, "number of seeds, from --seed on"),
-    ("jobs", 2, "parallel runs"),
-    ("threads", 1, "threads per run"),
+    ("jobs", 2, "number of parallel runs"),
+    ("threads", 1, "threads of each run"),
 )
 
 
@@ -185,11 +188,8 @@ def _add_cells(parser: Parser, args: Sequence[str], mode: str) -> None:
         help="add a cell for each value of an option, or for each combination of the values of several",
     )
     add("--cell", metavar=("LABEL", "NAME=VALUE"), help="add one cell with a label, and with any number of options")
-    parser.add_argument(
-        "--seeds", type=int, default=3, metavar="N", help="number of seeds, from --seed on (default: 3)"
-    )
-    parser.add_argument("--jobs", type=int, default=2, metavar="N", help="number of parallel runs (default: 2)")
-    parser.add_argument("--threads", type=int, default=1, metavar="N", help="threads of each run (default: 1)")
+    for name, default, text in COUNTS:
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{text} (default: {default})")
     parser.add_argument("--out", metavar="DIR", help="folder of the results (default: runs/compare-MODE-DATA)")
     parser.add_argument("--commands", action="store_true", help="print the command of each cell, and exit")
     _add_recipe(parser, kind)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from experiments.benchmarks import knn_parts, parts, step_parts
+from experiments.benchmarks import knn_parts, parts, processes, step_parts
 from experiments.benchmarks.__main__ import main as benchmark
 from experiments.benchmarks.__main__ import measure, measured_on, ratio, verdict
 from experiments.benchmarks.__main__ import table as work_table
@@ -145,6 +145,22 @@ def test_profile_has_every_part_of_a_work(module, tmp_path, capsys):
     names = {part.part for part in module.PARTS}
     assert set(json.loads((tmp_path / name).read_text())["milliseconds"]) == {*names, REST, ALL, beside}
     assert ALL in capsys.readouterr().out
+
+
+def test_shares_of_a_loss_are_measured_for_each_number_of_processes(tmp_path, monkeypatch, capsys):
+    sizes = {"BATCH": 16, "ROWS": 64, "DIM": 8, "CLASSES": 4, "COUNTS": (1, 4)}
+    for name, value in sizes.items():
+        monkeypatch.setattr(processes, name, value)
+    processes.main(["shares", "--rounds", "2", "--out", str(tmp_path)])
+    assert set(json.loads((tmp_path / "processes-shares.json").read_text())["measured"]) == {"1", "4"}
+    assert json.loads(capsys.readouterr().out).keys() == {"1", "4"}
+
+
+@pytest.mark.slow
+def test_each_view_is_sent_to_one_process(monkeypatch):
+    monkeypatch.setattr(processes, "SHUFFLED", (1, 1, 1))
+    for count, share in processes.views().items():
+        assert 0 < share < 1 / int(count)
 
 
 SCALE = {"knn": 0.02, "recall": 0.03}

@@ -10,13 +10,15 @@ from typing import Any
 from selfsup_xbn.config.recipes import RECIPES, recipe_for
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError, near
+from selfsup_xbn.utils.launch import launched_rank
 
 
 def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
     """Return the configuration that parsed options stand for.
 
     The options override the recipe, by default the one for the data set. With ``--resume`` and no ``--recipe`` they
-    override the configuration of the saved run.
+    override the configuration of the saved run. Only the first process of a distributed run reads the saved run;
+    ``train`` sends its configuration to the others.
 
     Args:
         options: Parsed options.
@@ -33,7 +35,7 @@ def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
             f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
         )
     config = replace(recipe, **overrides)
-    if options.resume and not options.recipe:
+    if options.resume and not options.recipe and launched_rank() == 0:
         from selfsup_xbn.runs.folder import has_run, read_config
 
         folder = Path(config.run_folder)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError
@@ -15,7 +17,12 @@ from selfsup_xbn.training.trainer import Run, train
 
 
 def train_run(
-    config: Config, *, resume: bool = False, overwrite: bool = False, watch: Watch | None = None
+    config: Config,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    explicit: Mapping[str, Any] | None = None,
+    watch: Watch | None = None,
 ) -> list[str]:
     """Train a run, draw its plots into the run folder, and return the lines of its results.
 
@@ -25,6 +32,7 @@ def train_run(
         config: Configuration of the run.
         resume: Whether to continue from the last checkpoint in the run folder, if there is one.
         overwrite: Whether to replace an existing run.
+        explicit: As in ``train``.
         watch: Function that is called with the numbers of completed and of all steps, about once per second.
 
     Raises:
@@ -33,7 +41,7 @@ def train_run(
         ProcessLost: Another process of the run ended or timed out.
         Interrupted: The run was stopped by a signal and can be resumed.
     """
-    run = train(config, resume=resume, overwrite=overwrite, watch=watch)
+    run = train(config, resume=resume, overwrite=overwrite, explicit=explicit, watch=watch)
     if run is None:
         return []
     folder = Path(config.run_folder)

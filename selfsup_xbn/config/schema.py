@@ -7,6 +7,7 @@ that ``--help`` is fast.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from typing import Any, ClassVar, get_type_hints
 
 from selfsup_xbn.config.options import check_option, option
@@ -15,6 +16,7 @@ from selfsup_xbn.config.parsing import parse_save_interval as parse_interval
 from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS
 from selfsup_xbn.errors import UserError
 
+execution = partial(option, affects_results=False)
 DATA_HELP = "data set: {names}; append :PATH to set its directory: folder:PATH, list:FILE.csv"
 
 EXPORTS = {
@@ -90,10 +92,20 @@ class Config:
         100, "axbn: number of steps between updates of the Kalman gain", minimum=1, maximum=2**31
     )
     temperature: float = option(0.1, "temperature T of the loss", minimum=1e-6)
+    shard_queue: bool = execution(False, "share the rows of the queue out among the processes of a distributed run")
 
     # Optimization
     epochs: int = option(20, "number of passes over the training images", minimum=1)
     batch_size: int = option(128, "number of images per step, summed over all processes", minimum=2)
+    accumulate: int = option(
+        1, "number of micro-batches of a step, whose gradients are added up", minimum=1, added_later=True
+    )
+    gradient_compression: str = option(
+        "none",
+        "compression of the gradients that the processes exchange",
+        choices=("none", "bf16", "powersgd"),
+        added_later=True,
+    )
     optimizer: str = option("sgd", "optimizer", choices=("sgd", "adamw"))
     lr: float = option(0.03, "learning rate after the warm-up", minimum=0)
     sgd_momentum: float = option(0.9, "sgd: momentum", minimum=0)
@@ -121,31 +133,18 @@ class Config:
         choices=("auto", "fp32", "bf16"),
         affects_results=False,
     )
-    compile: bool = option(
-        False, "compile the networks, and views of images in memory, with torch.compile", affects_results=False
-    )
-    cuda_graph: bool = option(
-        True, "capture the training step as a CUDA graph (mode pretrain on cuda)", affects_results=False
-    )
-    workers: int = option(
-        2, "number of processes that decode images from disk", minimum=0, maximum=1024, affects_results=False
-    )
-    save_every: str = option(
-        "1", "interval between checkpoints: number of epochs, or minutes as in 10m", affects_results=False
-    )
-    keep: int = option(
+    compile: bool = execution(False, "compile the networks, and views of images in memory, with torch.compile")
+    cuda_graph: bool = execution(True, "capture the training step as a CUDA graph (mode pretrain on cuda)")
+    workers: int = execution(2, "number of processes that decode images from disk", minimum=0, maximum=1024)
+    save_every: str = execution("1", "interval between checkpoints: number of epochs, or minutes as in 10m")
+    keep: int = execution(
         2,
         "number of checkpoints to keep: checkpoint.pt, the previous one checkpoint-1.pt, ...",
         minimum=1,
         maximum=10**6,
-        affects_results=False,
     )
-    timeout: int = option(
-        600,
-        "seconds that a process waits for the other processes of a distributed run",
-        minimum=1,
-        maximum=10**6,
-        affects_results=False,
+    timeout: int = execution(
+        600, "seconds that a process waits for the other processes of a distributed run", minimum=1, maximum=10**6
     )
     tensorboard: bool = option(False, "also log to TensorBoard in the run folder", affects_results=False)
     out: str = option("", "run folder; runs/MODE-DATA-ADAPTATION-SEED if not set", affects_results=False)

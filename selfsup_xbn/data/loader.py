@@ -64,6 +64,7 @@ class Batches:
         workers: The number of processes that read files. It has no effect for images in memory.
         shard: The rank and the number of processes. Each process computes the views of its shard of a batch; they are
             those that one process would compute for the whole batch.
+        parts: The number of micro-batches, consecutive and equal parts of a batch. A process has its shard of each.
         compile: Whether to compile the computation of views of images in memory with ``torch.compile``.
 
     Raises:
@@ -82,11 +83,15 @@ class Batches:
         seed: int = 0,
         workers: int = 0,
         shard: tuple[int, int] = (0, 1),
+        parts: int = 1,
         compile: bool = False,
     ) -> None:
         self.sampler, self.device, self.seed = sampler, torch.device(device), seed
         self.labels = split.labels.to(self.device)
-        self.shard = shard_slice(sampler.batch_size, shard)
+        self.shard: slice | list[int] = shard_slice(sampler.batch_size, shard)
+        if parts > 1:
+            rows = torch.arange(sampler.batch_size).view(parts, -1)
+            self.shard = rows[:, shard_slice(rows.shape[1], shard)].flatten().tolist()
         self._source: _MemoryViews | _FileViews
         if split.images is not None:
             family = memory_views(augmentation, data)
@@ -96,7 +101,7 @@ class Batches:
             )
         else:
             read = RandomFile(split, augmentation, data, seed, views)
-            self._source = _FileViews(read, workers, self.device, self.shard.start)
+            self._source = _FileViews(read, workers, self.device, torch.arange(sampler.batch_size)[self.shard].tolist())
 
     @classmethod
     def from_config(
@@ -126,6 +131,7 @@ class Batches:
             seed=config.seed,
             workers=config.workers,
             shard=shard,
+            parts=config.accumulate,
             compile=config.compile,
         )
 
@@ -158,7 +164,7 @@ class _MemoryViews:
     views: int
     seed: int
     batch_size: int
-    shard: slice
+    shard: slice | list[int]
 
     def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         index, generator = plan.to(self.images.device), torch.Generator(self.images.device)
@@ -179,13 +185,16 @@ class _MemoryViews:
 class _FileViews:
     """Random views of image files, computed by worker processes."""
 
-    def __init__(self, function: RandomFile, workers: int, device: torch.device, first: int) -> None:
-        self.device, self.first = device, first
+    def __init__(self, function: RandomFile, workers: int, device: torch.device, positions: list[int]) -> None:
+        self.device, self.positions = device, positions
         self.read = ParallelReader(function, workers, pin_memory=device.type == "cuda")
 
     def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         keys = (
-            [(sample, epoch, step, position) for position, sample in enumerate(plan[step].tolist(), self.first)]
+            [
+                (sample, epoch, step, position)
+                for position, sample in zip(self.positions, plan[step].tolist(), strict=True)
+            ]
             for step in range(start, len(plan))
         )
         for views in self.read(keys):

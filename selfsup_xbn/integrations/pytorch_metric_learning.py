@@ -20,6 +20,10 @@ with ``adaptation="xbm"``.
 **Precision.** Losses are computed in float32 or float64, also for half precision inputs and under autocast. The queue
 is stored in float32, and in float64 after the first float64 embeddings.
 
+**Gradient accumulation.** Each call adapts the queue to its embeddings and enqueues them. In a loop of K micro-batches
+the queue is therefore adapted to the moments of each micro-batch, and the embeddings of a step come from the same
+weights.
+
 Axis legend: B batch, E rows that enter the queue, n filled rows, M queue rows, D dimensions.
 """
 

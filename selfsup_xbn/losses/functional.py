@@ -8,8 +8,8 @@ row, and gradient 0. A batch with a value that is not finite has the loss NaN. A
 O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"triton"`` runs InfoNCE and SupCon
 with a queue as two or three GPU kernels, in memory of O(B D) for each multiprocessor; it refuses a second derivative.
 ``"auto"`` is triton on a GPU of compute capability 8.0 or higher, if Triton is installed and takes the sizes and
-dtypes, and blockwise elsewhere and in compiled code; it is dense if T is a
-tensor.
+dtypes, and blockwise elsewhere and in compiled code; it is dense if T is a tensor. A sharded queue, and SupCon of
+anchors that several processes share out, are blockwise on a GPU too.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
@@ -27,8 +27,10 @@ from torch import Tensor
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import blockwise, dense
 from selfsup_xbn.losses.pairs import PairMargin, Pairs
+from selfsup_xbn.losses.sharded import AcrossShards
 from selfsup_xbn.memory.device import has_kernels, has_triton
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.sharding import ShardedQueue
 
 IMPLEMENTATIONS = ("auto", "dense", "blockwise", "triton")
 _SUMS = {"dense": dense, "blockwise": blockwise}
@@ -74,7 +76,7 @@ def info_nce(
         if kernels is not None:
             return kernels.info_nce(q, k, pairs)
         query, key = unit_rows(q), unit_rows(k)
-        sums = _sums(implementation, temperature).pair_sums(query, pairs)
+        sums = _sums(implementation, temperature, queue).pair_sums(query, pairs)
         gap = sums.logsumexp - (query * key).sum(1) / temperature
         # -log(exp(s_qk) / (exp(s_qk) + exp(logsumexp))) = log(1 + exp(gap))
         return F.softplus(gap, threshold=40).sum() / max(len(q), 1) + _zero_or_nan(query)
@@ -90,6 +92,7 @@ def sup_con(
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
     on_pairs: Callable[[Tensor, Tensor], None] | None = None,
+    sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Return the supervised contrastive loss against the queue, or in the batch (arXiv 2004.11362, Eq. 2).
 
@@ -109,6 +112,8 @@ def sup_con(
         self_indices: slots that an anchor does not meet, such as its own; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
         on_pairs: called with the number of positive and of negative pairs, two tensors.
+        sum_counts: returns the sum of an integer tensor over all processes, where each process has a part of the
+            anchors. The result is then the part's share: the losses of all processes sum to the loss of all anchors.
 
     Raises:
         UserError: a temperature that is not above 0 and finite, an unknown implementation or miner distance.
@@ -122,7 +127,7 @@ def sup_con(
     _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
     if queue is None:
         implementation, self_indices = "dense", torch.arange(len(labels), device=embeddings.device)
-    kernels = _kernels(implementation, embeddings, queue, temperature)
+    kernels = _kernels(implementation, embeddings, queue, temperature, all_anchors=sum_counts is None)
     with torch.autocast(embeddings.device.type, enabled=False):
         pairs = Pairs(queue, temperature, self_indices, labels, miner)
         if kernels is not None:
@@ -131,14 +136,17 @@ def sup_con(
                 on_pairs(*counts)
             return loss
         anchors = unit_rows(embeddings)
-        sums = _sums(implementation, temperature).pair_sums(anchors, pairs, include_positives=True)
+        sums = _sums(implementation, temperature, queue).pair_sums(anchors, pairs, include_positives=True)
         positives, negatives = sums.positives, sums.negatives
         losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
         # An anchor with one pair has loss 0, which rounding can make positive; it is not averaged, as in PML.
-        averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1) & (negatives.sum() > 0)
+        averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1)
         if on_pairs is not None:
             on_pairs(positives.sum(), negatives.sum())
-        return losses.where(averaged, 0.0).sum() / averaged.sum().clamp(min=1) + _zero_or_nan(anchors)
+        counts = torch.stack([averaged.sum(), negatives.sum()])
+        anchors_averaged, all_negatives = counts if sum_counts is None else sum_counts(counts)
+        total = losses.where(averaged & (all_negatives > 0), 0.0).sum()
+        return total / anchors_averaged.clamp(min=1) + _zero_or_nan(anchors)
 
 
 def nt_xent(
@@ -151,6 +159,7 @@ def nt_xent(
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
     on_pairs: Callable[[Tensor, Tensor], None] | None = None,
+    sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
     """Return NT-Xent (arXiv 2002.05709, Eq. 1): each positive pair alone among its anchor's negatives.
 
@@ -170,6 +179,7 @@ def nt_xent(
         self_indices: as in ``sup_con``.
         implementation: as in ``sup_con``.
         on_pairs: as in ``sup_con``.
+        sum_counts: as in ``sup_con``.
 
     Raises:
         UserError, ValueError: as in ``sup_con``.
@@ -184,14 +194,15 @@ def nt_xent(
     _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
     if implementation not in ("auto", *_SUMS):
         raise UserError(f"expected an implementation out of {['auto', *_SUMS]}, got {implementation!r}")
-    read = _sums(implementation, temperature)
+    read = _sums(implementation, temperature, queue)
     with torch.autocast(embeddings.device.type, enabled=False):
         anchors, pairs = unit_rows(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
         sums = read.pair_sums(anchors, pairs)
         if on_pairs is not None:
             on_pairs(sums.positives.sum(), sums.negatives.sum())
         total: Tensor = read.positive_softplus(anchors, sums.logsumexp, pairs).sum()
-        return total / sums.positives.sum().clamp(min=1) + _zero_or_nan(anchors)
+        count = sums.positives.sum() if sum_counts is None else sum_counts(sums.positives.sum())
+        return total / count.clamp(min=1) + _zero_or_nan(anchors)
 
 
 def check_temperature(temperature: float | Tensor) -> None:
@@ -230,23 +241,31 @@ def _check(
             raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
 
 
-def _sums(implementation: str, temperature: float | Tensor) -> ModuleType:
-    """Return the module that makes the sums, where no kernels are used.
+def _sums(implementation: str, temperature: float | Tensor, queue: FeatureQueue | None) -> ModuleType | AcrossShards:
+    """Return what makes the sums, over all shards of the queue, where no kernels are used.
 
     Raises:
-        UserError: a temperature that is a tensor, for an implementation without its gradient.
+        UserError: a temperature that is a tensor, for an implementation or a queue without its gradient.
     """
+    sharded = isinstance(queue, ShardedQueue)
     if isinstance(temperature, Tensor):  # its gradient is that of autograd
-        if implementation not in ("auto", "dense"):
-            raise UserError(f"expected a number as temperature for implementation={implementation!r}, got a tensor")
+        if sharded or implementation not in ("auto", "dense"):
+            what = "a sharded queue" if sharded else f"implementation={implementation!r}"
+            raise UserError(f"expected a number as temperature for {what}, got a tensor")
         return dense
-    return _SUMS.get(implementation, blockwise)
+    read = _SUMS.get(implementation, blockwise)
+    return AcrossShards(read) if sharded else read
 
 
 def _kernels(
-    implementation: str, embeddings: Tensor, queue: FeatureQueue | None, temperature: float | Tensor
+    implementation: str,
+    embeddings: Tensor,
+    queue: FeatureQueue | None,
+    temperature: float | Tensor,
+    *,
+    all_anchors: bool = True,
 ) -> ModuleType | None:
-    """Return the Triton kernels if they are to be used, else None.
+    """Return the Triton kernels if they are to be used, else None. They take all rows and average over all anchors.
 
     Raises:
         UserError: an unknown implementation, or "triton" where it cannot be used.
@@ -256,14 +275,15 @@ def _kernels(
     wanted = implementation == "triton" or (implementation == "auto" and has_kernels(embeddings.device))
     if queue is None or not wanted or isinstance(temperature, Tensor):
         return None
-    if has_triton():
+    if has_triton() and all_anchors and not isinstance(queue, ShardedQueue):
         from selfsup_xbn.losses import kernels
 
         if kernels.supports(embeddings, queue, temperature):
             return kernels
     if implementation == "triton":
         raise UserError(
-            "expected Triton and embeddings of at most 512 dimensions, no float64, and a temperature of at least 1e-4 "
-            f"for implementation='triton', got {[*embeddings.shape]} of {embeddings.dtype}, T {temperature}"
+            "expected Triton, all anchors and all rows in one process, at most 512 dimensions, no float64, "
+            "and a temperature of at least 1e-4 for implementation='triton', got "
+            f"{[*embeddings.shape]} of {embeddings.dtype}, T {temperature}"
         )
     return None

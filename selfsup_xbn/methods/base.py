@@ -6,6 +6,7 @@ Axis legend: B batch, b shard of the batch on this rank, C channels, S side of a
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -16,7 +17,12 @@ from selfsup_xbn.config.registry import ADAPTATIONS, imported
 from selfsup_xbn.config.schema import Config, queue_rows
 from selfsup_xbn.memory.adaptation import AXBN, Adaptation
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.sharding import ShardedQueue
 from selfsup_xbn.models.encoder import Encoder
+from selfsup_xbn.utils.distributed import world
+
+MicroBatch = tuple[tuple[Tensor, ...], Tensor]
+"""Views of this rank's shard of a part of a batch, and the labels of the whole part."""
 
 
 class Method(nn.Module):
@@ -28,11 +34,14 @@ class Method(nn.Module):
         encoder: the encoder that is evaluated and exported.
         queue: the queue of past embeddings, or None.
         encoder_name: name of the encoder in the state dict.
+        queue_takes_whole_batch: whether the queue is adapted to and takes the whole batch at once where a step consists
+            of micro-batches.
     """
 
     encoder: Encoder
     queue: FeatureQueue | None
     encoder_name: ClassVar[str] = "encoder"
+    queue_takes_whole_batch: ClassVar[bool] = False
 
     @classmethod
     @abstractmethod
@@ -57,6 +66,19 @@ class Method(nn.Module):
             step: number of steps before this one.
             steps: number of steps of the run.
         """
+
+    def losses(self, parts: list[MicroBatch], step: int, steps: int) -> Iterator[Float[Tensor, ""]]:
+        """Yield, for each micro-batch of a step, the loss divided by their number, and update the queue.
+
+        The caller computes the backward pass of a loss before it asks for the next one.
+
+        Args:
+            parts: micro-batches of equal size.
+            step: number of steps before this one.
+            steps: number of steps of the run.
+        """
+        for views, labels in parts:
+            yield self(views, labels, step, steps) / len(parts)
 
     @property
     def capturable(self) -> bool:
@@ -87,6 +109,10 @@ class Method(nn.Module):
             f"expected head_epochs=0 for {type(self).__name__}, which does not train the head alone"
         )
 
+    def notes(self) -> list[str]:
+        """Return what the log of a run should say about the method, one line each."""
+        return []
+
 
 def method_class(config: Config) -> type[Method]:
     """Return the class of the config's method."""
@@ -104,7 +130,8 @@ def queue_from_config(config: Config, images: int) -> FeatureQueue | None:
     rows, dtype = queue_rows(config, images), getattr(torch, config.queue_dtype)
     if not rows:
         return None
-    return FeatureQueue(rows, config.dim, adaptation_from_config(config), labels=config.labelled, dtype=dtype)
+    kind = ShardedQueue if config.shard_queue and world() > 1 else FeatureQueue
+    return kind(rows, config.dim, adaptation_from_config(config), labels=config.labelled, dtype=dtype)
 
 
 def adaptation_from_config(config: Config) -> Adaptation:

@@ -19,15 +19,20 @@ from selfsup_xbn.errors import UserError, one_line
 from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.losses.functional import unit_rows
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.sharding import ShardedQueue
 from selfsup_xbn.methods.base import Method, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import gather, world
+from selfsup_xbn.utils.distributed import all_sum, gather, shard_slice, sum_of_shares, world
 from selfsup_xbn.utils.labels import class_indices
 
 
 @runtime_checkable
 class MemoryLoss(Protocol):
-    """Loss of the pairs of a batch with the rows of a queue or, without a queue, within the batch."""
+    """Loss of the pairs of a batch with the rows of a queue or, without a queue, within the batch.
+
+    In distributed training every process calls it with the whole batch and gets the loss of the whole batch. Gradient
+    has to flow to the rows of the process itself only (``shard_slice``).
+    """
 
     def __call__(
         self,
@@ -101,13 +106,20 @@ class MetricLearning(Method):
             images: number of training images, of which the queue size may be a percentage.
 
         Raises:
-            UserError: the loss or the miner is unknown, or does not accept its arguments.
+            UserError: the loss or the miner is unknown, does not accept its arguments, or needs a queue that is not
+                sharded.
         """
         assert isinstance(config, SuperviseConfig)
+        queue, loss = queue_from_config(config, images), make_loss(config)
+        if isinstance(queue, ShardedQueue) and not isinstance(loss, SupCon):
+            raise UserError(
+                f"--shard-queue: expected --loss SupConLoss and --miner PairMarginMiner or none, got {config.loss} and "
+                f"{config.miner}, which need all rows of the queue in one process"
+            )
         return cls(
             encoder,
-            queue_from_config(config, images),
-            make_loss(config),
+            queue,
+            loss,
             batch_loss_weight=config.batch_loss_weight,
             memory_start=config.memory_start,
         )
@@ -183,9 +195,21 @@ class MetricLearning(Method):
         self.encoder.train()
         return sup_con(gather(self.encoder.head(features), len(labels)), labels)
 
+    def notes(self) -> list[str]:
+        """Return a note on a loss that several processes do not share out."""
+        if world() == 1 or self.queue is None or isinstance(self.loss, SupCon):
+            return []
+        return [
+            f"note: each of the {world()} processes scores the whole batch, as losses and miners of "
+            "pytorch-metric-learning require; SupConLoss with PairMarginMiner is shared out among the processes"
+        ]
+
 
 class SupCon:
     """Supervised contrastive loss, computed blockwise over the queue (``losses.sup_con``).
+
+    In distributed training each process scores its shard of the batch against the queue, or the whole batch against
+    its shard of the queue. The loss within a batch is computed by every process for the whole batch.
 
     Args:
         temperature: temperature of the logits, above 0.
@@ -210,9 +234,18 @@ class SupCon:
             queue: the queue with labels; None for pairs within the batch.
             self_indices: slot of each anchor in the queue, which is excluded from its pairs.
         """
-        return sup_con(
-            embeddings, labels, queue, temperature=self.temperature, miner=self.miner, self_indices=self_indices
+        shared_out = queue is not None and not isinstance(queue, ShardedQueue)
+        own = shard_slice(len(labels)) if shared_out else slice(None)
+        loss = sup_con(
+            embeddings[own],
+            labels[own],
+            queue,
+            temperature=self.temperature,
+            miner=self.miner,
+            self_indices=None if self_indices is None else self_indices[own],
+            sum_counts=all_sum if shared_out else None,
         )
+        return sum_of_shares(loss) if shared_out else loss
 
 
 def make_loss(config: SuperviseConfig) -> MemoryLoss:

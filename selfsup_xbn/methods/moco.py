@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from selfsup_xbn.config.schema import Config, PretrainConfig
 from selfsup_xbn.losses import info_nce
 from selfsup_xbn.memory.feature_queue import FeatureQueue
-from selfsup_xbn.methods.base import Method, queue_from_config
+from selfsup_xbn.memory.sharding import ShardedQueue
+from selfsup_xbn.methods.base import Method, MicroBatch, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import from_first, gather, shard_slice
+from selfsup_xbn.utils.distributed import from_first, gather, shard_slice, shuffle, sum_of_shares, world
 
 
 class MoCo(Method):
@@ -53,6 +55,7 @@ class MoCo(Method):
     """
 
     encoder_name = "encoder_q"
+    queue_takes_whole_batch = True
     queue: FeatureQueue
 
     def __init__(
@@ -120,44 +123,87 @@ class MoCo(Method):
         """
         view_q, view_k = views
         B = len(labels)
-        q = gather(self.encoder_q(view_q), B)
+        q = self.encoder_q(view_q)
         self.update_key_encoder(self.momentum_at(step / steps))
         k = self.keys(view_k, B)
         if not self.symmetric:
             return self.contrast([(q, k)])
-        return self.contrast([(q, k), (gather(self.encoder_q(view_k), B), self.keys(view_q, B))])
+        return self.contrast([(q, k), (self.encoder_q(view_k), self.keys(view_q, B))])
 
-    def contrast(self, pairs: list[tuple[Float[Tensor, "B D"], Float[Tensor, "B D"]]]) -> Float[Tensor, ""]:
+    def contrast(self, pairs: list[tuple[Float[Tensor, "b D"], Float[Tensor, "B D"]]]) -> Float[Tensor, ""]:
         """Return the mean InfoNCE of several pairs of queries and keys, and adapt and extend the queue.
 
         Args:
-            pairs: queries and keys, whose rows of equal index are positive pairs.
+            pairs: queries of this rank's shard of the batch, and keys of the whole batch, in the same order of images.
         """
         keys = torch.cat([k for _, k in pairs])
-        self.queue.adapt(keys)
-        self_indices = None
-        if self.enqueue == "before_loss":
-            # [B, pairs]: no key of an image is a negative of the same image.
-            self_indices = torch.stack(self.queue.enqueue(keys).chunk(len(pairs)), dim=1)
-        loss = torch.stack([info_nce(q, k, self.queue, self.temperature, self_indices) for q, k in pairs]).mean()
+        self_indices = self._take(keys, len(pairs))
+        loss = self._mean_loss(pairs, self_indices)
         if self.enqueue == "after_loss":
             self.queue.enqueue(keys)
         return loss
+
+    def losses(self, parts: list[MicroBatch], step: int, steps: int) -> Iterator[Float[Tensor, ""]]:
+        """Yield the loss of each micro-batch of a step, divided by their number.
+
+        The keys of the whole batch are computed first, without gradient, and the queue is adapted to them and takes
+        them at once, as without micro-batches.
+
+        Args:
+            parts: micro-batches of equal size.
+            step: number of steps before this one, for the momentum schedule.
+            steps: number of steps of the run.
+        """
+        self.update_key_encoder(self.momentum_at(step / steps))
+        roles = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # views of the queries and of the keys
+        keys = [[self.keys(views[key], len(labels)) for views, labels in parts] for _, key in roles]
+        batch = torch.cat([k for part_keys in keys for k in part_keys])
+        self_indices = self._take(batch, len(roles))
+        part_indices = [None] * len(parts) if self_indices is None else self_indices.chunk(len(parts))
+        for number, (views, _) in enumerate(parts):
+            pairs = [(self.encoder_q(views[query]), keys[i][number]) for i, (query, _) in enumerate(roles)]
+            loss = self._mean_loss(pairs, part_indices[number]) / len(parts)
+            if self.enqueue == "after_loss" and number == len(parts) - 1:
+                self.queue.enqueue(batch)
+            yield loss
+
+    def _take(self, keys: Float[Tensor, "K D"], views: int) -> Int64[Tensor, "B views"] | None:
+        """Adapt the queue and, for ``"before_loss"``, enqueue the keys; return the slots of the keys of each image."""
+        self.queue.adapt(keys)
+        if self.enqueue == "after_loss":
+            return None
+        # No key of an image is a negative of the same image.
+        return torch.stack(self.queue.enqueue(keys).chunk(views), dim=1)
+
+    def _mean_loss(
+        self, pairs: list[tuple[Float[Tensor, "b D"], Float[Tensor, "B D"]]], self_indices: Int64[Tensor, "B E"] | None
+    ) -> Float[Tensor, ""]:
+        """Return the mean InfoNCE of several pairs of queries of this rank and keys of the whole batch."""
+        B = len(pairs[0][1])
+        sharded = isinstance(self.queue, ShardedQueue)  # each rank compares all queries with its rows
+        own = slice(None) if sharded else shard_slice(B)
+        indices = None if self_indices is None else self_indices[own]
+        losses = [
+            info_nce(gather(q, B) if sharded else q, k[own], self.queue, self.temperature, indices) for q, k in pairs
+        ]
+        loss = torch.stack(losses).mean()
+        return loss if sharded or world() == 1 else sum_of_shares(loss * (len(pairs[0][0]) / B))
 
     @torch.no_grad()
     def keys(self, view: Float[Tensor, "b C S S"], batch_size: int) -> Float[Tensor, "B D"]:
         """Return the keys of a view, embedded in shuffled order (Sec. 3.3 of arXiv 1911.05722).
 
         Shuffling prevents BatchNorm statistics from revealing which key belongs to a query. In distributed training
-        the whole batch is shuffled across the ranks.
+        the whole batch is shuffled across the ranks, and each image is sent to the one rank that embeds it.
 
         Args:
             view: images of this rank's shard of the batch.
             batch_size: number of images B of the whole batch.
         """
-        order = from_first(torch.randperm(batch_size, device=view.device))
-        k = self.encoder_k(gather(view, batch_size)[order[shard_slice(batch_size)]])
-        k = gather(k, batch_size)[order.argsort()]
+        # Several ranks need the order on the host, which plans the exchange.
+        order = from_first(torch.randperm(batch_size, device=view.device if world() == 1 else "cpu"))
+        k = self.encoder_k(shuffle(view, order))
+        k = gather(k, batch_size)[order.argsort().to(k.device)]
         k = k.to(torch.promote_types(k.dtype, torch.float32))  # bfloat16 under autocast
         return F.normalize(k, dim=1) if self.normalize_first else k
 

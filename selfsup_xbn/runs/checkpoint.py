@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import os
 import re
 import warnings
@@ -27,6 +28,7 @@ DAMAGED = ".damaged"
 
 COMMENT_LENGTH = hashlib.sha256().digest_size.to_bytes(2, "little")  # last field of a zip archive before the comment
 CHECKSUM_BYTES = len(COMMENT_LENGTH) + hashlib.sha256().digest_size
+SEAL_BYTES = hashlib.sha256().digest_size
 BLOCK = 2**20
 
 
@@ -58,13 +60,11 @@ def save(state: dict[str, Any], folder: Path, name: str = NAME, keep: int = 1) -
 
 def exists(folder: Path) -> bool:
     """Return whether the folder has a checkpoint to resume from, intact or damaged."""
-    return bool(_newest_first(folder))
+    return bool(newest_first(folder))
 
 
 def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     """Load the state of a checkpoint to the CPU without executing code.
-
-    If ``checkpoint.pt`` is missing or damaged, the newest intact checkpoint is loaded. Damaged ones cause a warning.
 
     Args:
         folder: Run folder.
@@ -73,7 +73,22 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     Raises:
         UserError: There is no intact checkpoint, or the file was not written by this package.
     """
-    paths = _newest_first(folder) if name == NAME else [folder / name]
+    return read(newest(folder, name))
+
+
+def newest(folder: Path, name: str = NAME) -> Path:
+    """Return the path of an intact checkpoint.
+
+    If ``checkpoint.pt`` is missing or damaged, it is the newest intact checkpoint. Damaged ones cause a warning.
+
+    Args:
+        folder: Run folder.
+        name: File name.
+
+    Raises:
+        UserError: There is no intact checkpoint.
+    """
+    paths = newest_first(folder) if name == NAME else [folder / name]
     path = next((path for path in paths if is_intact(path)), None)
     if path is None and paths:
         raise UserError(
@@ -85,13 +100,13 @@ def load(folder: Path, name: str = NAME) -> dict[str, Any]:
     if path != paths[0]:
         message = f"{paths[0]} is damaged (the checksum does not match): using {path.name} instead"
         warnings.warn(printable(message), stacklevel=2)
-    return _read(path)
+    return path
 
 
 def has_intact(folder: Path) -> bool:
     """Return whether the folder has an intact checkpoint, which only this program writes."""
     with contextlib.suppress(UserError):  # a file that cannot be read
-        return any(is_intact(path) for path in _newest_first(folder))
+        return any(is_intact(path) for path in newest_first(folder))
     return False
 
 
@@ -101,8 +116,8 @@ def covered_log(folder: Path) -> tuple[int, str]:
     The number is 0 and the checksum is ``""`` if there is no such checkpoint, or an older version wrote it.
     """
     try:
-        path = next((path for path in _newest_first(folder) if is_intact(path)), None)
-        state = _read(path, lazily=True) if path else {}
+        path = next((path for path in newest_first(folder) if is_intact(path)), None)
+        state = read(path, lazily=True) if path else {}
     except UserError:  # reported by ``load``
         return 0, ""
     return (state["log_bytes"], state["log_sha256"]) if "log_sha256" in state else (0, "")
@@ -113,7 +128,7 @@ def rename_damaged(folder: Path) -> None:
 
     Otherwise ``save`` would delete the intact checkpoint and keep the damaged ones.
     """
-    for path in _newest_first(folder):
+    for path in newest_first(folder):
         if is_intact(path):
             return
         os.replace(path, path.with_name(path.name + DAMAGED))
@@ -138,9 +153,19 @@ def is_intact(path: Path) -> bool:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _read(path: Path, lazily: bool = False) -> dict[str, Any]:
+def read(source: Path | bytes, *, lazily: bool = False) -> dict[str, Any]:
+    """Load the state of a checkpoint to the CPU without executing code and without verifying its checksum.
+
+    Args:
+        source: Path, or the content of the file.
+        lazily: Whether to map the tensors of a path into memory, so that only those that are used are read.
+
+    Raises:
+        UserError: The file was not written by this package.
+    """
+    path = source if isinstance(source, Path) else "the checkpoint"
     try:
-        state = read_values(path, lazily)
+        state = read_values(io.BytesIO(source) if isinstance(source, bytes) else source, lazily)
     except Exception as error:  # invalid files make torch.load raise exceptions of many types
         kind = type(error).__name__
         raise UserError(f"cannot read {path} ({kind}): expected tensors and plain values only") from None
@@ -150,6 +175,16 @@ def _read(path: Path, lazily: bool = False) -> dict[str, Any]:
             f"{path} is not a checkpoint of this program: expected a run folder, or a file as --weights FILE"
         )
     return state
+
+
+def seal(path: Path) -> str:
+    """Return the checksum that a checkpoint states, in hexadecimal digits, or ``""`` if the file cannot be read."""
+    try:
+        with open_regular(path) as file:
+            file.seek(-SEAL_BYTES, os.SEEK_END)
+            return file.read().hex()
+    except OSError:
+        return ""
 
 
 def _checksum(file: BinaryIO, end: int) -> bytes:
@@ -168,7 +203,8 @@ def _older(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
 
-def _newest_first(folder: Path) -> list[Path]:
+def newest_first(folder: Path) -> list[Path]:
+    """Return the paths of the checkpoints of a run, intact or damaged, newest first."""
     newest = folder / NAME
     return [newest] * newest.exists() + list(_older(folder).values())
 

@@ -18,6 +18,7 @@ from selfsup_xbn.runs.environment import environment
 from selfsup_xbn.runs.tensorboard import EVENTS, ScalarLog
 from selfsup_xbn.utils import atomic
 from selfsup_xbn.utils.files import read_bytes
+from selfsup_xbn.utils.launch import launch_id, restarts
 
 CONFIG, METRICS = "config.json", "metrics.jsonl"
 DATA = "data sha256"
@@ -126,6 +127,17 @@ def read_environment(folder: Path) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()} if isinstance(values, dict) else {}
 
 
+def began_in_this_launch(folder: Path) -> bool:
+    """Return whether the run in the folder was started or resumed by this launch of torchrun, before a restart."""
+    if not restarts() or not has_run(folder):
+        return False
+    try:
+        values = json.loads(read_bytes(folder / CONFIG))
+    except (ValueError, RecursionError, OSError):
+        return False
+    return isinstance(values, dict) and values.get("launch") == launch_id() != ""
+
+
 def has_run(folder: Path) -> bool:
     """Return whether the folder has a run."""
     return (folder / CONFIG).exists()
@@ -220,7 +232,8 @@ class RunFolder:
                 path.unlink()
         checkpoint.rename_damaged(folder)
         versions = environment() | ({DATA: data} if data else {})
-        text = json.dumps(resolved(config) | {"environment": versions}, indent=2)
+        launch = {"launch": launch_id()} if launch_id() else {}
+        text = json.dumps(resolved(config) | {"environment": versions} | launch, indent=2)
         with atomic.replacing(folder / CONFIG) as file:
             file.write(text.encode() + b"\n")
         with atomic.writing(folder / METRICS):

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from selfsup_xbn.evaluation.drift import moment_gap
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.moments import AdaptRecord
 
 
 class MetricAccumulator:
@@ -68,6 +70,16 @@ class MetricAccumulator:
 
     def _elapsed(self) -> float:
         return self.seconds + (0.0 if self._since is None else time.perf_counter() - self._since)
+
+
+def add_gaps(meter: MetricAccumulator, record: AdaptRecord | None) -> None:
+    """Add the gaps between the moments of queue and batch, before and after an adaptation, to their means."""
+    if record is None:
+        return
+    for when, moments in (("before", record.before), ("after", record.after)):
+        gap = moment_gap(moments, record.batch)
+        meter.add(f"gap_mean_{when}", gap.mean)
+        meter.add(f"gap_std_{when}", gap.std)
 
 
 def queue_record(queue: FeatureQueue | None) -> dict[str, int | float]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from selfsup_xbn.config.schema import Config
 
@@ -28,6 +28,15 @@ def learning_rate(config: Config, epoch: int, fraction: float) -> float:
     if config.schedule == "step":
         return config.lr * config.step_factor ** (epoch // config.step_epochs)
     return config.lr
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of all parameters, in place if it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:

@@ -12,6 +12,7 @@ import torch
 from selfsup_xbn.config.schema import Config, SuperviseConfig, queue_rows
 from selfsup_xbn.data import check_spec
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.methods.base import Method
 from selfsup_xbn.methods.metric_learning import make_loss
 from selfsup_xbn.models.pretrained import check_weights
 from selfsup_xbn.utils.distributed import world
@@ -46,6 +47,16 @@ def check_sizes(config: Config, images: int) -> None:
     Raises:
         UserError: A size is invalid. The message states the option, its value and the limit.
     """
+    if config.batch_size % (config.accumulate * max(config.images_per_class, 1)):
+        raise UserError(
+            f"--accumulate {config.accumulate}: expected a divisor of --batch-size {config.batch_size} that leaves "
+            "whole images and classes in each micro-batch"
+        )
+    if config.accumulate > 1 and config.batch_size // config.accumulate < 2 * world():
+        raise UserError(
+            f"--accumulate {config.accumulate}: expected at least {2 * world()} images in each micro-batch, 2 for each "
+            f"of {world()} processes, got {config.batch_size // config.accumulate}"
+        )
     if config.batch_size < 2 * world():
         raise UserError(
             f"--batch-size: expected at least {2 * world()}, 2 images for each of {world()} processes, "
@@ -60,6 +71,12 @@ def check_sizes(config: Config, images: int) -> None:
             f"--batch-size: expected at most the number of training images, {images}, got {config.batch_size}"
         )
     queue_size = queue_rows(config, images)
+    enqueued = config.batch_size * (2 if getattr(config, "symmetric", False) else 1)
+    if config.shard_queue and 0 < queue_size < enqueued * world() and world() > 1:
+        raise UserError(
+            f"--shard-queue: expected a queue of at least {enqueued * world()} rows, {enqueued} for each of {world()} "
+            f"processes, got {queue_size}"
+        )
     if queue_size > images:
         raise UserError(f"--queue-size: expected at most the number of training images, {images}, got {queue_size}")
 
@@ -75,7 +92,7 @@ def check_memory(config: Config, images: int, device: torch.device) -> None:
     Raises:
         UserError: The queue does not fit. The message states the required and the free bytes.
     """
-    needed, free = queue_bytes(config, images), free_bytes(device)
+    needed, free = queue_bytes(config, images) // (world() if config.shard_queue else 1), free_bytes(device)
     if needed > free:
         raise UserError(
             f"--queue-size: {queue_rows(config, images):,} rows of {config.dim:,} dimensions require {needed:,} bytes, "
@@ -138,6 +155,19 @@ def empty_queue_note(config: Config) -> str:
     if getattr(config, "enqueue", "") != "after_loss":
         return ""
     return "note: --enqueue after_loss: the queue is empty at the first step of a run, whose loss and gradient are 0"
+
+
+def accumulation_note(config: Config, method: Method) -> str:
+    """Return a note on when a step of micro-batches updates the queue, or ``""`` for steps of one batch."""
+    if config.accumulate == 1:
+        return ""
+    part = config.batch_size // config.accumulate
+    if method.queue_takes_whole_batch:
+        return f"note: --accumulate: the queue is adapted to and takes all {config.batch_size} keys of a step at once"
+    return (
+        f"note: --accumulate: the queue is adapted to and takes the {part} embeddings of each micro-batch in turn, and "
+        f"pairs within the batch are those of {part} images"
+    )
 
 
 def self_match_fraction(rows: int, images: int, batch_size: int) -> float:

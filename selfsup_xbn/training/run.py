@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import time
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from operator import index
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, UserError
 from selfsup_xbn.evaluation.collapse import embedding_std
-from selfsup_xbn.evaluation.drift import FeatureDrift, moment_gap
+from selfsup_xbn.evaluation.drift import FeatureDrift
 from selfsup_xbn.evaluation.evaluators import baselines
 from selfsup_xbn.evaluation.plan import evaluated_epochs, evaluator_of, validator_of
 from selfsup_xbn.methods.base import Method, method_class
@@ -26,8 +28,9 @@ from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.cuda_graph import CaptureError, GraphedStep
-from selfsup_xbn.training.metrics import MetricAccumulator, queue_record
-from selfsup_xbn.training.optimisation import learning_rate, make_optimizer
+from selfsup_xbn.training.data_parallel import GradientSum
+from selfsup_xbn.training.metrics import MetricAccumulator, add_gaps, queue_record
+from selfsup_xbn.training.optimisation import learning_rate, make_optimizer, set_learning_rate
 from selfsup_xbn.training.preflight import check_config, check_memory, check_sizes
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.device import device_of
@@ -76,7 +79,7 @@ class Run:
         self.evaluation_seconds = 0.0
         self.meter = MetricAccumulator(self.device)
         self.graphed = self._graph()
-        self.optimizer = self._make_optimizer()
+        self._start_stage()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.method.to(memory_format=self.layout)
@@ -109,11 +112,7 @@ class Run:
         """
         if rank() > 0:  # for different dropout masks; rank 0 uses the state of the checkpoint
             torch.manual_seed(seed_for(self.config.seed, rank(), self.epoch, self.step))
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(self.lr)
-            else:
-                group["lr"] = self.lr
+        set_learning_rate(self.optimizer, self.lr)
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
         measured = self.config.drift_every > 0 and self.step % self.config.drift_every == 0
         if self.method.queue is not None:
@@ -131,15 +130,11 @@ class Run:
     def _step(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform the forward pass, the backward pass and the optimizer step, and return the loss."""
         self.optimizer.zero_grad()
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
-        ):
-            loss = self._loss(views, labels)
-        loss.backward()
-        if world() > 1:
-            self._reduce_gradients()
+        loss, parts = partial(self._next, self._losses(views, labels)), self.config.accumulate
+        values = [self.gradients.backward(loss, last=left == 1).detach() for left in range(parts, 0, -1)]
+        distributed.average_(self.statistics)
         self.optimizer.step()
-        return loss.detach()
+        return values[0] if parts == 1 else torch.stack(values).sum()
 
     def _graphed(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform ``_step`` as a CUDA graph. If the capture fails, warn and run all further steps eagerly."""
@@ -163,16 +158,24 @@ class Run:
         allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1
         return GraphedStep(self._step) if allowed and self.method.capturable else None
 
-    def _loss(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
+    def _losses(self, views: tuple[Tensor, ...], labels: Tensor) -> Iterator[Tensor]:
+        """Yield the loss, or that of each micro-batch divided by their number."""
+        step = (self.epoch - self.head_epochs) * self.steps + self.step, self.config.epochs * self.steps
+        parts = self.config.accumulate
+        if parts == 1:
+            yield self.method.head_loss(views, labels) if self.head_stage else self.method(views, labels, *step)
+            return
+        split = zip(zip(*(view.chunk(parts) for view in views), strict=True), labels.chunk(parts), strict=True)
         if self.head_stage:
-            return self.method.head_loss(views, labels)
-        step = (self.epoch - self.head_epochs) * self.steps + self.step
-        return self.method(views, labels, step, self.config.epochs * self.steps)
+            yield from (self.method.head_loss(*part) / parts for part in split)
+        else:
+            yield from self.method.losses(list(split), *step)
 
-    def _reduce_gradients(self) -> None:
-        """Sum the gradients over the processes, and average the running statistics of BatchNorm."""
-        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        distributed.reduce_([parameter.grad for parameter in trained if parameter.grad is not None], self.statistics)
+    def _next(self, losses: Iterator[Tensor]) -> Tensor:
+        with torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
+        ):
+            return next(losses)
 
     def _measure(self) -> None:
         """Record the drift of the last step (Eq. 5), and the moment gaps before and after the adaptation."""
@@ -180,19 +183,19 @@ class Run:
         assert drift is not None
         self.meter.add("drift", drift.mean)
         self.meter.add_maximum("drift_max", drift.maximum)
-        record = None if self.method.queue is None else self.method.queue.record
         first = (self.epoch, self.step) == (self.head_epochs, 1)  # of the steps that use the queue, which is empty
-        if record is not None and not first:
-            for when, moments in (("before", record.before), ("after", record.after)):
-                gap = moment_gap(moments, record.batch)
-                self.meter.add(f"gap_mean_{when}", gap.mean)
-                self.meter.add(f"gap_std_{when}", gap.std)
+        if self.method.queue is not None and not first:
+            add_gaps(self.meter, self.method.queue.record)
 
-    def _make_optimizer(self) -> torch.optim.Optimizer:
+    def _start_stage(self) -> None:
+        """Create the optimizer of the current stage, and the sum over the processes of the gradients that it uses."""
         if self.head_stage:
             head = self.method.encoder.head.parameters()
-            return torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
-        return make_optimizer(self.config, self.method)
+            self.optimizer: torch.optim.Optimizer = torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
+        else:
+            self.optimizer = make_optimizer(self.config, self.method)
+        trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.gradients = GradientSum(self.method, trained, self.config.gradient_compression)
 
     def mean_loss(self) -> float:
         """Return the mean loss of the current epoch. Synchronizes the host with the device.
@@ -226,11 +229,11 @@ class Run:
         record["embedding_std"] = embedding_std(self.drift.embeddings()).item()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MetricAccumulator(self.device)
         if self.epoch == self.head_epochs:
-            self.optimizer = self._make_optimizer()
+            self._start_stage()
         if self.epoch in evaluated_epochs(self.config):
             started = time.monotonic()
             try:
-                record |= self._evaluate()
+                record |= self.evaluator.encoder(self.method.encoder) | self._validate()
             except UserError as error:  # the same evaluation succeeded before the training
                 raise Diverged(f"the encoder cannot be evaluated after epoch {self.epoch}: {error}") from error
             self.evaluation_seconds = time.monotonic() - started
@@ -247,9 +250,6 @@ class Run:
     def baselines(self) -> dict[str, float]:
         """Return the metrics of raw pixels and of the untrained encoder, in percent."""
         return baselines(self.evaluator, self.method.encoder) | self._validate()
-
-    def _evaluate(self) -> dict[str, float]:
-        return self.evaluator.encoder(self.method.encoder) | self._validate()
 
     def _validate(self) -> dict[str, float]:
         """Return the metrics on the held-out training classes, if there are any, as ``NAME_validation``."""
@@ -290,7 +290,7 @@ class Run:
         if not (0 <= self.epoch <= self.epochs and 0 <= self.step <= self.steps):
             raise ValueError(f"got epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}")
         self.method.load_state_dict(state["method"])
-        self.optimizer = self._make_optimizer()
+        self._start_stage()
         self.optimizer.load_state_dict(state["optimizer"])
         self.graphed = self._graph()
         self.meter.load_state_dict(state["meter"])

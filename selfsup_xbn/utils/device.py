@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.utils.distributed import launched, local_rank
+from selfsup_xbn.utils.launch import launched, local_rank
 
 
 def device_of(name: str) -> torch.device:

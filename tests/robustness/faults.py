@@ -1,12 +1,15 @@
 """Interrupted runs that are resumed must equal, bit for bit, the same run without interruption.
 
 python -m tests.robustness.faults           # 50 kills, 10 damaged checkpoints, 12 full disks: minutes on one core
+python -m tests.robustness.faults --kills 0 --damaged 0 --full 0 --restarts 20 --out faults-torchrun.json
 
 Every run is a process forked from this one that calls the command line. ``--seed`` draws the faults. A kill is a
 SIGKILL to the run and its DataLoader workers during a training step, at the end of an epoch, or while a checkpoint is
 written. A full disk is a limit on file sizes or a small tmpfs. The resumed run is compared with the uninterrupted run:
 weights, queue, optimiser, random state, and every logged number except the speed. Pictures are not drawn. The results
 go to ``experiments/results/faults.json``.
+
+With ``--restarts`` runs of two processes are killed one to three times under torchrun's agent, which restarts them.
 """
 
 from __future__ import annotations
@@ -15,12 +18,15 @@ import argparse
 import contextlib
 import importlib
 import json
+import os
 import pkgutil
 import random
 import shutil
+import signal
 import statistics
 import subprocess
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -28,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from experiments.runs import RESULTS
 from selfsup_xbn.data import datasets
@@ -35,6 +42,7 @@ from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.environment import environment
 from selfsup_xbn.runs.results import write
 from tests.finished_runs import differences
+from tests.processes import launch, torchrun
 from tests.robustness.killed_runs import PLACES, Ended, Kill, run, run_arguments, write_photos
 
 
@@ -102,6 +110,26 @@ class Campaign:
             enlarge()
             self._finish("full disk: tmpfs", cell, folder / "run", fault=fault, share=round(share, 3))
 
+    def kill_under_torchrun(self, cell: str) -> None:
+        """Kill random processes of a run of two one to three times; torchrun's agent restarts it each time."""
+        folder, whole, logs = self._folder(), self.folder / f"{cell}, two processes", self.folder / "logs"
+        if not whole.exists():
+            ended = launch(logs, 2, [*self.arguments[cell], "--out", str(whole)])
+            assert ended.codes == [0, 0], ended.err
+        draw = self.random
+        kills = [(draw.randrange(2), draw.randint(1, 9), 0.1 * draw.random()) for _ in range(draw.randint(1, 3))]
+
+        def kill(step: int, rank: int) -> None:
+            attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+            if attempt < len(kills) and kills[attempt][:2] == (rank, step):
+                # A DataLoader worker that is just being forked dies too: it would keep the agent from seeing the death.
+                threading.Timer(kills[attempt][2], os.killpg, (os.getpid(), signal.SIGKILL)).start()
+
+        ended_well = torchrun(logs, 2, [*self.arguments[cell], "--out", str(folder)], kill)
+        faults = differences(whole, folder) if ended_well else [(logs / "err-0").read_text()]
+        self.cases.append({"kind": "killed under torchrun", "cell": cell, "equal": not faults, "found": faults})
+        self.cases[-1]["kills"] = [(rank, step, round(delay, 3)) for rank, step, delay in kills]
+
     def _folder(self) -> Path:
         return self.folder / f"case {len(self.cases)}"
 
@@ -164,7 +192,7 @@ def tmpfs(folder: Path, size: int) -> Iterator[Callable[[], None]]:
 
 
 def campaign(
-    folder: Path, seed: int, kills: int, damaged: int, full: int, names: Sequence[str] = ()
+    folder: Path, seed: int, kills: int, damaged: int, full: int, names: Sequence[str] = (), restarts: int = 0
 ) -> list[dict[str, Any]]:
     """Run a number of cases of each kind.
 
@@ -175,6 +203,7 @@ def campaign(
         damaged: Number of runs with a damaged checkpoint.
         full: Number of runs with a limit on file sizes; half as many get a small tmpfs where mounting is permitted.
         names: Configurations over which the cases are spread; all by default.
+        restarts: Number of runs of two processes that are killed and restarted under torchrun's agent.
 
     Returns:
         One record a case.
@@ -184,6 +213,8 @@ def campaign(
     in_memory = [name for name in names if "workers" not in name]
     for number in range(kills):
         cases.kill(names[number % len(names)], list(PLACES)[(number + number // len(names)) % 3])
+    for number in range(restarts):
+        cases.kill_under_torchrun(names[number % len(names)])
     for number in range(damaged):
         cases.damage(names[number % len(names)], ("flipped", "truncated", "empty")[number % 3])
     for number in range(full):
@@ -204,16 +235,19 @@ def counts(cases: list[dict[str, Any]]) -> dict[str, dict[str, int]]:
 def main() -> None:
     """Run the campaign, write its results, and print the counts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("seed", 0), ("kills", 50), ("damaged", 10), ("full", 8)):
+    for name, default in (("seed", 0), ("kills", 50), ("damaged", 10), ("full", 8), ("restarts", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", default="faults.json", help="file in experiments/results/")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    setattr(Figure, "savefig", lambda *_, **__: None)  # noqa: B010  pictures are no part of a run's state
     started = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        cases = campaign(Path(folder), options.seed, options.kills, options.damaged, options.full)
+        numbers = {"kills": options.kills, "damaged": options.damaged, "full": options.full}
+        cases = campaign(Path(folder), options.seed, **numbers, restarts=options.restarts)
     by_kind = counts(cases)
     result = {"label": "faults", **vars(options), "counts": by_kind, "cases": cases, "environment": environment()}
-    write(RESULTS / "faults.json", [result | {"seconds": round(time.perf_counter() - started)}])
+    write(RESULTS / options.out, [result | {"seconds": round(time.perf_counter() - started)}])
     for kind, number in by_kind.items():
         print(f"{kind:<26} tried {number['tried']:>3}, equal {number['equal']:>3}")
     half = sum(case.get("half_written", False) for case in cases)
