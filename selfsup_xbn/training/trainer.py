@@ -106,18 +106,18 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | Non
             log.log(record)
             evaluations = sum(epoch > run.epoch for epoch in evaluated_epochs(config))
             progress.epoch(run.epoch, run.epochs, record, evaluations * run.evaluation_seconds)
-            if record["loss"] == 0:
-                warnings.warn(
-                    f"epoch {run.epoch}: the loss was 0 at every step, so nothing was trained: no pair was counted; "
-                    "check --loss, --miner, their arguments and --images-per-class",
-                    stacklevel=2,
-                )
             if warning := collapse_warning(record["embedding_std"], config.dim):
                 warnings.warn(f"epoch {run.epoch}: {warning}", stacklevel=2)
             if share := record.get("steps_without_pairs"):
                 warnings.warn(
                     f"epoch {run.epoch}: {share:.0%} of the steps had no pairs, so that their loss is 0 and nothing is "
                     "learned; try other margins in --miner-args, or --miner none",
+                    stacklevel=2,
+                )
+            elif record.get("loss") == 0:
+                warnings.warn(
+                    f"epoch {run.epoch}: the loss was 0 at every step, so nothing was trained: no pair was counted; "
+                    "check --loss, --miner, their arguments and --images-per-class",
                     stacklevel=2,
                 )
             if run.is_best(record) and config.keeps_best:
