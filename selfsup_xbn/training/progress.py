@@ -79,7 +79,7 @@ def duration(seconds: float) -> str:
     """Return the text of a duration.
 
     Example:
-        >>> duration(59.6), duration(3600)
+        >>> duration(59.6), duration(3600.0)
         ('1 min 00 s', '1 h 00 min')
     """
     minutes, rest = divmod(round(seconds), 60)
