@@ -96,13 +96,13 @@ def on_first(function: Callable[[], T]) -> T | None:
         function: Function without arguments.
 
     Raises:
-        UserError: The function raised it. All processes raise the same error.
+        UserError: The function raised it or an ``OSError``. All processes raise the same error.
     """
     result, error = None, ""
     if rank() == 0:
         try:
             result = function()
-        except UserError as refusal:
+        except (UserError, OSError) as refusal:
             if world() == 1:
                 raise
             error = str(refusal)

@@ -6,7 +6,9 @@ import torch.nn.functional as F
 
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
+from selfsup_xbn.losses import PairMargin, functional, info_nce, nt_xent, sup_con
+from selfsup_xbn.memory import device
+from selfsup_xbn.memory.sharding import ShardedQueue
 
 pytest.importorskip("triton", reason="Triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,3 +146,30 @@ def test_empty_batch_is_zero():
     queue = FeatureQueue(8, 4, "xbn", device=DEVICE)
     q = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
     assert info_nce(q, F.normalize(q), queue).item() == 0
+
+
+def test_shards_and_shared_anchors_do_not_reach_the_kernels(monkeypatch):
+    from selfsup_xbn.losses import kernels
+    from selfsup_xbn.memory import kernels as queue_kernels
+
+    queue, _, keys, labels, temperature, own = drawn("odd")
+    shard = ShardedQueue(75, 24, "xbn", labels=True, device=DEVICE)
+    shard.load_state_dict(queue.state_dict())
+    cases = ((shard, {}), (queue, {"sum_counts": torch.Tensor.clone}))
+    for memory, options in cases:
+        with pytest.raises(UserError, match="all rows in one process"):
+            sup_con(keys, labels, memory, implementation="triton", **options)
+    expected = sup_con(keys, labels, queue, temperature=temperature, self_indices=own, implementation="blockwise")
+    for module in (functional, device):
+        monkeypatch.setattr(module, "has_kernels", lambda _: True)  # as on a GPU
+    for module, name in ((kernels, "sup_con"), (queue_kernels, "adapt"), (queue_kernels, "enqueue")):
+        monkeypatch.setattr(module, name, lambda *_: pytest.fail("a kernel was called"))
+    for memory, options in cases:
+        loss = sup_con(keys, labels, memory, temperature=temperature, self_indices=own, **options)
+        torch.testing.assert_close(loss, expected)
+    shard.adapt(keys)
+    shard.enqueue(keys, labels)
+    with pytest.raises(pytest.fail.Exception, match="a kernel was called"):
+        sup_con(keys, labels, queue)
+    with pytest.raises(UserError, match="temperature for a sharded queue"):
+        info_nce(keys, keys, shard, torch.tensor(0.1, device=DEVICE))

@@ -3,15 +3,19 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from pytorch_metric_learning.losses import MarginLoss
 from torch import distributed as dist
 from torch import nn
 
+from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, functional, info_nce, nt_xent, sup_con
 from selfsup_xbn.memory import FeatureQueue
 from selfsup_xbn.memory.sharding import ShardedQueue
 from selfsup_xbn.methods.metric_learning import MetricLearning, SupCon
 from selfsup_xbn.methods.moco import MoCo
+from selfsup_xbn.methods.pml_loss import PmlLoss
 from selfsup_xbn.models.encoder import Encoder
+from selfsup_xbn.training.agreement import on_first
 from selfsup_xbn.training.data_parallel import GradientSum
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.distributed import all_sum, shard_slice, sum_of_shares
@@ -100,6 +104,23 @@ def supervised_steps_equal_one_process(rank):
     equals_one_process(lambda: make(batch_loss_weight=1.0))
     equals_one_process(lambda: make(queue=False))
     equals_one_process(make, head_stage=True)
+
+
+def a_loss_with_parameters_equals_one_process(rank):
+    def make(**options):
+        loss = PmlLoss(MarginLoss(learn_beta=True, beta=0.9).double(), None)
+        return MetricLearning(network(), make_queue(labels=True), loss, **options)
+
+    equals_one_process(make)
+    equals_one_process(lambda: make(batch_loss_weight=1.0))
+
+
+def error_of_the_first_process_reaches_all(rank):
+    def fails():
+        raise PermissionError(13, "Permission denied", "runs/a")
+
+    with pytest.raises(UserError, match="Permission denied: 'runs/a'"):
+        on_first(fails)
 
 
 def moco_steps_equal_one_process(rank):
@@ -210,6 +231,8 @@ CHECKS = [
     rows_are_shuffled_as_in_one_process,
     losses_are_sums_of_shares,
     supervised_steps_equal_one_process,
+    a_loss_with_parameters_equals_one_process,
+    error_of_the_first_process_reaches_all,
     moco_steps_equal_one_process,
     compressed_gradients_are_near_the_sum,
     each_process_scores_its_own_anchors,
