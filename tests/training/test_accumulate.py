@@ -11,7 +11,7 @@ from tests.command_line import interrupted_at, refused
 from tests.finished_runs import differences
 
 STEPS = ["--limit-train", "64", "--batch-size", "16", "--queue-size", "40", "--backbone", "convnet-digits"]
-STEPS += ["--epochs", "1", "--eval-every", "0", "--drift-every", "0", "--accumulate", "4"]
+STEPS += ["--limit-test", "64", "--epochs", "1", "--eval-every", "0", "--drift-every", "0", "--accumulate", "4"]
 PRETRAIN = ["pretrain", "--recipe", "digits", *STEPS]
 SUPERVISE = ["supervise", "--recipe", "digits-disjoint", *STEPS, "--images-per-class", "4"]
 

@@ -21,11 +21,11 @@ from tests.command_line import contents, image_folder, interrupted_at
 from tests.finished_runs import differences
 from tests.processes import PATIENCE, launch, torchrun
 
-PRETRAIN = ["pretrain", "--limit-train", "227", "--batch-size", "22", "--queue-size", "100", "--backbone", "plain"]
-PRETRAIN += ["--recipe", "digits", "--epochs", "2", "--lr", "0.01", "--drift-every", "5", "--eval-every", "0"]
-SUPERVISE = ["supervise", "--limit-train", "181", "--batch-size", "18", "--images-per-class", "6", "--queue-size", "90"]
-SUPERVISE += ["--recipe", "digits-disjoint", "--backbone", "plain", "--epochs", "2"]
-SUPERVISE += ["--drift-every", "5", "--eval-every", "0"]
+SHORT = ["--backbone", "plain", "--epochs", "2", "--drift-every", "5", "--eval-every", "0", "--limit-test", "96"]
+PRETRAIN = ["pretrain", "--recipe", "digits", "--limit-train", "227", "--batch-size", "22", "--queue-size", "100"]
+PRETRAIN += [*SHORT, "--lr", "0.01"]
+SUPERVISE = ["supervise", "--recipe", "digits-disjoint", "--limit-train", "181", "--batch-size", "18"]
+SUPERVISE += [*SHORT, "--images-per-class", "6", "--queue-size", "90"]
 RUNS = {
     "pretrain xbn": PRETRAIN,
     "supervise xbm* after a head epoch": [
