@@ -102,6 +102,8 @@ def add(path: Path, cells: Cells, label: str, seed: int, run: Mapping[str, Any])
         values |= record
     result["seeds"][str(seed)] = values | {"seconds": run["seconds"], "environment": run["environment"]}
     result["history"][str(seed)] = _history(run["records"])
+    for part in ("seeds", "history"):  # runs end in any order
+        result[part] = dict(sorted(result[part].items(), key=lambda item: int(item[0])))
     results[label] = result | _summary(result["seeds"])
     write(path, [results[name] for name in cells if name in results])
 
