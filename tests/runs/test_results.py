@@ -54,7 +54,7 @@ def test_results_file_keeps_the_order_of_the_cells(tmp_path):
     for label, seed in (("b", 0), ("a", 1), ("a", 0)):
         add(path, cells, label, seed, run | {"records": [{"epoch": 1, "knn_top1": 40.0 + 10 * seed}]})
     a, b = read(path)
-    assert (a["label"], list(a["seeds"]), b["label"]) == ("a", ["1", "0"], "b")
+    assert (a["label"], list(a["seeds"]), b["label"]) == ("a", ["0", "1"], "b")
     assert a["mean"]["knn_top1"] == 45
     assert a["std"]["knn_top1"] == pytest.approx(np.std([40, 50], ddof=1), abs=1e-4)
     add(path, {"b": cells["b"]}, "b", 0, run)
