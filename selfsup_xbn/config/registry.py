@@ -129,6 +129,7 @@ DATA_SETS = Registry(
     "data set",
     {
         "glyphs": Entry("selfsup_xbn.data.datasets.glyphs:load", "characters of many fonts, disjoint test classes"),
+        "glyphs-jittered": Entry("selfsup_xbn.data.datasets.glyphs:load", "glyphs, each slightly rotated and shifted"),
         "digits": Entry("selfsup_xbn.data.datasets.digits:load", "scikit-learn's handwritten digits"),
         "digits-disjoint": Entry("selfsup_xbn.data.datasets.digits_disjoint:load", "digits, disjoint test classes"),
         "cifar10": Entry("selfsup_xbn.data.datasets.cifar:load", "CIFAR-10 (downloaded on first use)"),

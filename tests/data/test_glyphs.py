@@ -14,9 +14,9 @@ from selfsup_xbn.data.datasets import glyphs
 from selfsup_xbn.errors import UserError
 
 
-@pytest.fixture(scope="module")
-def data():
-    return load_data("glyphs")
+@pytest.fixture(scope="module", params=["glyphs", "glyphs-jittered"])
+def data(request):
+    return load_data(request.param)
 
 
 def test_classes_are_disjoint_characters_each_with_enough_images(data):
@@ -68,6 +68,14 @@ def test_digest_is_that_of_images_and_labels(data):
     for split in (data.train, data.test):
         digest.update(split.images.numpy().tobytes() + split.labels.numpy().tobytes())
     assert data.digest == digest.hexdigest()
+
+
+def test_both_data_sets_have_the_same_characters():
+    upright, jittered = load_data("glyphs"), load_data("glyphs-jittered")
+    assert upright.classes == jittered.classes
+    assert torch.equal(upright.train.labels, jittered.train.labels)
+    assert not torch.equal(upright.train.images, jittered.train.images)
+    assert upright.digest != jittered.digest
 
 
 def test_random_changes_are_the_same_each_time(data):

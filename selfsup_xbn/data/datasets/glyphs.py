@@ -1,9 +1,10 @@
 """Glyphs: characters of many scripts, rendered from the fonts that matplotlib ships, which need no download.
 
 A class is a character, and its images are its renderings in up to 16 fonts: sans serif, monospaced and serif, upright,
-bold and oblique. Each rendering is slightly rotated, sheared, scaled and shifted at random, as a drawing is. The pixels
-of upright and centred renderings would be embeddings that are hard to beat. Combining marks and modifiers are left
-out, and so are characters that look like an earlier one. Each test image is a query against the other test images.
+bold and oblique. In ``glyphs`` they are upright and centred. In ``glyphs-jittered`` each one is slightly rotated,
+sheared, scaled and shifted at random, as a drawing is, so that pixels are poor embeddings. Combining marks and
+modifiers are left out, and so are characters that look like an earlier one. Each test image is a query against the
+other ones.
 
 Axis legend: A characters, R fonts, r renderings of a character.
 """
@@ -46,7 +47,8 @@ DEGREES, ZOOM, SHIFT = 10.0, (0.8, 1.1), 2.0
 """Largest angle of rotation and of shear, smallest and largest scale, and largest shift in pixels of a rendering."""
 SEED, TRAINING_SHARE = 0, 2 / 3
 """Seed of the split and of the random changes, and share of the training characters."""
-MEAN, STD = (0.0986,), (0.2542,)
+JITTERED = "glyphs-jittered"
+STATISTICS = {"glyphs": ((0.109,), (0.2868,)), JITTERED: ((0.0986,), (0.2542,))}
 """Mean and standard deviation of the training pixels in [0, 1]."""
 
 
@@ -54,7 +56,7 @@ def load(name: str, path: str, **_: object) -> ImageData:
     """Load the renderings of the training and of the test characters. The images and the split are fixed.
 
     Args:
-        name: The name of the data set.
+        name: ``"glyphs"`` or ``"glyphs-jittered"``.
         path: "", because the images are not read from a folder.
 
     Raises:
@@ -62,33 +64,41 @@ def load(name: str, path: str, **_: object) -> ImageData:
     """
     if path:
         raise UserError(f"{name}:{path}: expected no path, because the images are rendered; write {name}")
-    return _data()
+    return _data(name)
 
 
 @cache
-def _data() -> ImageData:
-    characters, images = _distinct(*_rendered())
+def _data(name: str) -> ImageData:
+    characters, images = _characters()
     classes: list[str] = []
     splits = []
     for training in (True, False):
         part = [i for i, character in enumerate(characters) if is_training(character) == training]
-        changed = [_changed(characters[i], _renderings(images[i])) for i in part]
+        renderings = [_renderings(images[i]) for i in part]
+        if name == JITTERED:
+            renderings = [_changed(characters[i], rows) for i, rows in zip(part, renderings, strict=True)]
         labels = torch.arange(len(classes), len(classes) + len(part))
-        counts = torch.tensor([len(rows) for rows in changed])
-        splits.append(Split(labels.repeat_interleave(counts), torch.cat(changed)[:, None]))
+        counts = torch.tensor([len(rows) for rows in renderings])
+        splits.append(Split(labels.repeat_interleave(counts), torch.cat(renderings)[:, None]))
         classes += [characters[i] for i in part]
     return ImageData(
-        name="glyphs",
+        name=name,
         train=splits[0],
         test=splits[1],
         classes=classes,
         disjoint=True,
         image_size=SIDE,
-        mean=MEAN,
-        std=STD,
+        mean=STATISTICS[name][0],
+        std=STATISTICS[name][1],
         augmentation="digits",
         digest=_digest(splits),
     )
+
+
+@cache
+def _characters() -> tuple[list[str], UInt8[Tensor, "A R 28 28"]]:
+    """Return the characters of both data sets and their renderings."""
+    return _distinct(*_rendered())
 
 
 def is_training(character: str) -> bool:
