@@ -19,7 +19,8 @@ CELLS = {name: replace(TINY, adaptation=name) for name in ("xbm", "xbn")}
 COMMITTED = {  # results file: its module, and the epoch whose values the module shows
     "digits": ("digits", 40),
     "fig1-small": ("fig1_sweeps", 3),
-    "glyphs-supervise": ("glyphs", 4),
+    "glyphs-supervise": ("glyphs", 2),
+    "glyphs-pretrain": ("glyphs", 4),
     "fig2-small": ("fig2_moco", 8),
     "fig2-paper": ("fig2_moco", 30),
     "fig3-small": ("fig3_drift", 3),
