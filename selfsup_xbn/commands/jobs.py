@@ -100,7 +100,7 @@ def run_jobs(jobs: Sequence[Job], *, processes: int, threads: int = 1) -> Iterat
             for connection in wait(list(busy), timeout=POLL):
                 assert isinstance(connection, Connection)
                 yield busy[connection].report()
-    raise Interrupted("runs in progress have been saved; repeat the command to continue")
+    raise Interrupted("runs whose training had begun are saved at their last step; repeat the command to continue")
 
 
 @contextlib.contextmanager

@@ -239,6 +239,9 @@ def _check(
         axes = None if name == "k" else 1
         if rows is not None and rows.shape[:axes] != embeddings.shape[:axes]:
             raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
+    indices = beside.get("self_indices")
+    if indices is not None and indices.dtype != torch.int64:
+        raise ValueError(f"expected self_indices of dtype torch.int64, got {indices.dtype}")
 
 
 def _sums(implementation: str, temperature: float | Tensor, queue: FeatureQueue | None) -> ModuleType | AcrossShards:
@@ -275,14 +278,14 @@ def _kernels(
     wanted = implementation == "triton" or (implementation == "auto" and has_kernels(embeddings.device))
     if queue is None or not wanted or isinstance(temperature, Tensor):
         return None
-    if has_triton() and all_anchors and not isinstance(queue, ShardedQueue):
+    if has_triton(embeddings.device) and all_anchors and not isinstance(queue, ShardedQueue):
         from selfsup_xbn.losses import kernels
 
         if kernels.supports(embeddings, queue, temperature):
             return kernels
     if implementation == "triton":
         raise UserError(
-            "expected Triton, all anchors and all rows in one process, at most 512 dimensions, no float64, "
+            "expected Triton and a GPU, all anchors and all rows in one process, at most 512 dimensions, no float64, "
             "and a temperature of at least 1e-4 for implementation='triton', got "
             f"{[*embeddings.shape]} of {embeddings.dtype}, T {temperature}"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +28,17 @@ def can_refresh(tensor: Tensor) -> bool:
 
 
 @functools.cache
-def has_triton() -> bool:
-    """Return whether Triton is installed."""
-    return importlib.util.find_spec("triton") is not None
+def has_triton(device: torch.device) -> bool:
+    """Return whether Triton is installed, and runs on the device: on a GPU, or elsewhere in its interpreter."""
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") == "1"
+    return (device.type == "cuda" or interpreted) and importlib.util.find_spec("triton") is not None
 
 
 def has_kernels(device: torch.device) -> bool:
     """Return whether Triton kernels replace PyTorch's operations: on the current GPU, of compute capability 8.0."""
     if device.type != "cuda" or torch.compiler.is_compiling() or not torch.cuda.is_initialized():
         return False
-    if torch.version.hip or not has_triton():
+    if torch.version.hip or not has_triton(device):
         return False
     if not torch.cuda.is_available():  # a fake tensor
         return False
@@ -45,7 +47,10 @@ def has_kernels(device: torch.device) -> bool:
 
 def queue_kernels(queue: FeatureQueue, batch: Tensor) -> Any:
     """Return the module of Triton kernels that adapt and enqueue, if they are to be used and take this batch."""
-    if queue.implementation != "triton" and (queue.implementation != "auto" or not has_kernels(queue.rows.device)):
+    device, implementation = queue.rows.device, queue.implementation
+    if implementation not in ("auto", "triton") or not has_triton(device):
+        return None
+    if implementation == "auto" and not has_kernels(device):
         return None
     from selfsup_xbn.memory import kernels
 

@@ -78,7 +78,10 @@ def check_sizes(config: Config, images: int) -> None:
             f"processes, got {queue_size}"
         )
     if queue_size > images:
-        raise UserError(f"--queue-size: expected at most the number of training images, {images}, got {queue_size}")
+        raise UserError(
+            f"--queue-size: expected at most the number of training images, {images}, got {queue_size}; "
+            "try --queue-size 50%"
+        )
 
 
 def check_memory(config: Config, images: int, device: torch.device) -> None:

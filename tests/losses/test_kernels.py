@@ -142,6 +142,20 @@ def test_float64_and_nt_xent_are_refused():
         nt_xent(queries, labels, queue, implementation="triton")
 
 
+def test_kernels_need_a_gpu_or_the_interpreter(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    device.has_triton.cache_clear()
+    try:
+        z = torch.randn(4, 8)
+        queue = FeatureQueue(8, 8)
+        queue.implementation = "triton"
+        assert device.queue_kernels(queue, z) is None
+        with pytest.raises(UserError, match="expected Triton and a GPU"):
+            info_nce(z, z, queue, implementation="triton")
+    finally:
+        device.has_triton.cache_clear()
+
+
 def test_empty_batch_is_zero():
     queue = FeatureQueue(8, 4, "xbn", device=DEVICE)
     q = torch.zeros(0, 4, device=DEVICE, requires_grad=True)
