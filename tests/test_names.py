@@ -18,6 +18,8 @@ from selfsup_xbn.utils.console import show
 from tests.command_line import image_folder, refused
 
 EVIL = "\x1b[2J\x07\u202e\x9b"
+TINY = ["--batch-size", "8", "--queue-size", "8", "--dim", "8", "--epochs", "1"]
+TINY += ["--backbone", "convnet-digits", "--weights="]
 ESCAPED = r"\x1b[2J\x07\u202e\x9b"
 
 
@@ -62,22 +64,9 @@ def test_names_of_files_and_classes_reach_no_output_raw(tmp_path, evil_photos, c
         Figure, "suptitle", lambda self, text, **how: (titles.append((text, how)), suptitle(self, text, **how))[1]
     )
     run = str(tmp_path / f"run{EVIL}")
-    options = [
-        "--batch-size",
-        "8",
-        "--queue-size",
-        "8",
-        "--dim",
-        "8",
-        "--epochs",
-        "1",
-        "--backbone",
-        "convnet-digits",
-        "--weights=",
-    ]
     data = ["--data", f"folder:{evil_photos}", "--workers", "0"]
     commands = [
-        ["supervise", *options, *data, "--images-per-class", "4", "--augmentation", "none", "--out", run],
+        ["supervise", *TINY, *data, "--images-per-class", "4", "--augmentation", "none", "--out", run],
         ["evaluate", "retrieval", "--run", run, "--workers", "0"],
         ["report", run, "--out", str(tmp_path / "page")],
         ["export", run, "--format", "csv"],
@@ -96,21 +85,8 @@ def test_names_of_files_and_classes_reach_no_output_raw(tmp_path, evil_photos, c
 
 def test_dollar_signs_of_a_path_are_no_formula_in_a_picture(tmp_path, pictures):
     root = image_folder(tmp_path / "a$^_$b", images=8)
-    options = [
-        "--batch-size",
-        "8",
-        "--queue-size",
-        "8",
-        "--dim",
-        "8",
-        "--epochs",
-        "1",
-        "--backbone",
-        "convnet-digits",
-        "--weights=",
-    ]
     data = ["--data", f"folder:{root}", "--workers", "0", "--knn-k", "2"]
-    assert main(["pretrain", *options, *data, "--out", str(tmp_path / "run")]) == 0
+    assert main(["pretrain", *TINY, *data, "--out", str(tmp_path / "run")]) == 0
     with Image.open(tmp_path / "run/curves.png") as picture:
         assert np.asarray(picture).std() > 0
 

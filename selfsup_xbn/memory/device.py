@@ -48,9 +48,8 @@ def has_kernels(device: torch.device) -> bool:
 def queue_kernels(queue: FeatureQueue, batch: Tensor) -> Any:
     """Return the module of Triton kernels that adapt and enqueue, if they are to be used and take this batch."""
     device, implementation = queue.rows.device, queue.implementation
-    if implementation not in ("auto", "triton") or not has_triton(device):
-        return None
-    if implementation == "auto" and not has_kernels(device):
+    usable = has_kernels(device) if implementation == "auto" else implementation == "triton" and has_triton(device)
+    if not usable:
         return None
     from selfsup_xbn.memory import kernels
 
