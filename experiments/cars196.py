@@ -20,7 +20,7 @@ from pathlib import Path
 
 from experiments.retrieval import recipe, rows, table2_rows
 from experiments.runs import Experiment, Result, table
-from selfsup_xbn.config.schema import SuperviseConfig
+from selfsup_xbn.config.modes import SuperviseConfig
 
 COLUMNS = {
     "recall@1": "Recall@1",

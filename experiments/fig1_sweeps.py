@@ -39,7 +39,7 @@ from pathlib import Path
 from experiments.pictures import save_chart, series
 from experiments.retrieval import METHODS, recipe, rows
 from experiments.runs import Experiment, Result
-from selfsup_xbn.config.schema import SuperviseConfig
+from selfsup_xbn.config.modes import SuperviseConfig
 from selfsup_xbn.runs.results import value_text
 
 BATCHES, MEMORIES = (16, 32, 64, 128), (10, 25, 50, 100)

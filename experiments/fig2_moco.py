@@ -55,8 +55,8 @@ from typing import Any, cast
 
 from experiments.pictures import save_chart
 from experiments.runs import Experiment, Result
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig
 from selfsup_xbn.runs.results import course
 
 ADAPTATIONS = {"XBM": "xbm", "XBN": "xbn", "AXBN": "axbn"}

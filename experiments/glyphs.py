@@ -17,8 +17,8 @@ from typing import Any, cast
 
 from experiments.retrieval import rows
 from experiments.runs import Experiment, Result
+from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig, SuperviseConfig
 from selfsup_xbn.report.comparison import comparison_lines, draw_comparison
 
 SUPERVISE, PRETRAIN = cast(SuperviseConfig, RECIPES["glyphs"]), cast(PretrainConfig, RECIPES["glyphs-moco"])

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from experiments.runs import Result, table
+from selfsup_xbn.config.modes import SuperviseConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import SuperviseConfig
 
 METHODS: dict[str, dict[str, Any]] = {
     "no memory": {"queue_size": "0"},

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from experiments.retrieval import recipe, rows, show
 from experiments.runs import Experiment
-from selfsup_xbn.config.schema import SuperviseConfig
+from selfsup_xbn.config.modes import SuperviseConfig
 
 HEADS = {"l2": "L2", "l2+ln": "L2 + LN", "l2+bn": "L2 + BN"}
 

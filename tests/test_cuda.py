@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from selfsup_xbn import FeatureQueue
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import Config, PretrainConfig
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data.augmentations import ColorViews
 from selfsup_xbn.evaluation import knn_classify, recall_at_k
 from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.registry import EVALUATORS
-from selfsup_xbn.config.schema import Config, PretrainConfig
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import ImageData, data_of
 from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.errors import UserError

@@ -16,7 +16,7 @@ import torchvision
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from selfsup_xbn.config.schema import EXPORTS
+from selfsup_xbn.config.registry import EXPORTS
 from selfsup_xbn.data import ImageData, data_of
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.models.backbones import CIFAR, SMALL_BACKBONES, TIMM, library_name

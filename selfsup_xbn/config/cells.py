@@ -45,7 +45,7 @@ def default_cells(base: Config) -> dict[str, Config]:
     """Return the cells without memory, with a plain queue and with XBN, of those that the mode of the base allows.
 
     Example:
-        >>> from selfsup_xbn.config.schema import PretrainConfig
+        >>> from selfsup_xbn.config.modes import PretrainConfig
         >>> list(default_cells(PretrainConfig()))
         ['XBM', 'XBN']
     """
@@ -67,7 +67,7 @@ def varied_cells(base: Config, assignments: Sequence[str]) -> dict[str, Config]:
         UserError: An option is unknown, or does not take a value.
 
     Example:
-        >>> from selfsup_xbn.config.schema import PretrainConfig
+        >>> from selfsup_xbn.config.modes import PretrainConfig
         >>> list(varied_cells(PretrainConfig(), ["adaptation=xbm,xbn", "batch-size=64"]))
         ['adaptation=xbm, batch-size=64', 'adaptation=xbn, batch-size=64']
     """
@@ -89,7 +89,7 @@ def named_cell(base: Config, label: str, assignments: Sequence[str]) -> dict[str
         UserError: An option is unknown, or does not take a value.
 
     Example:
-        >>> from selfsup_xbn.config.schema import SuperviseConfig
+        >>> from selfsup_xbn.config.modes import SuperviseConfig
         >>> cell = named_cell(SuperviseConfig(), "XBM*", ["adaptation=xbm", "batch-loss-weight=1"])
         >>> cell["XBM*"].batch_loss_weight
         1.0

@@ -21,6 +21,7 @@ def option(
     affects_results: bool = True,
     names: Iterable[str] = (),
     added_later: bool = False,
+    elsewhere: str = "",
 ) -> Any:
     """Return a dataclass field that is an option of the command line.
 
@@ -34,6 +35,7 @@ def option(
         names: Names to insert into the help text.
         added_later: Whether a ``config.json`` without this option gets the default, because earlier versions behaved
             like the default.
+        elsewhere: Why other modes do not have the option.
 
     Example:
         >>> from dataclasses import dataclass
@@ -51,6 +53,7 @@ def option(
         "minimum": minimum,
         "maximum": maximum,
         "affects_results": affects_results,
+        "elsewhere": elsewhere,
     }
     return field(default=default, metadata=metadata)
 

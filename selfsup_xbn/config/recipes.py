@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
 from selfsup_xbn.config.registry import METHODS
-from selfsup_xbn.config.schema import Config, PretrainConfig, SuperviseConfig
+from selfsup_xbn.config.schema import Config
 
 _DIGITS = PretrainConfig(
     backbone="convnet-digits", batch_size=64, epochs=40, lr=0.06, weight_decay=1e-4, knn_k=20, drift_every=11

@@ -105,11 +105,11 @@ METHODS = Registry(
     "method",
     {
         "pretrain": Entry(
-            "selfsup_xbn.config.schema:PretrainConfig",
+            "selfsup_xbn.config.modes:PretrainConfig",
             "self-supervised pretraining with a momentum encoder and a queue (MoCo)",
         ),
         "supervise": Entry(
-            "selfsup_xbn.config.schema:SuperviseConfig", "supervised metric learning with a cross-batch memory"
+            "selfsup_xbn.config.modes:SuperviseConfig", "supervised metric learning with a cross-batch memory"
         ),
     },
 )
@@ -164,3 +164,11 @@ EVALUATORS = Registry(
     },
 )
 """Classes that implement the protocol ``selfsup_xbn.evaluation.evaluators.Evaluator``."""
+
+EXPORTS = {
+    "csv": "metrics.csv",
+    "torchvision": "backbone.pt",
+    "safetensors": "encoder.safetensors",
+    "onnx": "encoder.onnx",
+}
+"""Default file name of each export format."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -88,6 +89,7 @@ class Batches:
     ) -> None:
         self.sampler, self.device, self.seed = sampler, torch.device(device), seed
         self.labels = split.labels.to(self.device)
+        self.processes = shard
         self.shard: slice | list[int] = shard_slice(sampler.batch_size, shard)
         if parts > 1:
             rows = torch.arange(sampler.batch_size).view(parts, -1)
@@ -101,7 +103,8 @@ class Batches:
             )
         else:
             read = RandomFile(split, augmentation, data, seed, views)
-            self._source = _FileViews(read, workers, self.device, torch.arange(sampler.batch_size)[self.shard].tolist())
+            positions = torch.arange(sampler.batch_size)[self.shard].tolist()
+            self._source = _FileViews(read, workers, self.device, positions, sampler.batch_size)
 
     @classmethod
     def from_config(
@@ -137,6 +140,15 @@ class Batches:
 
     def __len__(self) -> int:
         return len(self.sampler)
+
+    def views(self, index: Int64[Tensor, "R"], *seed: int) -> Float[Tensor, "r C S S"]:
+        """Return a random view of each of some samples, other than those of the batches; of R samples, the shard's.
+
+        Args:
+            index: The indices of the samples.
+            *seed: The epoch, the step, and the number of the call in the step.
+        """
+        return self._source.again(index, seed, shard_slice(len(index), self.processes))
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch.
@@ -176,6 +188,11 @@ class _MemoryViews:
             chunks = zip(images.split(chunk), self._uniform(generator).split(chunk), strict=True)
             yield torch.cat([self.function(*inputs) for inputs in chunks]).chunk(self.views)
 
+    def again(self, index: Int64[Tensor, "R"], seed: tuple[int, ...], own: slice) -> Float[Tensor, "r C S S"]:
+        generator = torch.Generator(self.images.device).manual_seed(seed_for(self.seed, *seed))
+        numbers = torch.rand(len(index), self.numbers, generator=generator, device=generator.device)[own]
+        return self.function(self.images[index[own]], numbers)
+
     def _uniform(self, generator: torch.Generator) -> Float[Tensor, "rows P"]:
         """Draw the random numbers of the whole batch, so that they do not depend on the shards; return the shard's."""
         shape = self.views, self.batch_size, self.numbers
@@ -185,9 +202,22 @@ class _MemoryViews:
 class _FileViews:
     """Random views of image files, computed by worker processes."""
 
-    def __init__(self, function: RandomFile, workers: int, device: torch.device, positions: list[int]) -> None:
-        self.device, self.positions = device, positions
-        self.read = ParallelReader(function, workers, pin_memory=device.type == "cuda")
+    def __init__(
+        self, function: RandomFile, workers: int, device: torch.device, positions: list[int], batch_size: int
+    ) -> None:
+        self.device, self.positions, self.batch_size, self.workers = device, positions, batch_size, workers
+        self.new_reader = partial(ParallelReader, function, workers, pin_memory=device.type == "cuda")
+        self.read = self.new_reader()
+        self.read_again: ParallelReader | None = None  # has processes of its own, while an epoch is read
+
+    def again(self, index: Int64[Tensor, "R"], seed: tuple[int, ...], own: slice) -> Float[Tensor, "r C S S"]:
+        epoch, step, number = seed
+        first = (1 + number) * self.batch_size  # positions of no batch
+        keys = [(sample, epoch, step, first + position) for position, sample in enumerate(index.tolist())][own]
+        self.read_again = self.read_again or self.new_reader()
+        each = -(-len(keys) // max(self.workers, 1))  # a worker reads one of the lists
+        views = [views[0] for views in self.read_again(keys[i : i + each] for i in range(0, len(keys), each))]
+        return torch.cat(views).to(self.device, non_blocking=True)
 
     def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
         keys = (

@@ -57,7 +57,7 @@ def evaluated_epochs(config: Config) -> list[int]:
     """Return the numbers of the epochs, with the head epochs and counted from 1, after which a run is evaluated.
 
     Example:
-        >>> from selfsup_xbn.config.schema import PretrainConfig
+        >>> from selfsup_xbn.config.modes import PretrainConfig
         >>> evaluated_epochs(PretrainConfig(epochs=5, eval_every=2))
         [2, 4, 5]
     """

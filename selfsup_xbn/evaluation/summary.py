@@ -33,6 +33,7 @@ class Metric:
 
 
 KNN, RECALL, DRIFT = "k-NN top-1 (%)", "Recall@1 (%)", "feature drift (Eq. 5)"
+RESIDUAL = "drift residual: rows against images today"
 GAP = "moments: queue against batch (std)"
 
 METRICS = [
@@ -53,6 +54,8 @@ METRICS = [
     Metric("drift_max", panel=DRIFT, label="maximum"),
     Metric("gap_mean_before", panel=GAP, label="mean, before"),
     Metric("gap_mean_after", panel=GAP, label="mean, after"),
+    Metric("residual", panel=RESIDUAL, label="adapted rows"),
+    Metric("residual_unadapted", panel=RESIDUAL, label="rows as they were enqueued"),
     Metric("gain", panel="Kalman gain", label="gain"),
     Metric("images_per_second", progress="{:,.0f} images/s"),
 ]

@@ -20,9 +20,8 @@ with ``adaptation="xbm"``.
 **Precision.** Losses are computed in float32 or float64, also for half precision inputs and under autocast. The queue
 is stored in float32, and in float64 after the first float64 embeddings.
 
-**Gradient accumulation.** Each call adapts the queue to its embeddings and enqueues them. In a loop of K micro-batches
-the queue is therefore adapted to the moments of each micro-batch, and the embeddings of a step come from the same
-weights.
+**Gradient accumulation.** Each call adapts the queue to its embeddings and enqueues them: in a loop of K micro-batches,
+to the moments of each micro-batch. The embeddings of a step come from the same weights.
 
 Axis legend: B batch, E rows that enter the queue, n filled rows, M queue rows, D dimensions.
 """
@@ -45,6 +44,7 @@ from selfsup_xbn.integrations.pml_mining import mine_without_self
 from selfsup_xbn.losses.functional import check_temperature
 from selfsup_xbn.memory.adaptation import Adaptation
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.following import check_follows, features
 from selfsup_xbn.utils.distributed import rank, world
 from selfsup_xbn.utils.labels import class_indices
 
@@ -67,11 +67,12 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``.
         implementation: ``"auto"``, ``"blockwise"`` or ``"dense"``, as in ``selfsup_xbn.losses``. A second derivative
             needs ``"dense"``.
+        moment_gradient: add the gradient by the moments of the embeddings, with which XBN moves the rows.
         **kwargs: further arguments of PML's class, such as ``collect_stats``.
 
     Raises:
-        UserError: a size is below 1, the adaptation is unknown, or the loss has a temperature that is not above 0 and
-            finite.
+        UserError: a size is below 1, the adaptation is unknown, the loss has a temperature that is not above 0 and
+            finite, or ``moment_gradient`` with an adaptation other than "xbn".
         Exception: raised by PML for a loss that is not supported.
 
     Example:
@@ -97,6 +98,7 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         adaptation: str | Adaptation = "xbn",
         *,
         implementation: str = "auto",
+        moment_gradient: bool = False,
         **kwargs: Any,
     ) -> None:
         # Skips the constructor of PML's class, which allocates another queue.
@@ -106,6 +108,9 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         self.loss, self.miner, self.implementation = loss, miner, implementation
         self.embedding_size, self.memory_size = embedding_size, memory_size
         self.queue = FeatureQueue(memory_size, embedding_size, adaptation, labels=True)
+        self.moment_gradient = moment_gradient
+        if moment_gradient:
+            check_follows(self.queue)
         self.curr_batch_idx = torch.zeros(0, dtype=torch.int64)
         self._assigned = None
         self.add_to_recordable_attributes(list_of_names=["embedding_size", "memory_size", "queue_idx"], is_stat=False)
@@ -144,11 +149,11 @@ class CrossBatchMemory(MemoryState, PeerMemory):
                 self.curr_batch_idx = torch.empty_like(enqueued).index_copy_(0, enqueued, self.curr_batch_idx)
                 if indices_tuple is not None:
                     indices_tuple = self._in_slots(indices_tuple, first)
-                return self._loss(embeddings, labels, indices_tuple, is_in_queue=True)
+                return self._loss(embeddings, labels, indices_tuple, embeddings, is_in_queue=True)
             enqueued = _to_device_of(enqueued[enqueue_mask[enqueued]], embeddings)
             self.add_to_memory(embeddings.detach()[enqueued], labels[enqueued], len(enqueued))
             anchors = _to_device_of(enqueue_mask.logical_not().nonzero()[:, 0], embeddings)
-            return self._loss(embeddings[anchors], labels[anchors], None, is_in_queue=False)
+            return self._loss(embeddings[anchors], labels[anchors], None, embeddings[enqueued], is_in_queue=False)
 
     @torch.no_grad()
     def add_to_memory(self, embeddings: Float[Tensor, "E D"], labels: Shaped[Tensor, "E"], batch_size: int) -> None:
@@ -224,18 +229,25 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         return anchors[pos], positive[pos], indices_tuple[2][neg], negative[neg]
 
     def _loss(
-        self, embeddings: Tensor, labels: Tensor, indices_tuple: tuple[Tensor, ...] | None, is_in_queue: bool
+        self,
+        embeddings: Tensor,
+        labels: Tensor,
+        indices_tuple: tuple[Tensor, ...] | None,
+        adapted_to: Tensor | None,
+        is_in_queue: bool,
     ) -> Tensor:
         """Return the loss of the anchors against the queue. If they are in it, their slots are ``curr_batch_idx``."""
+        adapted_to = adapted_to if self.moment_gradient and len(self.curr_batch_idx) else None
         blockwise = None if indices_tuple is not None else self._blockwise()
         if blockwise is not None:
-            return blockwise(embeddings, labels, self.queue, self_indices=self.curr_batch_idx if is_in_queue else None)
+            own = self.curr_batch_idx if is_in_queue else None
+            return blockwise(embeddings, labels, self.queue, self_indices=own, adapted_to=adapted_to)
         filled = len(self.queue)
         embeddings = embeddings.to(torch.promote_types(self.queue.rows.dtype, torch.float32))
         if filled == 0 or len(embeddings) == 0:
             return embeddings.sum() * 0
         overridden = type(self).embedding_memory is not CrossBatchMemory.embedding_memory
-        rows = self.embedding_memory[:filled] if overridden else self.queue.features()
+        rows = self.embedding_memory[:filled] if overridden else features(self.queue, adapted_to)
         row_labels = self.label_memory[:filled]
         indices_tuple = self.create_indices_tuple(embeddings, labels, rows, row_labels, indices_tuple, is_in_queue)
         return self.loss(embeddings, labels, indices_tuple, rows, row_labels)

@@ -1,8 +1,9 @@
-"""One pass over a queue: the log-sum-exp of similarities with its gradient, and the sum of the positive rows.
+"""One pass over a queue: the log-sum-exp of similarities and the sum of the positive ones, with their gradients.
 
 The gradient of a log-sum-exp of q.r_j / T by q is the mean of the rows r_j, weighted by the softmax of the logits,
 over T. As in flash attention (arXiv 2205.14135) a block of rows is decoded, multiplied, added to running sums and
-forgotten. Nothing of size M x D or B x M is kept, and no gradient reaches the queue.
+forgotten. Nothing of size M x D or B x M is kept. Gradient reaches the rows of the queue only through the affine map
+that they follow (``memory.following``), for which further sums of the same size are kept.
 
 Axis legend: B anchors, M queue rows, D dimensions, b rows of a block.
 """
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
-from selfsup_xbn.losses.pairs import NOT_COUNTED, Pairs
+from selfsup_xbn.losses.pairs import NOT_COUNTED, Pairs, Rows
 
 SAFE = 20.0  # exponentials of logits within this of 0 are added up as they are
 LOWEST = -80.0  # exponents are raised to this, which is lost in a sum: a CPU is slow where exp underflows
@@ -27,17 +28,17 @@ class PairSums(NamedTuple):
     """Sums over the counted pairs of each anchor."""
 
     logsumexp: Float[Tensor, "B"]  # of the negative logits, with ``include_positives`` of the positive ones too
-    positive_rows: Float[Tensor, "B D"]  # the sum of the unit rows
+    positive_cosines: Float[Tensor, "B"]  # the sum of them
     positives: Int64[Tensor, "B"]
     negatives: Int64[Tensor, "B"]  # not counted without labels
 
 
 def pair_sums(anchors: Float[Tensor, "B D"], pairs: Pairs, *, include_positives: bool = False) -> PairSums:
-    """Return the sums of unit anchors, to which gradient flows through the log-sum-exp.
+    """Return the sums of unit anchors, to which gradient flows.
 
     The log-sum-exp of an anchor without a counted pair is ``NOT_COUNTED``, and its gradient 0.
     """
-    return PairSums(*_PairSums.apply(anchors, pairs, include_positives))
+    return PairSums(*_PairSums.apply(anchors, pairs, include_positives, *_followed(pairs)))
 
 
 def positive_softplus(anchors: Float[Tensor, "B D"], offset: Float[Tensor, "B"], pairs: Pairs) -> Float[Tensor, "B"]:
@@ -45,14 +46,21 @@ def positive_softplus(anchors: Float[Tensor, "B D"], offset: Float[Tensor, "B"],
 
     Gradient flows to the anchors and to the offset.
     """
-    total: Tensor = _PositiveSoftplus.apply(anchors, offset, pairs)
+    total: Tensor = _PositiveSoftplus.apply(anchors, offset, pairs, *_followed(pairs))
     return total
+
+
+def _followed(pairs: Pairs) -> tuple[Tensor | None, ...]:
+    """Return scale and shift of the map that the rows follow."""
+    return (None, None) if pairs.following is None else pairs.following.map
 
 
 class _PairSums(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, pairs: Pairs, include_positives: bool) -> tuple[Tensor, ...]:
-        softmax, positive_rows = _OnlineSoftmax(anchors, pairs.temperature), torch.zeros_like(anchors)
+    def forward(
+        ctx: Any, anchors: Tensor, pairs: Pairs, include_positives: bool, *followed: Tensor | None
+    ) -> tuple[Tensor, ...]:
+        softmax, positive_sum = _OnlineSoftmax(anchors, pairs), _WeightedSum(anchors, pairs)
         positives, negatives = torch.zeros(2, len(anchors), dtype=torch.int64, device=anchors.device).unbind()
         for rows, logits in pairs.negatives_only(anchors):
             if pairs.labels is not None:
@@ -61,41 +69,49 @@ class _PairSums(torch.autograd.Function):
         for rows, logits, positive, negative in pairs.mixed(anchors):
             positives.add_(positive.sum(1))
             negatives.add_(negative.sum(1))
-            positive_rows.addmm_(positive.to(rows.dtype), rows)
+            positive_sum.add_(positive.to(logits.dtype), rows, positive_sum.cosines(logits))
             counted = positive | negative if include_positives else negative
             softmax.add_(logits.masked_fill_(~counted, NOT_COUNTED), rows)
-        logsumexp, mean_row = softmax.result()
-        ctx.save_for_backward(mean_row)
+        logsumexp, mean_row, *by_map = softmax.result()
+        positive_rows, *positive_by_map = positive_sum.result()
+        ctx.save_for_backward(mean_row, *by_map, positive_rows, *positive_by_map)
         ctx.temperature = pairs.temperature
-        ctx.mark_non_differentiable(positive_rows, positives, negatives)
-        return logsumexp, positive_rows, positives, negatives
+        ctx.mark_non_differentiable(positives, negatives)
+        return logsumexp, (anchors * positive_rows).sum(1), positives, negatives
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        (mean_row,) = ctx.saved_tensors
-        return grads[0][:, None] * mean_row / ctx.temperature, None, None
+        of_logsumexp, of_cosines = grads[0][:, None], grads[1][:, None]
+        half = len(ctx.saved_tensors) // 2
+        by_anchors, *by_map = (
+            of_logsumexp * softmax_mean / ctx.temperature + of_cosines * positive_sum
+            for softmax_mean, positive_sum in zip(ctx.saved_tensors[:half], ctx.saved_tensors[half:], strict=True)
+        )
+        return by_anchors, None, None, *_over_anchors(by_map)
 
 
 class _PositiveSoftplus(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, anchors: Tensor, offset: Tensor, pairs: Pairs) -> Tensor:
-        total, slope, weighted_rows = torch.zeros_like(offset), torch.zeros_like(offset), torch.zeros_like(anchors)
+    def forward(ctx: Any, anchors: Tensor, offset: Tensor, pairs: Pairs, *followed: Tensor | None) -> Tensor:
+        total, slope, weighted = torch.zeros_like(offset), torch.zeros_like(offset), _WeightedSum(anchors, pairs)
         for rows, logits, positive, _ in pairs.mixed(anchors):
+            cosines = weighted.cosines(logits)
             gap = offset[:, None] - logits
             total.add_((F.softplus(gap, threshold=40) * positive).sum(1))
             weights = gap.sigmoid_().mul_(positive)
             slope.add_(weights.sum(1))
-            weighted_rows.addmm_(weights, rows)
-        ctx.save_for_backward(slope, weighted_rows)
+            weighted.add_(weights, rows, cosines)
+        ctx.save_for_backward(slope, *weighted.result())
         ctx.temperature = pairs.temperature
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         refuse_second_derivative()
-        slope, weighted_rows = ctx.saved_tensors
-        return grads[0][:, None] * weighted_rows / -ctx.temperature, grads[0] * slope, None
+        slope, *sums = ctx.saved_tensors
+        by_anchors, *by_map = (grads[0][:, None] * values / -ctx.temperature for values in sums)
+        return by_anchors, grads[0] * slope, None, *_over_anchors(by_map)
 
 
 def refuse_second_derivative() -> None:
@@ -104,33 +120,81 @@ def refuse_second_derivative() -> None:
         raise RuntimeError("expected create_graph=False: second derivatives need implementation='dense'")
 
 
+def _over_anchors(by_map: list[Tensor]) -> list[Tensor | None]:
+    """Return the gradients by scale and shift, or None if no row follows a map."""
+    return [values.sum(0) for values in by_map] or [None, None]
+
+
+class _WeightedSum:
+    """Sums over rows of weights [B, b]: of the unit rows u and, if rows follow a map, of the derivatives of cosines.
+
+    A row r = n u that follows the map r * scale + shift, the identity, has for the cosine c with an anchor z::
+
+        dc / dscale = z * u - c u * u,    dc / dshift = (z - c u) / n
+    """
+
+    def __init__(self, anchors: Float[Tensor, "B D"], pairs: Pairs) -> None:
+        self.anchors, self.follows, self.temperature = anchors, pairs.following is not None, pairs.temperature
+        kept = 4 if self.follows else 1
+        self.sums = list(anchors.new_zeros(kept, *anchors.shape).unbind())  # of u; over old rows of u, c u * u, c u / n
+        self.inverse = anchors.new_zeros(len(anchors), 1)  # over old rows of 1 / n
+
+    def cosines(self, logits: Float[Tensor, "B b"]) -> Float[Tensor, "B b"] | None:
+        """Return what ``add_`` needs of logits, before they are overwritten."""
+        return (logits * self.temperature).clamp_(-1, 1) if self.follows else None
+
+    def add_(self, weights: Float[Tensor, "B b"], rows: Rows, cosines: Float[Tensor, "B b"] | None) -> None:
+        """Add a block."""
+        self.sums[0].addmm_(weights, rows.unit)
+        if cosines is not None and rows.old is not None:
+            weights, length = weights * rows.old, rows.length.to(weights.dtype)
+            self.inverse.addmm_(weights, length.reciprocal())
+            self.sums[1].addmm_(weights, rows.unit)
+            weights.mul_(cosines)
+            self.sums[2].addmm_(weights, rows.unit.square())
+            self.sums[3].addmm_(weights, rows.unit / length)
+
+    def mul_(self, factor: Float[Tensor, "B 1"]) -> None:
+        """Multiply all sums."""
+        for values in (*self.sums, self.inverse):
+            values.mul_(factor)
+
+    def result(self) -> list[Float[Tensor, "B D"]]:
+        """Return the sum of the unit rows and, if rows follow a map, those of dc / dscale and dc / dshift."""
+        if not self.follows:
+            return self.sums
+        unit, old, squares, slopes = self.sums
+        return [unit, self.anchors * old - squares, self.anchors * self.inverse - slopes]
+
+
 class _OnlineSoftmax:
     """Add up exponentials of logits, and the rows weighted by them.
 
     Logits that may pass ``SAFE`` are taken relative to the largest so far, which takes 6 % longer.
     """
 
-    def __init__(self, anchors: Tensor, temperature: float) -> None:
-        self.relative = 1 / temperature > SAFE
+    def __init__(self, anchors: Tensor, pairs: Pairs) -> None:
+        self.relative = 1 / pairs.temperature > SAFE
         self.peak = anchors.new_full((len(anchors), 1), NOT_COUNTED if self.relative else 0.0)
-        self.total, self.weighted_rows = anchors.new_zeros(len(anchors)), torch.zeros_like(anchors)
+        self.total, self.weighted = anchors.new_zeros(len(anchors)), _WeightedSum(anchors, pairs)
 
-    def add_(self, logits: Tensor, rows: Tensor) -> None:
+    def add_(self, logits: Tensor, rows: Rows) -> None:
         """Add a block, whose logits are overwritten."""
+        cosines = self.weighted.cosines(logits)
         if self.relative:
             peak = torch.maximum(self.peak, logits.amax(1, keepdim=True))
             shrink = (self.peak - peak).exp_()
             self.total.mul_(shrink[:, 0])
-            self.weighted_rows.mul_(shrink)
+            self.weighted.mul_(shrink)
             self.peak = peak
             logits.sub_(peak)
         weights = logits.clamp_(min=LOWEST).exp_()
-        self.total.addmv_(weights, rows.new_ones(len(rows)))  # faster than a sum over columns
-        self.weighted_rows.addmm_(weights, rows)
+        self.total.addmv_(weights, rows.unit.new_ones(len(rows.unit)))  # faster than a sum over columns
+        self.weighted.add_(weights, rows, cosines)
 
-    def result(self) -> tuple[Tensor, Tensor]:
-        """Return the log-sum-exp [B] and the softmax mean of the rows [B, D], which is 0 if no pair counts."""
+    def result(self) -> tuple[Tensor, ...]:
+        """Return the log-sum-exp [B] and the softmax means of the sums' rows [B, D], which are 0 if no pair counts."""
         total = self.total[:, None]
         empty = (total < math.exp(-SAFE) / 2) | (self.peak == NOT_COUNTED)
         logsumexp = (self.peak + total.log()).masked_fill_(empty, NOT_COUNTED)[:, 0]
-        return logsumexp, (self.weighted_rows / total).masked_fill_(empty, 0)
+        return logsumexp, *((values / total).masked_fill_(empty, 0) for values in self.weighted.result())

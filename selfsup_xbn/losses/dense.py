@@ -14,11 +14,12 @@ from selfsup_xbn.losses.pairs import NOT_COUNTED, Pairs
 
 
 def pair_sums(anchors: Float[Tensor, "B D"], pairs: Pairs, *, include_positives: bool = False) -> PairSums:
-    """Return what ``blockwise.pair_sums`` does; gradient flows to the rows too if they are the batch."""
+    """Return what ``blockwise.pair_sums`` does; gradient flows to the rows too if they depend on the batch."""
     rows, logits, positive, negative = pairs.matrix(anchors)
     counted = positive | negative if include_positives else negative
     logsumexp = logits.masked_fill(~counted, NOT_COUNTED).logsumexp(1)
-    return PairSums(logsumexp, positive.to(rows.dtype) @ rows, positive.sum(1), negative.sum(1))
+    positive_cosines = (anchors * (positive.to(rows.dtype) @ rows)).sum(1)
+    return PairSums(logsumexp, positive_cosines, positive.sum(1), negative.sum(1))
 
 
 def positive_softplus(anchors: Float[Tensor, "B D"], offset: Float[Tensor, "B"], pairs: Pairs) -> Float[Tensor, "B"]:

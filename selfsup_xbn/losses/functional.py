@@ -9,7 +9,7 @@ O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]
 with a queue as two or three GPU kernels, in memory of O(B D) for each multiprocessor; it refuses a second derivative.
 ``"auto"`` is triton on a GPU of compute capability 8.0 or higher, if Triton is installed and takes the sizes and
 dtypes, and blockwise elsewhere and in compiled code; it is dense if T is a tensor. A sharded queue, and SupCon of
-anchors that several processes share out, are blockwise on a GPU too.
+anchors that several processes share out, are blockwise on a GPU too, as is the moment gradient (``adapted_to``).
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
@@ -44,6 +44,7 @@ def info_nce(
     self_indices: Int64[Tensor, "B *E"] | None = None,
     *,
     implementation: str = "auto",
+    adapted_to: Float[Tensor, "N D"] | None = None,
 ) -> Float[Tensor, ""]:
     """Return InfoNCE of queries and their keys, with the queue's rows r_j as negatives (MoCo, arXiv 1911.05722, Eq. 1).
 
@@ -57,9 +58,11 @@ def info_nce(
         temperature: T > 0, a number or, to learn it, a tensor of one element.
         self_indices: slots that a query does not meet, such as those of its own key; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
+        adapted_to: the moment gradient, as in ``sup_con``.
 
     Raises:
-        UserError: a temperature that is not above 0 and finite, or an unknown implementation.
+        UserError: a temperature that is not above 0 and finite, an unknown implementation, or ``adapted_to`` with a
+            queue that does not follow the batch.
         ValueError: shapes that do not fit.
 
     Example:
@@ -70,9 +73,9 @@ def info_nce(
         tensor(0.3133)
     """
     _check(q, queue, temperature, k=k, self_indices=self_indices)
-    kernels = _kernels(implementation, q, queue, temperature)
+    kernels = _kernels(implementation, q, queue, temperature, adapted_to is None)
     with torch.autocast(q.device.type, enabled=False):
-        pairs = Pairs(queue, temperature, self_indices)
+        pairs = Pairs(queue, temperature, self_indices, adapted_to=adapted_to)
         if kernels is not None:
             return kernels.info_nce(q, k, pairs)
         query, key = unit_rows(q), unit_rows(k)
@@ -91,6 +94,7 @@ def sup_con(
     miner: PairMargin | None = None,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
+    adapted_to: Float[Tensor, "N D"] | None = None,
     on_pairs: Callable[[Tensor, Tensor], None] | None = None,
     sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
@@ -111,12 +115,16 @@ def sup_con(
         miner: which pairs count; None for all.
         self_indices: slots that an anchor does not meet, such as its own; -1 for none.
         implementation: ``"auto"``, ``"dense"`` or ``"blockwise"``.
+        adapted_to: the batch, with its graph, that ``queue.adapt`` and ``queue.enqueue`` were called with last. The
+            loss then has its gradient by the mean and the standard deviation of the batch too, with which XBN moves all
+            older rows (``memory.following``). Its value does not change. None: rows are constants.
         on_pairs: called with the number of positive and of negative pairs, two tensors.
         sum_counts: returns the sum of an integer tensor over all processes, where each process has a part of the
             anchors. The result is then the part's share: the losses of all processes sum to the loss of all anchors.
 
     Raises:
-        UserError: a temperature that is not above 0 and finite, an unknown implementation or miner distance.
+        UserError: a temperature that is not above 0 and finite, an unknown implementation or miner distance, or
+            ``adapted_to`` with a queue whose rows do not follow the batch ("xbm", "axbn") or are sharded.
         ValueError: shapes that do not fit, labels that are not whole numbers, or a queue without labels.
 
     Example:
@@ -127,9 +135,9 @@ def sup_con(
     _check(embeddings, queue, temperature, labels=labels, self_indices=self_indices)
     if queue is None:
         implementation, self_indices = "dense", torch.arange(len(labels), device=embeddings.device)
-    kernels = _kernels(implementation, embeddings, queue, temperature, all_anchors=sum_counts is None)
+    kernels = _kernels(implementation, embeddings, queue, temperature, adapted_to is None and sum_counts is None)
     with torch.autocast(embeddings.device.type, enabled=False):
-        pairs = Pairs(queue, temperature, self_indices, labels, miner)
+        pairs = Pairs(queue, temperature, self_indices, labels, miner, adapted_to)
         if kernels is not None:
             loss, *counts = kernels.sup_con(embeddings, pairs)
             if on_pairs is not None:
@@ -138,7 +146,7 @@ def sup_con(
         anchors = unit_rows(embeddings)
         sums = _sums(implementation, temperature, queue).pair_sums(anchors, pairs, include_positives=True)
         positives, negatives = sums.positives, sums.negatives
-        losses = sums.logsumexp - (anchors * sums.positive_rows).sum(1) / positives.clamp(min=1) / temperature
+        losses = sums.logsumexp - sums.positive_cosines / positives.clamp(min=1) / temperature
         # An anchor with one pair has loss 0, which rounding can make positive; it is not averaged, as in PML.
         averaged = (losses > 0) & (positives > 0) & (positives + negatives > 1)
         if on_pairs is not None:
@@ -158,6 +166,7 @@ def nt_xent(
     miner: PairMargin | None = None,
     self_indices: Int64[Tensor, "B *E"] | None = None,
     implementation: str = "auto",
+    adapted_to: Float[Tensor, "N D"] | None = None,
     on_pairs: Callable[[Tensor, Tensor], None] | None = None,
     sum_counts: Callable[[Tensor], Tensor] | None = None,
 ) -> Float[Tensor, ""]:
@@ -178,6 +187,7 @@ def nt_xent(
         miner: which pairs count; None for all.
         self_indices: as in ``sup_con``.
         implementation: as in ``sup_con``.
+        adapted_to: as in ``sup_con``.
         on_pairs: as in ``sup_con``.
         sum_counts: as in ``sup_con``.
 
@@ -196,7 +206,7 @@ def nt_xent(
         raise UserError(f"expected an implementation out of {['auto', *_SUMS]}, got {implementation!r}")
     read = _sums(implementation, temperature, queue)
     with torch.autocast(embeddings.device.type, enabled=False):
-        anchors, pairs = unit_rows(embeddings), Pairs(queue, temperature, self_indices, labels, miner)
+        anchors, pairs = unit_rows(embeddings), Pairs(queue, temperature, self_indices, labels, miner, adapted_to)
         sums = read.pair_sums(anchors, pairs)
         if on_pairs is not None:
             on_pairs(sums.positives.sum(), sums.negatives.sum())
@@ -261,14 +271,11 @@ def _sums(implementation: str, temperature: float | Tensor, queue: FeatureQueue 
 
 
 def _kernels(
-    implementation: str,
-    embeddings: Tensor,
-    queue: FeatureQueue | None,
-    temperature: float | Tensor,
-    *,
-    all_anchors: bool = True,
+    implementation: str, embeddings: Tensor, queue: FeatureQueue | None, temperature: float | Tensor, plain: bool
 ) -> ModuleType | None:
-    """Return the Triton kernels if they are to be used, else None. They take all rows and average over all anchors.
+    """Return the Triton kernels if they are to be used, else None.
+
+    They take a plain loss: of all anchors, and with rows that are constants.
 
     Raises:
         UserError: an unknown implementation, or "triton" where it cannot be used.
@@ -278,15 +285,15 @@ def _kernels(
     wanted = implementation == "triton" or (implementation == "auto" and has_kernels(embeddings.device))
     if queue is None or not wanted or isinstance(temperature, Tensor):
         return None
-    if has_triton(embeddings.device) and all_anchors and not isinstance(queue, ShardedQueue):
+    if has_triton(embeddings.device) and plain and not isinstance(queue, ShardedQueue):
         from selfsup_xbn.losses import kernels
 
         if kernels.supports(embeddings, queue, temperature):
             return kernels
     if implementation == "triton":
         raise UserError(
-            "expected Triton and a GPU, all anchors and all rows in one process, at most 512 dimensions, no float64, "
-            "and a temperature of at least 1e-4 for implementation='triton', got "
+            "expected Triton and a GPU, all anchors and all rows in one process, rows that are constants, at most 512 "
+            "dimensions, no float64, and a temperature of at least 1e-4 for implementation='triton', got "
             f"{[*embeddings.shape]} of {embeddings.dtype}, T {temperature}"
         )
     return None

@@ -16,13 +16,24 @@ from torch import Tensor
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.device import can_sync
 from selfsup_xbn.memory.feature_queue import Block, FeatureQueue
+from selfsup_xbn.memory.following import Following
 from selfsup_xbn.utils.labels import class_indices
 
 NOT_COUNTED = -1e30
 """The logit of a pair that does not count. Its exponential is 0, and differences with it are finite."""
 FEW = 8  # the batch's classes are read apart if they have fewer than one row in so many
-PairBlock = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Unit rows [b, D], logits [B, b], which pairs count as positives [B, b], and which as negatives [B, b]."""
+
+
+class Rows(NamedTuple):
+    """Some rows of the memory."""
+
+    unit: Float[Tensor, "b D"]
+    length: Float[Tensor, "b 1"]  # before they were divided by it
+    old: Bool[Tensor, "b"] | None  # which of them follow the batch; None: no gradient by the memory is computed
+
+
+PairBlock = tuple[Rows, Tensor, Tensor, Tensor]
+"""Rows, logits [B, b], which pairs count as positives [B, b], and which as negatives [B, b]."""
 
 
 class PairMargin(NamedTuple):
@@ -65,6 +76,8 @@ class Pairs:
         self_indices: slots that an anchor does not meet; -1 for none.
         labels: class of each anchor, whole numbers of any dtype; None: every pair is a negative.
         miner: margins; None counts every pair.
+        adapted_to: batch that the queue was adapted to, and that it took, last; rows of the memory then have a gradient
+            by its moments.
     """
 
     def __init__(
@@ -74,9 +87,11 @@ class Pairs:
         self_indices: Int64[Tensor, "B *E"] | None = None,
         labels: Shaped[Tensor, "B"] | None = None,
         miner: PairMargin | None = None,
+        adapted_to: Float[Tensor, "N D"] | None = None,
     ) -> None:
         below, above = (float("inf"), -float("inf")) if miner is None else miner.similarity_bounds()
         self.queue, self.self_indices = queue, self_indices
+        self.following = None if adapted_to is None or queue is None else Following(queue, adapted_to)
         self.temperature: Any = temperature  # a tensor where all pairs are in one matrix
         self.below: Any = below / self.temperature
         self.above: Any = above / self.temperature
@@ -88,17 +103,21 @@ class Pairs:
             slots = torch.isin(queue.labels[: len(queue)], self.labels.unique()).nonzero()[:, 0]
             self.same_class = slots if FEW * len(slots) < len(queue) else None
 
-    def matrix(self, anchors: Float[Tensor, "B D"]) -> PairBlock:
-        """Return all pairs at once. Without a queue gradient flows to both sides."""
+    def matrix(self, anchors: Float[Tensor, "B D"]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return all unit rows, and their pairs as in ``mixed``. Without a queue gradient flows to both sides."""
         slots = torch.arange(len(anchors), device=anchors.device)
         block, rows = Block(slots, anchors, self.labels, None), anchors
         if self.queue is not None:
             block = next(self.queue.blocks(self.queue.size), self.queue.gather(slots[:0]))
-            rows = unit_embeddings(self.queue.affine_map()(block.rows)).to(anchors.dtype)
-        return self._choose(block, rows, anchors @ rows.T / self.temperature)
+            rows = self.queue.affine_map()(block.rows)
+            if self.following is not None:
+                rows = self.following.rows(rows, block.slots)
+            rows = F.normalize(rows, dim=1).to(anchors.dtype)
+        logits = anchors @ rows.T / self.temperature
+        return rows, logits, *self._choose(block, logits)
 
-    def negatives_only(self, anchors: Float[Tensor, "B D"]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield rows [b, D] that are no positives, and logits [B, b], ``NOT_COUNTED`` where a pair does not count."""
+    def negatives_only(self, anchors: Float[Tensor, "B D"]) -> Iterator[tuple[Rows, Tensor]]:
+        """Yield rows that are no positives, and logits [B, b], ``NOT_COUNTED`` where a pair does not count."""
         if self.labels is not None and self.same_class is None:
             return
         for block, rows, logits in self._compare(anchors, None):
@@ -116,9 +135,9 @@ class Pairs:
         """Yield all other rows."""
         if self.labels is not None:
             for block, rows, logits in self._compare(anchors, self.same_class):
-                yield self._choose(block, rows, logits)
+                yield rows, logits, *self._choose(block, logits)
 
-    def _compare(self, anchors: Tensor, slots: Tensor | None) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    def _compare(self, anchors: Tensor, slots: Tensor | None) -> Iterator[tuple[Block, Rows, Tensor]]:
         """Yield the rows at some slots, or at all, and their logits with the anchors."""
         assert self.queue is not None
         scaled, rows_at_once = anchors / self.temperature, block_rows(len(anchors), self.queue)
@@ -128,17 +147,20 @@ class Pairs:
             blocks = (self.queue.gather(slots[i : i + rows_at_once]) for i in range(0, len(slots), rows_at_once))
         affine_map = self.queue.affine_map()
         for block in blocks:
-            rows = unit_embeddings(affine_map(block.rows)).to(anchors.dtype)
-            yield block, rows, (rows @ scaled.T).T  # a CPU multiplies faster with the rows on the left
+            unit, length = unit_embeddings(affine_map(block.rows))
+            old = None if self.following is None else self.following.old(block.slots)
+            rows = Rows(unit.to(anchors.dtype), length, old)
+            yield block, rows, (rows.unit @ scaled.T).T  # a CPU multiplies faster with the rows on the left
 
-    def _choose(self, block: Block, rows: Tensor, logits: Tensor) -> PairBlock:
+    def _choose(self, block: Block, logits: Tensor) -> tuple[Bool[Tensor, "B b"], Bool[Tensor, "B b"]]:
+        """Return which pairs count as positives, and which as negatives."""
         same = torch.zeros_like(logits, dtype=torch.bool)
         if self.labels is not None and block.labels is not None:
             same = (block.labels[:, None] == self.labels).T
         positive, negative = same & (logits < self.below), ~same & (logits > self.above)
         if (excluded := self._excluded(block)) is not None:
             positive, negative = positive & ~excluded, negative & ~excluded
-        return rows, logits, positive, negative
+        return positive, negative
 
     def _own_slots(self) -> list[Int64[Tensor, "B"]]:
         """Return the columns of ``self_indices``."""
@@ -172,9 +194,10 @@ class Pairs:
         return excluded
 
 
-def unit_embeddings(rows: Float[Tensor, "b D"]) -> Float[Tensor, "b D"]:
-    """Divide rows, in place, by their length."""
-    return rows.div_(torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12))
+def unit_embeddings(rows: Float[Tensor, "b D"]) -> tuple[Float[Tensor, "b D"], Float[Tensor, "b 1"]]:
+    """Divide rows, in place, by their length, and return both."""
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp_(min=1e-12)
+    return rows.div_(length), length
 
 
 def block_rows(anchors: int, queue: FeatureQueue) -> int:

@@ -1,7 +1,7 @@
 """The sums of a loss over a queue whose rows are shared out among processes.
 
 Every process passes the same anchors. Each computes the sums over its rows, and the sums are combined: forward by an
-all-reduce of the log-sum-exps [B] (and for SupCon of the positive rows [B, D]), backward by one of the gradient [B, D].
+all-reduce of the log-sum-exps [B] (and for SupCon of the positive cosines [B]), backward by one of the gradient [B, D].
 
 Axis legend: B anchors, D dimensions.
 """
@@ -18,7 +18,7 @@ from torch import distributed as dist
 
 from selfsup_xbn.losses.blockwise import PairSums
 from selfsup_xbn.losses.pairs import NOT_COUNTED, Pairs
-from selfsup_xbn.utils.distributed import all_sum, peers, world
+from selfsup_xbn.utils.distributed import all_sum, peers, sum_gradient, world
 
 
 class AcrossShards:
@@ -33,31 +33,19 @@ class AcrossShards:
 
     def pair_sums(self, anchors: Float[Tensor, "B D"], pairs: Pairs, *, include_positives: bool = False) -> PairSums:
         """Return what ``blockwise.pair_sums`` does, over the rows of all processes."""
-        own = self.read.pair_sums(_Copy.apply(anchors), pairs, include_positives=include_positives)
+        own = self.read.pair_sums(sum_gradient(anchors), pairs, include_positives=include_positives)
         logsumexp = _LogSumExp.apply(own.logsumexp)
         if pairs.labels is None:  # there are no positives, and negatives are not counted
             return PairSums(logsumexp, *own[1:])
         positives, negatives = all_sum(torch.stack([own.positives, own.negatives]))
-        return PairSums(logsumexp, all_sum(own.positive_rows), positives, negatives)
+        return PairSums(logsumexp, _Sum.apply(own.positive_cosines), positives, negatives)
 
     def positive_softplus(
         self, anchors: Float[Tensor, "B D"], offset: Float[Tensor, "B"], pairs: Pairs
     ) -> Float[Tensor, "B"]:
         """Return what ``blockwise.positive_softplus`` does, over the rows of all processes."""
-        total: Tensor = _Sum.apply(self.read.positive_softplus(_Copy.apply(anchors), _Copy.apply(offset), pairs))
+        total: Tensor = _Sum.apply(self.read.positive_softplus(sum_gradient(anchors), sum_gradient(offset), pairs))
         return total
-
-
-class _Copy(torch.autograd.Function):
-    """Copies of a tensor on all processes, whose gradients are summed."""
-
-    @staticmethod
-    def forward(ctx: Any, values: Tensor) -> Tensor:
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        return all_sum(grads[0])
 
 
 class _Sum(torch.autograd.Function):

@@ -26,9 +26,11 @@ class Adaptation(nn.Module):
 
     Attributes:
         moves_queue: whether the queue is moved at all; known before any data.
+        follows_batch: whether the target is the moments of the batch, so that rows have a gradient by the batch.
     """
 
     moves_queue = True
+    follows_batch = False
 
     def allocate(self, dim: int, dtype: torch.dtype = torch.float64, device: torch.device | str | None = None) -> None:
         """Create the state for ``dim`` dimensions. The queue calls it once, when it is built."""
@@ -55,6 +57,8 @@ class XBM(Adaptation):
 
 class XBN(Adaptation):
     """The target is the mean and standard deviation of the current batch (Eq. 6)."""
+
+    follows_batch = True
 
 
 class AXBN(Adaptation):

@@ -13,16 +13,18 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 
+from selfsup_xbn.config.modes import SuperviseConfig
 from selfsup_xbn.config.parsing import parse_arguments
-from selfsup_xbn.config.schema import Config, SuperviseConfig
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import UserError, one_line
 from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.losses.functional import unit_rows
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.following import check_follows
 from selfsup_xbn.memory.sharding import ShardedQueue
 from selfsup_xbn.methods.base import Method, queue_from_config
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.utils.distributed import all_sum, gather, shard_slice, sum_of_shares, world
+from selfsup_xbn.utils.distributed import all_sum, gather, shard_slice, sum_gradient, sum_of_shares, world
 from selfsup_xbn.utils.labels import class_indices
 
 
@@ -40,6 +42,8 @@ class MemoryLoss(Protocol):
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
         self_indices: Int64[Tensor, "B"] | None = None,
+        *,
+        adapted_to: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, ""]:
         """Return the loss.
 
@@ -48,6 +52,8 @@ class MemoryLoss(Protocol):
             labels: class of each anchor.
             queue: the queue with labels; None for pairs within the batch.
             self_indices: slot of each anchor in the queue, which is excluded from its pairs.
+            adapted_to: the batch, for its gradient through the rows of the queue (``memory.following``). None: the rows
+                are constants.
         """
         ...
 
@@ -64,6 +70,10 @@ class MetricLearning(Method):
         loss: loss of the pairs. If it is a module, its parameters are trained and saved too.
         batch_loss_weight: weight of an additional loss within the batch. With 1, XBM becomes XBM*.
         memory_start: number of first steps whose loss is computed within the batch while the queue fills.
+        moment_gradient: add the gradient by the moments of the batch, with which XBN moves the rows of the queue.
+
+    Raises:
+        UserError: ``moment_gradient`` with a queue whose rows do not follow the batch.
 
     Example:
         >>> from selfsup_xbn.memory import FeatureQueue
@@ -85,8 +95,12 @@ class MetricLearning(Method):
         *,
         batch_loss_weight: float = 0.0,
         memory_start: int = 0,
+        moment_gradient: bool = False,
     ) -> None:
         super().__init__()
+        if moment_gradient and queue is not None:
+            check_follows(queue)
+        self.moment_gradient = moment_gradient
         self.encoder = encoder
         self.queue = queue
         self.loss = loss
@@ -122,6 +136,7 @@ class MetricLearning(Method):
             loss,
             batch_loss_weight=config.batch_loss_weight,
             memory_start=config.memory_start,
+            moment_gradient=config.moment_gradient,
         )
 
     def forward(
@@ -145,7 +160,8 @@ class MetricLearning(Method):
         slots = self.queue.enqueue(z, labels)
         if step < self.memory_start:
             return self.loss(z, labels)
-        loss = self.loss(z, labels, self.queue, slots)
+        following = {"adapted_to": z} if self.moment_gradient else {}
+        loss = self.loss(z, labels, self.queue, slots, **following)
         if self.batch_loss_weight:
             loss = loss + self.batch_loss_weight * self.loss(z, labels)
         return loss
@@ -225,15 +241,10 @@ class SupCon:
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
         self_indices: Int64[Tensor, "B"] | None = None,
+        *,
+        adapted_to: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the loss.
-
-        Args:
-            embeddings: unit embeddings of the batch, the anchors.
-            labels: class of each anchor.
-            queue: the queue with labels; None for pairs within the batch.
-            self_indices: slot of each anchor in the queue, which is excluded from its pairs.
-        """
+        """Return the loss. The arguments are those of ``MemoryLoss``."""
         shared_out = queue is not None and not isinstance(queue, ShardedQueue)
         own = shard_slice(len(labels)) if shared_out else slice(None)
         loss = sup_con(
@@ -243,6 +254,7 @@ class SupCon:
             temperature=self.temperature,
             miner=self.miner,
             self_indices=None if self_indices is None else self_indices[own],
+            adapted_to=None if adapted_to is None else sum_gradient(adapted_to),  # each process has part of the loss
             sum_counts=all_sum if shared_out else None,
         )
         return sum_of_shares(loss) if shared_out else loss

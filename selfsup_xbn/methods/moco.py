@@ -15,7 +15,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from selfsup_xbn.config.schema import Config, PretrainConfig
+from selfsup_xbn.config.modes import PretrainConfig
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.losses import info_nce
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.sharding import ShardedQueue

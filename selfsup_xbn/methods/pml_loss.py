@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from selfsup_xbn.errors import UserError, near, one_line
 from selfsup_xbn.integrations.pml_mining import mine_without_self
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+from selfsup_xbn.memory.following import features
 
 
 class PmlLoss(nn.Module):
@@ -40,21 +41,16 @@ class PmlLoss(nn.Module):
         labels: Int64[Tensor, "B"],
         queue: FeatureQueue | None = None,
         self_indices: Int64[Tensor, "B"] | None = None,
+        *,
+        adapted_to: Float[Tensor, "B D"] | None = None,
     ) -> Float[Tensor, ""]:
-        """Return the loss.
-
-        Args:
-            embeddings: unit embeddings of the batch, the anchors.
-            labels: class of each anchor.
-            queue: the queue with labels; None for pairs within the batch.
-            self_indices: slot of each anchor in the queue, which is excluded from its pairs.
-        """
+        """Return the loss. The arguments are those of ``MemoryLoss``."""
         if len(embeddings) == 0:
             return embeddings.sum()
         if queue is None:
             return self.loss(embeddings, labels, self.miner(embeddings, labels) if self.miner else None)
         assert queue.labels is not None
-        rows = queue.features().to(embeddings.dtype)
+        rows = features(queue, adapted_to).to(embeddings.dtype)
         row_labels = queue.labels[: len(rows)]
         if self_indices is None:
             self_indices = torch.full_like(labels, -1)

@@ -18,7 +18,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from selfsup_xbn.config.command import command_of
-from selfsup_xbn.config.schema import Config, PretrainConfig, queue_rows, resolved
+from selfsup_xbn.config.modes import PretrainConfig
+from selfsup_xbn.config.schema import Config, queue_rows, resolved
 from selfsup_xbn.data import ImageData, data_of
 from selfsup_xbn.errors import UserError, printable
 from selfsup_xbn.evaluation.summary import columns, comparison_rows, latest, panels

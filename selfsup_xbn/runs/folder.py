@@ -10,8 +10,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+from selfsup_xbn.config.registry import EXPORTS
 from selfsup_xbn.config.saved import differences, from_resolved
-from selfsup_xbn.config.schema import EXPORTS, Config, resolved
+from selfsup_xbn.config.schema import Config, resolved
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.environment import environment

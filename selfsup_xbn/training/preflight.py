@@ -9,10 +9,11 @@ import os
 
 import torch
 
-from selfsup_xbn.config.schema import Config, SuperviseConfig, queue_rows
+from selfsup_xbn.config.modes import SuperviseConfig
+from selfsup_xbn.config.schema import Config, queue_rows
 from selfsup_xbn.data import check_spec
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.methods.base import Method
+from selfsup_xbn.methods.base import Method, adaptation_from_config
 from selfsup_xbn.methods.metric_learning import make_loss
 from selfsup_xbn.models.pretrained import check_weights
 from selfsup_xbn.utils.distributed import world
@@ -35,6 +36,11 @@ def check_config(config: Config, *, download: bool = True) -> None:
     check_weights(config, download=download)
     if isinstance(config, SuperviseConfig):
         make_loss(config)
+        if config.moment_gradient and not adaptation_from_config(config).follows_batch:
+            raise UserError(
+                f"--moment-gradient: expected --adaptation xbn, got {config.adaptation}, whose rows do not move with "
+                "the moments of the batch"
+            )
 
 
 def check_sizes(config: Config, images: int) -> None:

@@ -7,15 +7,13 @@ import time
 import warnings
 from collections.abc import Iterator
 from functools import partial
-from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from selfsup_xbn.config.saved import differences, from_resolved
-from selfsup_xbn.config.schema import Config, resolved
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, UserError
@@ -32,6 +30,7 @@ from selfsup_xbn.training.data_parallel import GradientSum
 from selfsup_xbn.training.metrics import MetricAccumulator, add_gaps, queue_record
 from selfsup_xbn.training.optimisation import learning_rate, make_optimizer, set_learning_rate
 from selfsup_xbn.training.preflight import check_config, check_memory, check_sizes
+from selfsup_xbn.training.renewal import Renewal, renews
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.device import device_of
 from selfsup_xbn.utils.distributed import rank, world
@@ -78,8 +77,9 @@ class Run:
         self.best = -math.inf
         self.evaluation_seconds = 0.0
         self.meter = MetricAccumulator(self.device)
-        self.graphed = self._graph()
-        self._start_stage()
+        self.graphed = self.new_graph()
+        self.renewal = Renewal(config, self.method, self._views) if renews(config) else None
+        self.start_stage()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
         self.method.to(memory_format=self.layout)
@@ -98,6 +98,10 @@ class Run:
         return self.epoch < self.head_epochs
 
     @property
+    def _main_step(self) -> int:
+        return (self.epoch - self.head_epochs) * self.steps + self.step
+
+    @property
     def lr(self) -> float:
         """Learning rate of the next step."""
         if self.head_stage:
@@ -114,12 +118,17 @@ class Run:
             torch.manual_seed(seed_for(self.config.seed, rank(), self.epoch, self.step))
         set_learning_rate(self.optimizer, self.lr)
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
+        if self.renewal is not None and not self.head_stage:
+            with self._precision():
+                self.renewal.renew(self.epoch, self.step, self._main_step)
         measured = self.config.drift_every > 0 and self.step % self.config.drift_every == 0
         if self.method.queue is not None:
             self.method.queue.recording = measured
         if measured:
             self.drift.update()
         loss = (self._step if measured or self.graphed is None else self._graphed)(views, batch.labels)
+        if self.renewal is not None and not self.head_stage:
+            self.renewal.rows.record(batch.index)
         self.step += 1
         self.meter.add("loss", loss)
         if self.config.labelled:  # a loss of pairs is 0 if the miner keeps none
@@ -153,14 +162,14 @@ class Run:
             self.graphed.replays = 0
         return loss
 
-    def _graph(self) -> GraphedStep | None:
+    def new_graph(self) -> GraphedStep | None:
         """Return the step as a CUDA graph, or ``None`` if device, method or configuration rule it out."""
         allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1
         return GraphedStep(self._step) if allowed and self.method.capturable else None
 
     def _losses(self, views: tuple[Tensor, ...], labels: Tensor) -> Iterator[Tensor]:
         """Yield the loss, or that of each micro-batch divided by their number."""
-        step = (self.epoch - self.head_epochs) * self.steps + self.step, self.config.epochs * self.steps
+        step = self._main_step, self.config.epochs * self.steps
         parts = self.config.accumulate
         if parts == 1:
             yield self.method.head_loss(views, labels) if self.head_stage else self.method(views, labels, *step)
@@ -172,10 +181,15 @@ class Run:
             yield from self.method.losses(list(split), *step)
 
     def _next(self, losses: Iterator[Tensor]) -> Tensor:
-        with torch.autocast(
-            self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=self.graphed is None
-        ):
+        with self._precision():
             return next(losses)
+
+    def _precision(self) -> torch.autocast:
+        cached = self.graphed is None
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast, cache_enabled=cached)
+
+    def _views(self, index: Tensor, *seed: int) -> Tensor:
+        return self.batches.views(index, *seed).contiguous(memory_format=self.layout)
 
     def _measure(self) -> None:
         """Record the drift of the last step (Eq. 5), and the moment gaps before and after the adaptation."""
@@ -186,8 +200,11 @@ class Run:
         first = (self.epoch, self.step) == (self.head_epochs, 1)  # of the steps that use the queue, which is empty
         if self.method.queue is not None and not first:
             add_gaps(self.meter, self.method.queue.record)
+        if self.renewal is not None and not self.head_stage:
+            with self._precision():
+                self.renewal.measure(self.meter, self.epoch, self.step)
 
-    def _start_stage(self) -> None:
+    def start_stage(self) -> None:
         """Create the optimizer of the current stage, and the sum over the processes of the gradients that it uses."""
         if self.head_stage:
             head = self.method.encoder.head.parameters()
@@ -229,7 +246,7 @@ class Run:
         record["embedding_std"] = embedding_std(self.drift.embeddings()).item()
         self.epoch, self.step, self.meter = self.epoch + 1, 0, MetricAccumulator(self.device)
         if self.epoch == self.head_epochs:
-            self._start_stage()
+            self.start_stage()
         if self.epoch in evaluated_epochs(self.config):
             started = time.monotonic()
             try:
@@ -255,45 +272,3 @@ class Run:
         """Return the metrics on the held-out training classes, if there are any, as ``NAME_validation``."""
         values = {} if self.validator is None else self.validator.encoder(self.method.encoder)
         return {f"{name}_validation": value for name, value in values.items()}
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of a checkpoint."""
-        return {
-            "config": resolved(self.config),
-            "network": {"channels": self.data.channels, "image_size": self.data.image_size},
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "best": self.best,
-            "meter": self.meter.state_dict(),
-            "random": torch.get_rng_state(),
-            "random_cuda": torch.cuda.get_rng_state(self.device) if self.device.type == "cuda" else None,
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state of a checkpoint.
-
-        Raises:
-            UserError: The checkpoint has another configuration or does not fit the run.
-        """
-        if changes := differences(from_resolved(state["config"]), self.config):
-            raise UserError(f"the checkpoint has another configuration ({changes[0]}): remove the option")
-        try:
-            self._restore(state)
-        except Exception as error:  # invalid states make torch raise exceptions of many types
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise UserError(f"the checkpoint does not fit this run (damaged or of another version): {reason}") from None
-
-    def _restore(self, state: dict[str, Any]) -> None:
-        self.epoch, self.step, self.best = index(state["epoch"]), index(state["step"]), float(state["best"])
-        if not (0 <= self.epoch <= self.epochs and 0 <= self.step <= self.steps):
-            raise ValueError(f"got epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}")
-        self.method.load_state_dict(state["method"])
-        self._start_stage()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.graphed = self._graph()
-        self.meter.load_state_dict(state["meter"])
-        torch.set_rng_state(state["random"])
-        if self.device.type == "cuda" and state["random_cuda"] is not None:
-            torch.cuda.set_rng_state(state["random_cuda"], self.device)

@@ -26,6 +26,7 @@ from selfsup_xbn.training.preflight import accumulation_note, empty_queue_note, 
 from selfsup_xbn.training.progress import Progress, Watch
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.signals import stop_signals
+from selfsup_xbn.training.state import restore, state_of
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.console import show
 from selfsup_xbn.utils.distributed import from_first, rank
@@ -90,7 +91,7 @@ def _train(
     state = agreed_checkpoint(folder, resume)
     if state:
         on_first(partial(check_data, folder, run.data.digest))
-        run.load_state_dict(state)
+        restore(run, state)
     notes = [queue_note(config, len(run.data.train)), empty_queue_note(config), accumulation_note(config, run.method)]
     show(filter(None, [*run.data.notes, *part_lines(run.data), *run.weight_lines, *notes, *run.method.notes()]))
     if not state and len(run.data.test):
@@ -186,7 +187,7 @@ def _save_if_finite(run: Run, log: RunFolder | None) -> None:
 
 def _save(run: Run, log: RunFolder | None, *, best: bool = False) -> None:
     """Write a checkpoint. All processes must call it, as each has a part of a sharded queue."""
-    state = run.state_dict()
+    state = state_of(run)
     if log and best:
         checkpoint.save(state, log.folder, checkpoint.BEST)
     elif log:

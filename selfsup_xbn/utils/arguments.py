@@ -25,11 +25,15 @@ class Parser(argparse.ArgumentParser):
         add_options: Adds the options, given the arguments, before the parser is used for the first time. It may import
             torch.
         kwargs: Arguments of ``argparse.ArgumentParser``.
+
+    Attributes:
+        elsewhere: What to say of options that the parser does not have.
     """
 
     def __init__(self, add_options: Callable[[Parser, Sequence[str]], None] | None = None, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False} | kwargs)
         self._add_options = add_options
+        self.elsewhere: dict[str, str] = {}
 
     def parse_known_args(self, args: Any = None, namespace: Any = None, **kwargs: Any) -> Any:
         """Add the options if needed, and parse the known arguments."""
@@ -53,8 +57,14 @@ class Parser(argparse.ArgumentParser):
             word = unknown[0].split("=")[0]
             parser = options.parser
             known = [option for action in parser._actions for option in action.option_strings]
-            parser.error(f"unknown option {word!r}{near(word, known)}" if word[0] == "-" else f"unexpected {word!r}")
+            hint = parser.elsewhere.get(word) or near(word, known)
+            parser.error(f"unknown option {word!r}{hint}" if word[0] == "-" else f"unexpected {word!r}")
         return options
+
+
+def flag_of(item: Field[Any]) -> str:
+    """Return the option string of a field."""
+    return "--" + item.name.replace("_", "-")
 
 
 def add_option(parser: Parser, item: Field[Any], kind: type, default: Any) -> None:
@@ -66,7 +76,6 @@ def add_option(parser: Parser, item: Field[Any], kind: type, default: Any) -> No
         kind: Type of the field.
         default: Value that ``--help`` shows as the default.
     """
-    flag = "--" + item.name.replace("_", "-")
     text = item.metadata["help"].format(names=", ".join(item.metadata["names"]))
     arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
     if kind is not bool:
@@ -74,7 +83,7 @@ def add_option(parser: Parser, item: Field[Any], kind: type, default: Any) -> No
         text += f" (default: {default!r})" if default != "" else ""
     else:
         text += f" (default: {'yes' if default else 'no'})"
-    parser.add_argument(flag, default=argparse.SUPPRESS, help=text.replace("%", "%%"), **arguments)
+    parser.add_argument(flag_of(item), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **arguments)
 
 
 def early_options(args: Sequence[str]) -> argparse.Namespace:

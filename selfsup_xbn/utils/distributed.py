@@ -128,6 +128,14 @@ def all_sum(tensor: Tensor) -> Tensor:
     return total
 
 
+def sum_gradient(tensor: Tensor) -> Tensor:
+    """Return a copy of a tensor that all processes have. Its gradient is summed over the processes."""
+    copy = tensor.view_as(tensor)
+    if copy.requires_grad:
+        copy.register_hook(all_sum)
+    return copy
+
+
 def sum_of_shares(share: Float[Tensor, ""]) -> Float[Tensor, ""]:
     """Return a loss, given the share of this process: the value of the sum, with the gradient of the share.
 

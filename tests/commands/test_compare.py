@@ -14,7 +14,7 @@ from selfsup_xbn.cli import main
 from selfsup_xbn.commands import jobs
 from selfsup_xbn.commands.board import Board
 from selfsup_xbn.commands.jobs import Job, Report, run_jobs
-from selfsup_xbn.config.schema import PretrainConfig
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.report.comparison import comparison_lines, draw_comparison
 from selfsup_xbn.runs import checkpoint

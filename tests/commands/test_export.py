@@ -10,7 +10,9 @@ import torchvision
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.commands.export import export_run
-from selfsup_xbn.config.schema import EXPORTS, PretrainConfig, SuperviseConfig, resolved
+from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
+from selfsup_xbn.config.registry import EXPORTS
+from selfsup_xbn.config.schema import resolved
 from selfsup_xbn.models.encoder import build_encoder, random_encoder
 from selfsup_xbn.models.pretrained import load_weights
 from selfsup_xbn.runs import checkpoint

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from selfsup_xbn.config.cells import cells_of
-from selfsup_xbn.config.schema import PretrainConfig, SuperviseConfig
+from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
 from selfsup_xbn.errors import UserError
 
 BASE = SuperviseConfig()

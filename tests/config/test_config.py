@@ -5,10 +5,11 @@ from dataclasses import fields, replace
 
 import pytest
 
+from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
 from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.saved import differences, from_resolved
-from selfsup_xbn.config.schema import PretrainConfig, SuperviseConfig, resolved
+from selfsup_xbn.config.schema import resolved
 from selfsup_xbn.errors import UserError, near
 
 

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig
 from selfsup_xbn.data import data_of, load_data
 from selfsup_xbn.data.parts import limit_test, part_lines
 from selfsup_xbn.errors import UserError

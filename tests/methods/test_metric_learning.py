@@ -11,7 +11,7 @@ from pytorch_metric_learning.miners import MultiSimilarityMiner, PairMarginMiner
 from torch import nn
 
 from selfsup_xbn import FeatureQueue
-from selfsup_xbn.config.schema import SuperviseConfig
+from selfsup_xbn.config.modes import SuperviseConfig
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, sup_con
 from selfsup_xbn.methods.metric_learning import MetricLearning, SupCon, make_loss

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig
 from selfsup_xbn.data import data_of
 from selfsup_xbn.evaluation.features import evaluating
 from selfsup_xbn.methods.metric_learning import MetricLearning

@@ -15,14 +15,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig, resolved
+from selfsup_xbn.config.schema import resolved
 from selfsup_xbn.models.encoder import build_encoder
 from selfsup_xbn.models.pretrained import load_weights
 from selfsup_xbn.report.curves import result_lines
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_config, read_metrics
 from selfsup_xbn.training.run import Run
+from selfsup_xbn.training.state import state_of
 from tests.robustness.bad_input_target import VALID, Target, seeded
 
 # ------------------------------------------------------------------------------------------------------- run folders
@@ -72,7 +74,7 @@ def small_state() -> bytes:
     """Return a pickled checkpoint in the middle of an epoch."""
     run = small_run()
     run.train_step(next(run.batches.epoch(0)))
-    return pickle.dumps(run.state_dict() | {"log_bytes": 7})
+    return pickle.dumps(state_of(run) | {"log_bytes": 7})
 
 
 def write_checkpoint(folder: Path) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from selfsup_xbn.config.schema import PretrainConfig
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs.results import add, course, difference, read
 

@@ -1,5 +1,7 @@
 """What three processes compute together, against one process that has the whole batch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from pytorch_metric_learning.losses import MarginLoss
 from torch import distributed as dist
 from torch import nn
 
+from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, functional, info_nce, nt_xent, sup_con
 from selfsup_xbn.memory import FeatureQueue
@@ -17,6 +20,7 @@ from selfsup_xbn.methods.pml_loss import PmlLoss
 from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.training.agreement import on_first
 from selfsup_xbn.training.data_parallel import GradientSum
+from selfsup_xbn.training.renewal import Renewal
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.distributed import all_sum, shard_slice, sum_of_shares
 from tests.process_group import run_in_group
@@ -102,6 +106,7 @@ def supervised_steps_equal_one_process(rank):
 
     equals_one_process(make)
     equals_one_process(lambda: make(batch_loss_weight=1.0))
+    equals_one_process(lambda: make(moment_gradient=True))
     equals_one_process(lambda: make(queue=False))
     equals_one_process(make, head_stage=True)
 
@@ -113,6 +118,7 @@ def a_loss_with_parameters_equals_one_process(rank):
 
     equals_one_process(make)
     equals_one_process(lambda: make(batch_loss_weight=1.0))
+    equals_one_process(lambda: make(moment_gradient=True))
 
 
 def error_of_the_first_process_reaches_all(rank):
@@ -227,7 +233,23 @@ def micro_batches_of_moco_equal_the_whole_batch(rank):
             torch.testing.assert_close(value, other, rtol=1e-9, atol=1e-12)
 
 
+def renewed_rows_equal_those_of_one_process(rank):
+    def renewed():
+        config = replace(RECIPES["digits-disjoint"], batch_size=B, images_per_class=4, renew=5)
+        method, images = MetricLearning(network(), make_queue(labels=True), SupCon(0.1, MINER)), data()[0][0]
+        renewal = Renewal(config, method, lambda index, *seed: images[index][shard_slice(len(index))])
+        renewal.rows.images.copy_(torch.arange(40) % B)
+        renewal.renew(0, 4, 4)
+        return method.queue.features(), renewal.rows.recorded_at
+
+    (rows, times), (expected, expected_times) = renewed(), alone(renewed)
+    torch.testing.assert_close(rows, expected, rtol=1e-9, atol=1e-12)
+    assert torch.equal(times, expected_times)
+    assert (times > 0).sum() == 20  # 5 a step, each fourth step
+
+
 CHECKS = [
+    renewed_rows_equal_those_of_one_process,
     rows_are_shuffled_as_in_one_process,
     losses_are_sums_of_shares,
     supervised_steps_equal_one_process,

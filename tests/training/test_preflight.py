@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.schema import PretrainConfig, SuperviseConfig
 from selfsup_xbn.data import Split
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.methods.base import method_class

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from selfsup_xbn.cli import main
-from selfsup_xbn.config.schema import PretrainConfig
+from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.errors import Diverged
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics

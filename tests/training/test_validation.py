@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.config.modes import SuperviseConfig
 from selfsup_xbn.config.saved import from_resolved
-from selfsup_xbn.config.schema import SuperviseConfig, resolved
+from selfsup_xbn.config.schema import resolved
 from selfsup_xbn.data import data_of
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs import checkpoint
