@@ -6,8 +6,8 @@ the queue, without blocks. A step can be faster than "bare", because a miner may
 and of "ours, XBM" are not adapted. With "ours, XBN" a miner therefore keeps other negatives. A peer is imported when
 its function is called.
 
-Sizes: supervised with the sizes of SOP (B 64, D 512, M half of its training set) and with M 200,000; MoCo with the
-sizes for CIFAR (B 128, M 4,096, D 128) and ImageNet (B 256, M 65,536, D 128).
+Sizes: supervised with those of Omniglot (B 16, D 128, M 6,000) and SOP (B 64, D 512, M half of its training set), and
+with M 200,000; MoCo with those for CIFAR (B 128, M 4,096, D 128) and ImageNet (B 256, M 65,536, D 128).
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ def copy(rows: int, dim: int, device: str) -> Step:
     return step
 
 
-def supervised_ours(adaptation: str, sizes: tuple[int, int, int, float], device: str) -> Step:
+def supervised_ours(
+    adaptation: str, sizes: tuple[int, int, int, float], device: str, *, moment_gradient: bool = False
+) -> Step:
     """Return a supervised step of this package."""
     from selfsup_xbn import FeatureQueue
     from selfsup_xbn.losses import PairMargin, sup_con
@@ -118,7 +120,10 @@ def supervised_ours(adaptation: str, sizes: tuple[int, int, int, float], device:
     def loss(z: Tensor, number: int) -> Tensor:
         queue.adapt(z)
         slots = queue.enqueue(z, labels[number])
-        return sup_con(z, labels[number], queue, temperature=T, miner=PairMargin(), self_indices=slots)
+        adapted_to = z if moment_gradient else None
+        return sup_con(
+            z, labels[number], queue, temperature=T, miner=PairMargin(), self_indices=slots, adapted_to=adapted_to
+        )
 
     return step_of(loss, anchors, device)
 
@@ -208,6 +213,7 @@ def _supervised(rows: int, batch: int = 64, dim: int = 512, alike: float = MIDDL
         "bare": partial(bare, supervised_inputs, sizes),
         "ours, XBN": partial(supervised_ours, "xbn", sizes),
         "ours, XBM": partial(supervised_ours, "xbm", sizes),
+        "ours, XBN, moment gradient": partial(supervised_ours, "xbn", sizes, moment_gradient=True),
         "pytorch-metric-learning": partial(supervised_pml, sizes),
     }
 
@@ -238,6 +244,7 @@ SCALES: dict[str, dict[int, dict[str, Callable[[str], Step]]]] = {
 }
 MEMORIES = (4_096, 65_536, 262_144, 1_000_000)
 WORKS: dict[str, dict[str, Callable[[str], Step]]] = {
+    "supervised-6000": _supervised(6_000, batch=16, dim=128),
     "supervised-29775": _supervised(29_775),
     "supervised-200000": _supervised(200_000),
     "supervised-late": _supervised(29_775, alike=LATE),

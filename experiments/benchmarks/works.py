@@ -34,6 +34,7 @@ class Goal(NamedTuple):
 
 
 TITLES = {
+    "supervised-6000": "supervised step, SupCon + pair margin miner, B 16, M 6,000, D 128",
     "supervised-29775": "supervised step, SupCon + pair margin miner, B 64, M 29,775, D 512",
     "supervised-200000": "the same, M 200,000",
     "supervised-late": "the same, M 29,775, later in training: the miner keeps fewer negatives",
