@@ -155,8 +155,7 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
     if options.dry_run:
         from selfsup_xbn.commands.dry_run import cost_lines
 
-        print(json.dumps(resolved(config), indent=2))
-        show(cost_lines(config))
+        show([*json.dumps(resolved(config), indent=2).splitlines(), *cost_lines(config)])
         return
     from selfsup_xbn.commands.train import train_run
 
@@ -226,9 +225,7 @@ def _add_evaluate(parser: Parser) -> None:
     types = get_type_hints(Config)
     for kind, entry in EVALUATORS.entries.items():
         evaluation = commands.add_parser(kind, help=entry.help, description=entry.help)
-        evaluation.add_argument(
-            "--run", metavar="DIR", help="run folder; its configuration is the default of the options"
-        )
+        evaluation.add_argument("--run", metavar="DIR", help="run folder, which sets the defaults of the options")
         evaluation.add_argument(
             "--best", action="store_true", help="use the best model by Recall@1 instead of the last one"
         )
@@ -268,9 +265,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _add_report(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument(
-        "--out", metavar="DIR", default="report", help="directory to write index.html to (default: report)"
-    )
+    parser.add_argument("--out", metavar="DIR", default="report", help="folder for index.html (default: report)")
     parser.set_defaults(parser=parser, command=_report)
 
 

@@ -159,6 +159,22 @@ def test_dry_run_prints_settings_and_cost_and_writes_nothing(tmp_path, capsys, m
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("fault", ["data", "weights", "sizes"])
+def test_an_error_of_a_dry_run_comes_alone(tmp_path, capsys, fault):
+    root = image_folder(tmp_path / "photos")
+    options = ["--backbone", "convnet4", "--batch-size", "2"]
+    if fault == "data":
+        (root / "train" / "a" / "0.png").write_bytes(b"no image")
+    elif fault == "weights":
+        torch.save({"a": torch.zeros(3)}, tmp_path / "other.pt")
+        options += ["--weights", str(tmp_path / "other.pt")]
+    else:
+        options += ["--batch-size", "7"]  # of six images
+    assert main(["pretrain", "--data", f"folder:{root}", *options, "--dry-run"]) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
 @pytest.mark.parametrize(
     "command",
     [
