@@ -55,20 +55,21 @@ class Interrupted(Exception):  # noqa: N818  (not an error: the run was stopped 
     """The run received SIGTERM or SIGINT and wrote a checkpoint after the current step; exit code 75."""
 
 
-def near(word: str, choices: Iterable[str], likeness: float = 0.5) -> str:
-    """Return ``"; did you mean X?"`` for the choice that is most similar to a word, or ``""`` if none is similar.
+def near(word: str, choices: Iterable[str], likeness: float = 0.5, count: int = 1) -> str:
+    """Return ``"; did you mean X or Y?"`` for the choices that are most similar to a word, or ``""`` for none.
 
     Args:
         word: Mistyped word.
         choices: Valid words.
         likeness: Smallest similarity of a suggestion, in [0, 1], as in ``difflib.get_close_matches``.
+        count: Largest number of suggestions.
 
     Example:
         >>> near("resnet19", ["resnet18", "convnet4"])
         '; did you mean resnet18?'
     """
-    matches = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=likeness)
-    return f"; did you mean {matches[0]}?" if matches else ""
+    matches = difflib.get_close_matches(str(word), list(choices), n=count, cutoff=likeness)
+    return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
 def one_line(error: BaseException, length: int = 200) -> str:

@@ -18,6 +18,8 @@ from selfsup_xbn.errors import UserError, near, require_package
 TIMM = "timm:"
 CIFAR = "-cifar"
 LITE0 = "efficientnet-lite0"
+HEADLESS = ("googlenet", "inception", "squeezenet")
+"""Beginnings of the names of torchvision models whose classifier does not end in one linear layer."""
 
 
 def library_name(name: str) -> str:
@@ -78,7 +80,7 @@ def check_backbone(name: str, weights: str | None = None) -> None:
         if not timm.is_model(name.removeprefix(TIMM)):
             names = timm.list_models()
             raise UserError(
-                f"unknown backbone {name!r}{near(name, [TIMM + known for known in names], likeness=0.8)} "
+                f"unknown backbone {name!r}{near(name, [TIMM + known for known in names], 0.8, count=3)} "
                 f"(valid: {TIMM} and one of the {len(names):,} names that timm.list_models() returns)"
             )
     elif name not in (known := _names()):
@@ -86,7 +88,10 @@ def check_backbone(name: str, weights: str | None = None) -> None:
 
         if timm.is_model(name):
             raise UserError(f"unknown backbone {name!r}; did you mean {TIMM}{name}?")
-        require_known(name, [*known, f"{TIMM}NAME"], "backbone")
+        raise UserError(
+            f"unknown backbone {name!r}{near(name, known, 0.7, count=3)} (valid: {', '.join([*SMALL_BACKBONES, LITE0])}"
+            f", resnet18{CIFAR} and other ResNets, torchvision models but {', '.join(HEADLESS)}, or {TIMM}NAME)"
+        )
 
 
 def _names() -> list[str]:
@@ -101,8 +106,7 @@ def _names() -> list[str]:
 
 def _torchvision_names() -> list[str]:
     """Return the torchvision classification models whose classifier ends in one linear layer."""
-    headless = ("googlenet", "inception", "squeezenet")
-    return [n for n in torchvision.models.list_models(torchvision.models) if not n.startswith(headless)]
+    return [n for n in torchvision.models.list_models(torchvision.models) if not n.startswith(HEADLESS)]
 
 
 def _torchvision(name: str, channels: int, image_size: int, weights: str | None) -> nn.Module:

@@ -95,6 +95,7 @@ def test_every_option_has_a_help_text():
 def test_nearest_word_is_offered():
     assert near("--bach-size", ["--batch-size", "--seed"]) == "; did you mean --batch-size?"
     assert near("--zzz", ["--batch-size", "--seed"]) == ""
+    assert near("net3", ["net1", "net2", "tea"], count=2) == "; did you mean net2 or net1?"
 
 
 def test_save_every_is_epochs_or_minutes():

@@ -186,17 +186,16 @@ def test_embeddings_are_the_heads_output_not_normalised():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (
-            {"backbone": "convnet5"},
-            "unknown backbone 'convnet5'; did you mean convnet4? (valid: ",
-        ),
-        ({"backbone": "resnet18_cifar"}, "unknown backbone 'resnet18_cifar'; did you mean resnet18-cifar? (valid: "),
-        (
-            {"backbone": "timm:resnet18q"},
-            "unknown backbone 'timm:resnet18q'; did you mean timm:resnet18? (valid: timm: ",
-        ),
+        ({"backbone": "convnet5"}, "unknown backbone 'convnet5'; did you mean convnet4? (valid: "),
+        ({"backbone": "resnet18_cifar"}, "unknown backbone 'resnet18_cifar'; did you mean resnet18-cifar or "),
+        ({"backbone": "mobilenet_v3"}, "unknown backbone 'mobilenet_v3'; did you mean mobilenet_v2 or mobilenet_v3_"),
+        ({"backbone": "timm:resnet18q"}, "unknown backbone 'timm:resnet18q'; did you mean timm:resnet18 or "),
         ({"head": "xyz"}, "unknown head 'xyz' (valid: linear, mlp, l2, l2+ln, l2+bn)"),
-        ({"backbone": "xyz"}, "unknown backbone 'xyz' (valid: conv4-64, "),
+        (
+            {"backbone": "xyz"},
+            "unknown backbone 'xyz' (valid: conv4-64, convnet4, convnet-digits, efficientnet-lite0, resnet18-cifar and "
+            "other ResNets, torchvision models but googlenet, inception, squeezenet, or timm:NAME)",
+        ),
         ({"backbone": "timm:xyz"}, "unknown backbone 'timm:xyz' (valid: timm: and one of the "),
         ({"head": "mpl"}, "unknown head 'mpl'; did you mean mlp? (valid: linear, mlp, l2, l2+ln, l2+bn)"),
         ({"weights": "imagenet1k"}, "unknown weights 'imagenet1k'; did you mean imagenet? (valid: imagenet)"),
@@ -212,6 +211,7 @@ def test_unknown_or_impossible_choices_are_named_in_one_line(arguments, message)
         build_encoder(**({"backbone": "convnet4", "dim": 8} | arguments))
     assert str(fault.value).startswith(message)
     assert "\n" not in str(fault.value)
+    assert len(str(fault.value)) < 280
 
 
 @pytest.mark.parametrize(("name", "size"), [("alexnet", 32), ("vit_b_16", 30), ("timm:mixer_s32_224", 32)])
