@@ -99,7 +99,7 @@ class SuperviseConfig(Config):
         added_later=True,
         elsewhere="rows are compared with the encoder that is trained, not with the key encoder",
     )
-    head_epochs: int = option(0, "number of initial epochs that train the head only", minimum=0)
+    head_epochs: int = option(0, "number of epochs before those of --epochs that train the head only", minimum=0)
     head_lr: float = option(0.001, "learning rate of the head epochs (SGD)", minimum=0)
 
     mode = "supervise"

@@ -34,7 +34,7 @@ class Metric:
 
 KNN, RECALL, DRIFT = "k-NN top-1 (%)", "Recall@1 (%)", "feature drift (Eq. 5)"
 RESIDUAL = "drift residual: rows against images today"
-GAP = "moments: queue against batch (std)"
+GAP = "distance of queue and batch means (batch std; best: 0)"
 
 METRICS = [
     Metric("loss", panel="loss", label="loss", progress="loss {:.3f}"),
@@ -52,8 +52,8 @@ METRICS = [
     Metric("map@r", "MAP@R"),
     Metric("drift", panel=DRIFT, label="mean", progress="drift {:.4f}"),
     Metric("drift_max", panel=DRIFT, label="maximum"),
-    Metric("gap_mean_before", panel=GAP, label="mean, before"),
-    Metric("gap_mean_after", panel=GAP, label="mean, after"),
+    Metric("gap_mean_before", panel=GAP, label="before the adaptation"),
+    Metric("gap_mean_after", panel=GAP, label="after the adaptation"),
     Metric("residual", panel=RESIDUAL, label="adapted rows"),
     Metric("residual_unadapted", panel=RESIDUAL, label="rows as they were enqueued"),
     Metric("gain", panel="Kalman gain", label="gain"),

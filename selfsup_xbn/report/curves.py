@@ -6,12 +6,19 @@ import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import printable
 from selfsup_xbn.evaluation.summary import comparison_table, latest, panels
 from selfsup_xbn.runs.folder import read_config, read_metrics
 from selfsup_xbn.utils.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Records = list[dict[str, Any]]
+Points = list[tuple[float, float]]
 
 
 def draw_curves(folder: Path) -> Path:
@@ -20,35 +27,46 @@ def draw_curves(folder: Path) -> Path:
     Raises:
         UserError: The folder has no run, its metrics are damaged, or the file could not be written.
     """
+    figure, path = curves_figure(read_config(folder), read_metrics(folder)), folder / "curves.png"
+    with replacing(path) as file:
+        figure.savefig(file, dpi=110)
+    return path
+
+
+def curves_figure(config: Config, records: Records) -> Figure:
+    """Return the figure of a run, with a panel for each group of metrics.
+
+    All panels have the same epochs, those of the log: the head epochs, on gray, come first.
+
+    Args:
+        config: Configuration of the run.
+        records: Records of the run.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    config, records = read_config(folder), read_metrics(folder)
     logged = {key for record in records for key in record}
     shown = [(title, keys) for title, keys in panels().items() if logged & keys.keys()]
-    figure = Figure(figsize=(4.5 * len(shown), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.5 * len(shown), 4.2), layout="constrained")
     FigureCanvasAgg(figure)
     title = f"{config.mode} on {config.data}, {config.adaptation}, seed {config.seed}"
     figure.suptitle(printable(title), parse_math=False)
     for axes, (title, keys) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for color, (key, label) in enumerate(keys.items()):
             _curve(axes, points_of(records, key), label, f"C{color}")
-        axes.set(title=title, xlabel="epoch")
+        if config.head_epochs:
+            axes.axvspan(0.5, config.head_epochs + 0.5, color="0.93", zorder=0)
+        axes.set_title(title, fontsize="medium")
+        axes.set(xlabel="epoch (gray: head only)" if config.head_epochs else "epoch")
+        axes.set_xlim(0.5, max(record["epoch"] for record in records) + 0.5)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
-        if len(keys) > 1:
-            axes.legend(fontsize="small")
-    path = folder / "curves.png"
-    with replacing(path) as file:
-        figure.savefig(file, dpi=110)
-    return path
+        if len(axes.get_lines()) > 1:
+            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+    return figure
 
 
-Records = list[dict[str, Any]]
-Points = list[tuple[float, float]]
-
-
-def points_of(records: list[dict[str, Any]], key: str) -> Points:
+def points_of(records: Records, key: str) -> Points:
     """Return (epoch, value) of each record that has a finite number with the name ``key``."""
     numbers = [(record["epoch"], record[key]) for record in records if isinstance(record.get(key), int | float)]
     return [(float(epoch), float(value)) for epoch, value in numbers if math.isfinite(value)]

@@ -98,6 +98,11 @@ class Run:
         return self.epoch < self.head_epochs
 
     @property
+    def position(self) -> str:
+        """The current epoch, counted from 1 as in the log, and the number of its completed steps."""
+        return f"epoch {self.epoch + 1}, step {self.step}"
+
+    @property
     def _main_step(self) -> int:
         return (self.epoch - self.head_epochs) * self.steps + self.step
 
@@ -225,7 +230,7 @@ class Run:
             last = Path(self.config.run_folder) / checkpoint.NAME
             saved = f"the last checkpoint is {last}" if last.exists() else "there is no checkpoint"
             raise Diverged(
-                f"expected a finite loss and finite weights, got loss {loss} at epoch {self.epoch}, step {self.step}, "
+                f"expected a finite loss and finite weights, got loss {loss} at {self.position}, "
                 f"learning rate {self.lr:.3g}; {saved}; try a smaller --lr, --warmup-epochs, or --precision fp32"
             )
         return loss

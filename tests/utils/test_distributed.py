@@ -119,7 +119,7 @@ def test_signal_to_one_process_stops_all_and_any_number_resumes(tmp_path):
 
     ended = launch(tmp_path / "a", 4, [*options, "--out", parts], at(5, receiver=1))
     assert ended.codes == [75] * 4
-    assert "".join(ended.err) == "interrupted: stopped at epoch 0, step 6; continue with --resume\n"
+    assert "".join(ended.err) == "interrupted: stopped at epoch 1, step 6; continue with --resume\n"
     ended = launch(tmp_path / "b", 2, ["pretrain", "--resume", "--out", parts], at(9, receiver=0))
     assert ended.codes == [75] * 2
     assert checkpoint.load(tmp_path / "parts")["epoch"] == 1
