@@ -28,7 +28,7 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import blockwise, dense
 from selfsup_xbn.losses.pairs import PairMargin, Pairs
 from selfsup_xbn.losses.sharded import AcrossShards
-from selfsup_xbn.memory.device import has_kernels, has_triton
+from selfsup_xbn.memory.device import can_sync, has_kernels, has_triton
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.sharding import ShardedQueue
 
@@ -63,7 +63,7 @@ def info_nce(
     Raises:
         UserError: a temperature that is not above 0 and finite, an unknown implementation, or ``adapted_to`` with a
             queue that does not follow the batch.
-        ValueError: shapes that do not fit.
+        ValueError: shapes or, on a CPU, ``self_indices`` that do not fit.
 
     Example:
         >>> queue = FeatureQueue(size=4, dim=2, adaptation="xbm")
@@ -104,8 +104,7 @@ def sup_con(
 
         L_i = logsumexp_{a in A(i)} s_ia - mean_{p in P(i)} s_ip
 
-    averaged over the anchors with L_i > 0; 0 if the batch has no negative pair. Value and gradient are those of PML's
-    SupConLoss after a PairMarginMiner.
+    averaged over the anchors with L_i > 0, as in PML's SupConLoss after a PairMarginMiner; 0 without negative pairs.
 
     Args:
         embeddings: the anchors.
@@ -125,7 +124,7 @@ def sup_con(
     Raises:
         UserError: a temperature that is not above 0 and finite, an unknown implementation or miner distance, or
             ``adapted_to`` with a queue whose rows do not follow the batch ("xbm", "axbn") or are sharded.
-        ValueError: shapes that do not fit, labels that are not whole numbers, or a queue without labels.
+        ValueError: shapes or, on a CPU, ``self_indices`` that do not fit, fractional labels, a queue without labels.
 
     Example:
         >>> embeddings, labels = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]]), torch.tensor([0, 0, 1])
@@ -176,8 +175,7 @@ def nt_xent(
 
         log(1 + exp(n_i - s_ip)),        n_i = logsumexp_{a in N(i)} s_ia
 
-    and 0 if there is no positive pair. Value and gradient are those of PML's NTXentLoss, which makes a matrix of
-    positive pairs x negative pairs.
+    and 0 if there is no positive pair. Value and gradient are those of PML's NTXentLoss, in less memory.
 
     Args:
         embeddings: the anchors.
@@ -238,20 +236,22 @@ def _zero_or_nan(anchors: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
     return (0 * anchors).sum()
 
 
-def _check(
-    embeddings: Tensor, queue: FeatureQueue | None, temperature: float | Tensor, **beside: Tensor | None
-) -> None:
-    """Check shapes and temperature; ``beside`` are tensors with a row for each embedding."""
+def _check(batch: Tensor, queue: FeatureQueue | None, temperature: float | Tensor, **beside: Tensor | None) -> None:
+    """Check shapes, temperature and, on a CPU, slots; ``beside`` are tensors with a row for each embedding."""
     check_temperature(temperature)
-    if embeddings.ndim != 2 or (queue is not None and embeddings.shape[1] != queue.dim):
-        raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*embeddings.shape]}")
+    if batch.ndim != 2 or (queue is not None and batch.shape[1] != queue.dim):
+        raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*batch.shape]}")
     for name, rows in beside.items():
         axes = None if name == "k" else 1
-        if rows is not None and rows.shape[:axes] != embeddings.shape[:axes]:
-            raise ValueError(f"expected {name} for embeddings of shape {[*embeddings.shape]}, got {[*rows.shape]}")
+        if rows is not None and rows.shape[:axes] != batch.shape[:axes]:
+            raise ValueError(f"expected {name} for embeddings of shape {[*batch.shape]}, got {[*rows.shape]}")
     indices = beside.get("self_indices")
     if indices is not None and indices.dtype != torch.int64:
         raise ValueError(f"expected self_indices of dtype torch.int64, got {indices.dtype}")
+    if indices is not None and queue is not None and indices.numel() and can_sync(indices):
+        lowest, highest = indices.aminmax()
+        if lowest < -1 or highest >= queue.size:
+            raise ValueError(f"expected self_indices in [-1, {queue.size}), got {lowest} to {highest}")
 
 
 def _sums(implementation: str, temperature: float | Tensor, queue: FeatureQueue | None) -> ModuleType | AcrossShards:

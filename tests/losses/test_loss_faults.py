@@ -185,3 +185,17 @@ def test_a_queue_refuses_the_recomputation_of_a_checkpoint(reentrant):
         with pytest.raises(RuntimeError, match=r"torch\.utils\.checkpoint computes again"):
             loss.backward()
     assert len(queue) == 4
+
+
+@pytest.mark.parametrize("loss", [name for name in LOSSES if name != "sup_con in the batch"])
+@pytest.mark.parametrize(("slot", "columns"), [(40, 1), (-2, 1), (40, 2)])
+def test_own_slots_outside_the_queue_are_refused(loss, slot, columns, monkeypatch):
+    queue, (z, y) = queue_of(), draw()
+    indices = torch.tensor([0, 39, -1, 3, 4, 5, 6, 7, 8])[:, None].repeat(1, columns)
+    LOSSES[loss](z, y, queue, self_indices=indices)
+    indices[4, -1] = slot
+    with pytest.raises(ValueError, match=rf"expected self_indices in \[-1, 40\), got .*{slot}\b"):
+        LOSSES[loss](z, y, queue, self_indices=indices)
+    LOSSES[loss](z[:0], y[:0], queue, self_indices=indices[:0])
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)  # takes the path of an accelerator
+    LOSSES[loss](z, y, queue, self_indices=indices)
