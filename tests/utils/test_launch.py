@@ -2,10 +2,15 @@
 
 import fcntl
 import os
+import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
+import selfsup_xbn
 from selfsup_xbn.cli import main
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs.lock import FolderLock
@@ -111,3 +116,15 @@ def test_forked_worker_does_not_keep_the_lock(tmp_path):
     finally:
         os.write(finish, b".")
         os.waitpid(worker, 0)
+
+
+@pytest.mark.slow
+def test_the_two_lines_to_read_under_torchrun(tmp_path):
+    program = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "selfsup_xbn", "pretrain"]
+    env = os.environ | {"PYTHONPATH": str(Path(selfsup_xbn.__file__).parents[1])}
+    missing = tmp_path / "photos"
+    ended = subprocess.run([*program, "--data", f"folder:{missing}"], env=env, capture_output=True, text=True)
+    assert ended.returncode == 1
+    program, report = ended.stderr.split("Traceback", 1)
+    assert re.search(rf"^(process 1: )?error: --data folder:{missing}: {missing} does not exist$", program, re.M)
+    assert re.search(r"^  exitcode  : 2 ", report.split("\nRoot Cause", 1)[1], re.M)
