@@ -149,9 +149,8 @@ def queue_note(config: Config, images: int) -> str:
     share = self_match_fraction(rows, images, config.batch_size)
     role = "positive" if config.labelled else "negative"
     return (
-        f"note: a queue of {rows:,} rows is larger than the {images:,} training images minus one batch: from the "
-        f"second epoch on, about {share:.0%} of the anchors have their own image from the previous epoch as a {role}; "
-        "half the --queue-size reduces this to a quarter"
+        f"note: from the second epoch on, about {share:.0%} of the anchors meet their own image in the queue as a "
+        f"{role}; half the --queue-size cuts this to a quarter"
     )
 
 

@@ -51,9 +51,15 @@ def test_free_memory_is_below_the_machines_total():
 @pytest.mark.parametrize(("rows", "said"), [(64, False), (65, True), (128, True)])
 def test_queue_in_which_anchors_meet_themselves_is_noted(tmp_path, capsys, rows, said):
     assert main([*SMALL, "--queue-size", str(rows), "--out", str(tmp_path)]) == 0
-    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: a queue of")]
+    notes = [line for line in capsys.readouterr().out.splitlines() if "meet their own image" in line]
     assert len(notes) == said
-    assert all("of the anchors have their own image from the previous epoch as a negative" in note for note in notes)
+    assert all("as a negative; half the --queue-size" in note for note in notes)
+
+
+def test_the_note_on_a_large_queue_is_short():
+    images = 1_281_167
+    for config in (PretrainConfig(queue_size="100%"), SuperviseConfig(queue_size="100%")):
+        assert 0 < len(limits.queue_note(config, images)) <= 160
 
 
 @pytest.mark.parametrize("rows", [8, 12, 21, 24])
