@@ -19,10 +19,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from experiments.cars196 import BASE as CARS196
-from experiments.pictures import save_chart, series
+from experiments.pictures import Chart, save_chart, series
 from experiments.retrieval import recipe
 from experiments.runs import Experiment, Result, table
 from selfsup_xbn.config.modes import SuperviseConfig
+from selfsup_xbn.report.comparison import averaged_over
 from selfsup_xbn.runs.results import difference
 
 COLUMNS = {"recall@1": "Recall@1", "map@r": "MAP@R"}
@@ -65,8 +66,9 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     batches = sorted({int(label.rpartition(" ")[2]) for label in found})
     names = list(dict.fromkeys(label.rpartition(", B ")[0] for label in found))
     lines = {name: series([found.get(f"{name}, B {batch}") for batch in batches], "recall@1") for name in names}
-    panel = ("batch size", batches, lines)
-    save_chart(path.with_suffix(".png"), [panel], "Recall@1 on unseen classes [%]", log=True)
+    chart = Chart("", "batch size [images]", "Recall@1 on unseen classes [%]", batches, lines)
+    title = f"{results[0]['config']['data']}: {averaged_over(results)}"
+    save_chart(path.with_suffix(".png"), title, [chart], log=True)
     return [*table(results, COLUMNS), "", *differences(found, names, batches)]
 
 

@@ -36,10 +36,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.pictures import save_chart, series
+from experiments.pictures import Chart, save_chart, series
 from experiments.retrieval import METHODS, recipe, rows
 from experiments.runs import Experiment, Result
 from selfsup_xbn.config.modes import SuperviseConfig
+from selfsup_xbn.report.comparison import averaged_over
 from selfsup_xbn.runs.results import value_text
 
 BATCHES, MEMORIES = (16, 32, 64, 128), (10, 25, 50, 100)
@@ -63,11 +64,17 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     by_batch = {name: [cells.get(LABEL.format(name, batch, MEMORY)) for batch in BATCHES] for name in METHODS}
     by_memory = {name: [cells.get(LABEL.format(name, BATCH, memory)) for memory in MEMORIES] for name in METHODS}
     by_memory["no memory"] = by_batch["no memory"][BATCHES.index(BATCH) :][:1] * len(MEMORIES)
+    sides = (
+        (f"memory of {MEMORY} % of the training images", "batch size [images]", BATCHES, by_batch),
+        (f"batch size {BATCH}", "size of the memory [% of the training images]", MEMORIES, by_memory),
+    )
     charts = [
-        ("batch size", BATCHES, {name: series(row, "recall@1") for name, row in by_batch.items()}),
-        ("memory, % of the training set", MEMORIES, {name: series(row, "recall@1") for name, row in by_memory.items()}),
+        Chart(f"{title}{part}", x_label, "Recall@1 [%]", x, {name: series(by[name], "recall@1") for name in names})
+        for part, names in {"": list(METHODS), ", without XBM": [name for name in METHODS if name != "XBM"]}.items()
+        for title, x_label, x, by in sides
     ]
-    save_chart(path.with_suffix(".png"), charts, "Recall@1 [%]", log=True)
+    title = f"{results[0]['config']['data']}: retrieval of unseen classes, {averaged_over(results)}"
+    save_chart(path.with_suffix(".png"), title, charts, log=True, share_y=True)
     return [
         *_table("B", BATCHES, by_batch),
         "",

@@ -53,10 +53,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from experiments.pictures import save_chart
+from experiments.pictures import Chart, save_chart
 from experiments.runs import Experiment, Result
 from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
+from selfsup_xbn.report.comparison import averaged_over
 from selfsup_xbn.runs.results import course
 
 ADAPTATIONS = {"XBM": "xbm", "XBN": "xbn", "AXBN": "axbn"}
@@ -76,7 +77,7 @@ def small(**changes: Any) -> PretrainConfig:
 # The choices that the paper leaves open. The default: unit keys are matched, enqueued before the loss, 8 splits.
 VARIANTS: dict[str, dict[str, Any]] = {
     "keys matched before normalization": {"normalize_first": False},
-    "the same, enqueue after the loss": {"normalize_first": False, "enqueue": "after_loss"},
+    "keys matched before normalization, enqueue after the loss": {"normalize_first": False, "enqueue": "after_loss"},
     "enqueue after the loss": {"enqueue": "after_loss"},
     "BatchNorm of the whole batch": {"bn_splits": 1},
 }
@@ -98,13 +99,17 @@ SCALES = {
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
     """Return a table of k-NN top-1 at some epochs, and save a chart of the curves for each data set."""
-    names = list(dict.fromkeys(result["config"]["data"] for result in results))
     charts = []
-    for name in names:
-        courses = {r["label"]: course(r, "knn_top1") for r in results if r["config"]["data"] == name}
+    for name in dict.fromkeys(result["config"]["data"] for result in results):
+        courses = {
+            r["label"].removeprefix(f"{name}: "): course(r, "knn_top1") for r in results if r["config"]["data"] == name
+        }
         epochs = max((epochs for epochs, *_ in courses.values()), key=len)
-        charts.append(("epoch", epochs, {label: (m, s) for label, (_, m, s) in courses.items()}))
-    save_chart(path.with_suffix(".png"), charts, "k-NN top-1 [%]", titles=names)
+        curves = {label: (m, s) for label, (_, m, s) in courses.items()}
+        charts.append(Chart(name, "epoch", "k-NN top-1 [%]", epochs, curves))
+    title = f"MoCo with {results[0]['config']['backbone']}, {averaged_over(results)}"
+    columns = 1 if "variants" in path.stem else 5
+    save_chart(path.with_suffix(".png"), title, charts, legend_columns=columns)
     return _table(results, EPOCHS["small" if "small" in path.stem else "paper"])
 
 

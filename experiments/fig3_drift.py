@@ -19,18 +19,24 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.pictures import save_chart
+from experiments.pictures import Chart, save_chart
 from experiments.retrieval import recipe, rows
 from experiments.runs import Experiment, Result, table
+from selfsup_xbn.report.comparison import averaged_over
 from selfsup_xbn.runs.results import course
 
 VALUES = {
-    "drift": "drift, mean",
-    "drift_max": "drift, maximum",
-    "gap_mean_before": "gap of the means before adapting",
-    "gap_std_before": "gap of the deviations before adapting",
+    "drift": "drift in a step, mean of the images",
+    "drift_max": "drift in a step, maximum of the images",
+    "gap_mean_before": "means of queue and batch before adapting",
+    "gap_std_before": "deviations of queue and batch before adapting",
 }
-UNITS = (*["distance of unit vectors"] * 2, "deviations of the batch", "|log| of the ratio")
+UNITS = {
+    "drift": "distance of unit vectors",
+    "drift_max": "distance of unit vectors",
+    "gap_mean_before": "distance [std of the batch]",
+    "gap_std_before": "|ln(std of queue / std of batch)|",
+}
 COLUMNS = {"recall@1": "Recall@1", "gap_mean_after": "gap of the means after"} | VALUES
 SCALES = {
     "small": rows(recipe("omniglot", queue_size="50%"), "no memory", "XBM", "XBN"),
@@ -44,8 +50,10 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     for key in VALUES:
         courses = {result["label"]: course(result, key) for result in results}
         epochs = max((epochs for epochs, *_ in courses.values()), key=len)
-        charts.append(("epoch", epochs, {name: (m, s) for name, (e, m, s) in courses.items() if e}))
-    save_chart(path.with_suffix(".png"), charts, UNITS, titles=list(VALUES.values()))
+        curves = {name: (m, s) for name, (e, m, s) in courses.items() if e}
+        charts.append(Chart(VALUES[key], "epoch", UNITS[key], epochs, curves))
+    title = f"{results[0]['config']['data']}: {averaged_over(results)}"
+    save_chart(path.with_suffix(".png"), title, charts)
     return table(results, COLUMNS)
 
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any
 
 from experiments.fig2_moco import moco, small
-from experiments.pictures import save_chart, series
+from experiments.pictures import Chart, save_chart, series
 from experiments.runs import Experiment, Result, table
+from selfsup_xbn.report.comparison import averaged_over
 
 AT_END: dict[str, Any] = {"eval_every": 0}
 MOMENTA: dict[float, dict[str, Any]] = {0.9: AT_END, 0.99: {}, 0.999: AT_END}
@@ -44,8 +45,10 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     """Return the table of the results, and save a chart of the accuracy against 1 - m."""
     cells = {result["label"]: result for result in results}
     lines = {name: series([cells.get(f"{name}, m {m}") for m in MOMENTA], "knn_top1") for name in NAMES}
-    chart = ("1 - m", [round(1 - m, 3) for m in MOMENTA], lines)
-    save_chart(path.with_suffix(".png"), [chart], "k-NN top-1 [%]", log=True)
+    config, x_label = results[0]["config"], "1 - m, of the momentum m of the key encoder"
+    chart = Chart("", x_label, "k-NN top-1 [%]", [round(1 - m, 3) for m in MOMENTA], lines)
+    title = f"MoCo on {config['data']} with {config['backbone']}, {averaged_over(results)}"
+    save_chart(path.with_suffix(".png"), title, [chart], log=True)
     return table(results, COLUMNS)
 
 

@@ -14,9 +14,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.pictures import save_chart, series
+from experiments.pictures import Chart, save_chart, series
 from experiments.retrieval import METHODS, recipe, rows
 from experiments.runs import Experiment, Result, table
+from selfsup_xbn.report.comparison import averaged_over
 
 COLUMNS = {"recall@1": "Recall@1", "map@r": "MAP@R", "recall@1_untrained": "untrained", "recall@1_raw_pixels": "pixels"}
 BATCHES = (16, 64)
@@ -30,9 +31,8 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     """Return the table of the results, and save a chart of Recall@1 against the batch size."""
     cells = {result["label"]: result for result in results}
     lines = {name: series([cells.get(f"{name}, B {batch}") for batch in BATCHES], "recall@1") for name in METHODS}
-    save_chart(
-        path.with_suffix(".png"), [("batch size", BATCHES, lines)], "Recall@1 on unseen characters [%]", log=True
-    )
+    chart = Chart("", "batch size [images]", "Recall@1 on unseen characters [%]", BATCHES, lines)
+    save_chart(path.with_suffix(".png"), f"Omniglot: {averaged_over(results)}", [chart], log=True)
     return table(results, COLUMNS)
 
 

@@ -5,10 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Means and standard deviations along the x axis, by name. Missing values are NaN."""
+
+COLORS = {"no memory": "0.45", "XBM": "#D55E00", "XBM*": "#E69F00", "XBN": "#0072B2", "AXBN": "#009E73"}
+"""Color of each method in all charts, from the palette of Okabe and Ito. Other series have colors in turn."""
+
+
+class Chart(NamedTuple):
+    """A chart of a picture.
+
+    Attributes:
+        title: Title, or "" for none.
+        x_label: Label of the x axis, with the unit.
+        y_label: Label of the y axis, with the unit.
+        x: Values along the x axis.
+        curves: The series.
+    """
+
+    title: str
+    x_label: str
+    y_label: str
+    x: Sequence[float]
+    curves: Series
 
 
 def series(results: Sequence[dict[str, Any] | None], key: str) -> tuple[list[float], list[float]]:
@@ -20,49 +41,61 @@ def series(results: Sequence[dict[str, Any] | None], key: str) -> tuple[list[flo
 
 def save_chart(
     path: Path,
-    charts: Sequence[tuple[str, Sequence[float], Series]],
-    y_label: str | Sequence[str],
+    title: str,
+    charts: Sequence[Chart],
     *,
-    titles: Sequence[str] = (),
     log: bool = False,
     both: bool = False,
+    share_y: bool = False,
+    legend_columns: int = 5,
 ) -> None:
-    """Save a PNG with one or more charts.
+    """Save a PNG with one chart, or with rows of two, above a legend of all series.
 
     Args:
         path: file to write.
-        charts: for each chart the label of the x axis, its values, and the series.
-        y_label: label of the y axis of all charts, or one for each chart.
-        titles: title of each chart.
+        title: title of the picture.
+        charts: the charts.
         log: whether the x axis is logarithmic, with ticks at its values.
         both: whether the y axis is logarithmic too.
+        share_y: whether the charts of a row have the same range on the y axis.
+        legend_columns: number of columns of the legend.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, MaxNLocator
 
-    columns = min(len(charts), 4)
+    columns = min(len(charts), 2)
     rows = -(-len(charts) // columns)
-    figure = Figure(figsize=(5 * columns, 4 * rows), layout="constrained", dpi=100)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=not titles).flatten()
-    y_labels = [y_label] * len(charts) if isinstance(y_label, str) else y_label
-    colors = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(name for *_, curves in charts for name in curves))}
-    for number, (axis, (x_label, x, curves)) in enumerate(zip(axes, charts, strict=False)):
-        for name, (means, deviations) in curves.items():
-            at, shown = list(x)[: len(means)], {"label": name, "color": colors[name], "markersize": 4, "capsize": 3}
-            axis.errorbar(at, means, deviations, marker="o", **shown)
+    names = list(dict.fromkeys(name for chart in charts for name in chart.curves))
+    height = 3.5 * rows + 0.5 + 0.22 * -(-len(names) // legend_columns)
+    figure = Figure(figsize=(6.4 if columns == 1 else 10, height), layout="constrained", dpi=100)
+    figure.suptitle(title)
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False).flatten()
+    others = (f"C{number}" for number in range(len(names)))
+    colors = {name: COLORS.get(name) or next(others) for name in names}
+    for axis, chart in zip(axes, charts, strict=False):
+        for number, (name, curve) in enumerate(chart.curves.items()):
+            x = _apart(chart.x, number - (len(chart.curves) - 1) / 2, log) if any(curve[1]) else list(chart.x)
+            style = {"label": name, "color": colors[name], "marker": "o", "markersize": 4, "capsize": 3}
+            axis.errorbar(x[: len(curve[0])], curve[0], curve[1] if any(curve[1]) else None, **style)
         if log:
             axis.set_xscale("log")
-            axis.set_xticks(list(x), [f"{value:g}" for value in x])
+            axis.set_xticks(list(chart.x), [f"{value:g}" for value in chart.x])
+        else:
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         if both:
             axis.set_yscale("log")
             axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axis.yaxis.set_major_formatter("{x:g}")
-        if not log:
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.minorticks_off()
-        axis.set(xlabel=x_label, ylabel=y_labels[number] if not number or titles else "")
-        if titles:
-            axis.set_title(titles[number])
+        axis.set(xlabel=chart.x_label, ylabel=chart.y_label)
+        axis.set_title(chart.title, fontsize="medium")
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
+    shown = {label: handle for axis in axes for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)}
+    handles, labels = list(shown.values()), list(shown)
+    figure.legend(handles, labels, loc="outside lower center", ncols=min(legend_columns, len(shown)), frameon=False)
     figure.savefig(path)
+
+
+def _apart(x: Sequence[float], place: float, log: bool) -> list[float]:
+    """Return values of x moved a little to the place of a series, so that no error bar hides another."""
+    return [value * 1.02**place if log else value + 0.05 * place for value in x]

@@ -49,7 +49,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmarks.works import GOALS, TITLES, Goal, works
-from experiments.pictures import save_chart
+from experiments.pictures import Chart, save_chart
 from experiments.runs import RESULTS
 from selfsup_xbn.errors import near
 from selfsup_xbn.runs.environment import environment
@@ -57,6 +57,7 @@ from selfsup_xbn.runs.environment import environment
 Measurements = dict[str, dict[str, Any]]
 """Rounds, seconds and bytes by implementation."""
 REPETITIONS, SHORT_SECONDS = 5, 180
+AXES = {"M": "rows of the queue M", "D": "dimensions D", "B": "batch size B", "N": "images N"}
 SHOWN = ("device", "processor", "torch", "lightly", "pytorch-metric-learning", "scikit-learn", "faiss-cpu", "commit")
 
 
@@ -238,18 +239,19 @@ def measured_on(results: dict[str, Any]) -> list[str]:
 
 def draw_scaling(results: dict[str, Any], path: Path) -> None:
     """Save charts of the time and of the memory beyond the inputs against each size that was measured."""
-    charts, titles = [], []
-    for axis, unit in itertools.product("MDBN", ("seconds", "extra_bytes")):
+    charts = []
+    for axis, unit in itertools.product(AXES, ("seconds", "extra_bytes")):
         sizes = sorted(int(work.rpartition("-")[2]) for work in results if work.startswith(f"scale-{axis}-"))
         at = [results[f"scale-{axis}-{size}"]["names"] for size in sizes]
         scale = 1e3 if unit == "seconds" else 2**-20
         # A logarithmic axis cannot show 0.
         points = {name: [values[name][unit] * scale or math.nan for values in at] for name in (at[0] if at else ())}
-        lines = {name: (values, [0.0] * len(at)) for name, values in points.items()}
-        charts.append((axis, sizes, lines))
-        titles.append(f"{'time [ms]' if unit == 'seconds' else 'memory beyond inputs [MB]'} against {axis}")
-    if any(lines for *_, lines in charts):
-        save_chart(path, charts, "", titles=titles, log=True, both=True)
+        work = "retrieval" if axis == "N" else "loss step"
+        lines = {f"{work}, {name}": (values, [0.0] * len(at)) for name, values in points.items()}
+        y_label = "time [ms]" if unit == "seconds" else "memory beyond the inputs [MB]"
+        charts.append(Chart(f"{work}: {y_label.partition(' [')[0]} against {axis}", AXES[axis], y_label, sizes, lines))
+    if any(chart.curves for chart in charts):
+        save_chart(path, "Time and memory, both axes logarithmic", charts, log=True, both=True, legend_columns=2)
 
 
 def verdict(goal: Goal, measurements: Measurements) -> str:

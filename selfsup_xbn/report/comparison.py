@@ -59,6 +59,23 @@ def _difference_text(result: Result, reference: Result, metric: str) -> str:
     return f"{change.mean:+.2f}" + ("" if change.error is None else f" ± {change.error:.2f}")
 
 
+def averaged_over(results: Sequence[Result]) -> str:
+    """Return what the values in a picture of results are.
+
+    Args:
+        results: Cells of a comparison.
+
+    Example:
+        >>> averaged_over([{"seeds": {"0": {}}}]), averaged_over([{"seeds": {"0": {}, "1": {}}}])
+        ('one seed', 'mean and standard deviation of 2 seeds')
+    """
+    numbers = [len(result["seeds"]) for result in results]
+    fewest, most = min(numbers), max(numbers)
+    if most == 1:
+        return "one seed"
+    return f"mean and standard deviation of {fewest if fewest == most else f'{fewest} to {most}'} seeds"
+
+
 def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     """Plot a metric against the epoch: the mean of each cell as a curve, its standard deviation as a band.
 
@@ -76,7 +93,7 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for number, result in enumerate(results):
@@ -84,12 +101,13 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     pixels = [result["mean"].get(f"{metric}_raw_pixels") for result in results]
     if len(set(pixels)) == 1 and pixels[0] is not None:
         axes.axhline(pixels[0], color="gray", linestyle="--", linewidth=1, label="raw pixels")
-    title = _title([result["config"] for result in results])
-    axes.set(xlabel="epoch", ylabel=f"{columns().get(metric, metric)} (%)")
-    axes.set_title(printable(title), parse_math=False)
+    figure.suptitle(printable(_title([result["config"] for result in results])), parse_math=False)
+    begin = " (0: untrained)" if any(f"{metric}_untrained" in result["mean"] for result in results) else ""
+    axes.set(xlabel=f"epoch{begin}", ylabel=f"{columns().get(metric, metric)} (%)")
+    axes.set_title(averaged_over(results), fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", fontsize="small", ncols=3, frameon=False)
     with replacing(path, remedy="free disk space, and repeat the command") as file:
         figure.savefig(file, dpi=110)
 
