@@ -16,6 +16,7 @@ from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data.augmentations import ColorViews
 from selfsup_xbn.evaluation import knn_classify, recall_at_k
 from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
+from selfsup_xbn.memory.row_images import RowImages
 from selfsup_xbn.models.split_batch_norm import SplitBatchNorm2d
 from selfsup_xbn.training.run import Run
 from selfsup_xbn.training.trainer import train
@@ -59,6 +60,25 @@ def test_queue_equals_cpu_queue_over_300_steps(adaptation: str, batch_size: int)
         torch.testing.assert_close(value.cpu(), expected, rtol=1e-7, atol=1e-7)
 
 
+def test_row_images_equal_the_cpu() -> None:
+    queues = [FeatureQueue(100, 8, "xbn", device=device) for device in ("cpu", CUDA)]
+    images = [RowImages(queue, sample=30) for queue in queues]
+    for step in range(9):
+        batch, index = draw(32, 8, seed=step) + step / 10, torch.arange(32) * step
+        for queue, rows, device in zip(queues, images, ("cpu", CUDA), strict=True):
+            queue.adapt(batch.to(device))
+            queue.enqueue(batch.to(device))
+            rows.record(index.to(device))
+            if step > 1:
+                rows.renew(rows.stalest(7), draw(7, 8, seed=100 + step).to(device))
+    for name, value in images[0].state_dict().items():
+        torch.testing.assert_close(images[1].state_dict()[name].cpu(), value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(queues[1].features().cpu(), queues[0].features(), rtol=1e-5, atol=1e-5)
+    now = draw(30, 8, seed=7)
+    for value, expected in zip(images[1].residuals(now.to(CUDA)), images[0].residuals(now), strict=True):
+        torch.testing.assert_close(value.cpu(), expected, rtol=1e-5, atol=1e-5)
+
+
 def cosines(anchors: torch.Tensor, queue: FeatureQueue) -> torch.Tensor:
     rows = queue.features().double().cpu()
     return torch.nn.functional.normalize(anchors) @ torch.nn.functional.normalize(rows).T
@@ -86,7 +106,8 @@ def test_info_nce_equals_float64(B: int, M: int, D: int, temperature: float) -> 
 
 @pytest.mark.parametrize("loss", [sup_con, nt_xent])
 @pytest.mark.parametrize("miner", [None, PairMargin(0.2, 1.4)])
-def test_class_losses_equal_the_cpu(loss, miner: PairMargin | None) -> None:
+@pytest.mark.parametrize("moment_gradient", [False, True])
+def test_class_losses_equal_the_cpu(loss, miner: PairMargin | None, moment_gradient: bool) -> None:
     values, grads = [], []
     for device in ("cpu", CUDA):
         queue = FeatureQueue(500, 24, "xbn", labels=True, device=device)
@@ -94,7 +115,8 @@ def test_class_losses_equal_the_cpu(loss, miner: PairMargin | None) -> None:
         z, labels = draw(40, 24, seed=2).to(device).requires_grad_(), (torch.arange(40) // 4).to(device)
         queue.adapt(z)
         slots = queue.enqueue(z, labels)
-        value = loss(z, labels, queue, temperature=0.1, miner=miner, self_indices=slots)
+        adapted_to = z if moment_gradient else None
+        value = loss(z, labels, queue, temperature=0.1, miner=miner, self_indices=slots, adapted_to=adapted_to)
         value.backward()
         values.append(value.item())
         grads.append(z.grad)

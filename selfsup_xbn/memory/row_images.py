@@ -131,6 +131,7 @@ class RowImages(nn.Module):
     def _note_new(self, slots: Int64[Tensor, "R"], changed: Bool[Tensor, ""]) -> None:
         """Note the age of rows that were just written and, for the sampled ones, their embeddings."""
         self.recorded_at.index_copy_(0, slots, torch.where(changed, self.queue.written, self.recorded_at[slots]))
-        fresh = torch.isin(self.sample, slots) & changed
+        written = torch.zeros_like(self.images, dtype=torch.bool).index_fill_(0, slots, True)  # isin waits for a GPU
+        fresh = written[self.sample] & changed
         rows = self.queue.affine_map()(self.queue.rows[self.sample]).to(self.new.dtype)
         self.new.copy_(torch.where(fresh[:, None], rows, self.new))

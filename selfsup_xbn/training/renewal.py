@@ -9,12 +9,12 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from selfsup_xbn.config.schema import Config
-from selfsup_xbn.losses.functional import unit_rows
 from selfsup_xbn.memory.row_images import RowImages
 from selfsup_xbn.methods.base import Method
 from selfsup_xbn.training.metrics import MetricAccumulator
@@ -92,7 +92,8 @@ class Renewal:
         """Return unit embeddings of training images in random views. All processes must call it."""
         with running_statistics_kept(self.encoder):
             own = self.encoder(self.views(images, epoch, step, number))
-        return unit_rows(gather(own, len(images)))
+        rows = gather(own, len(images))
+        return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
 
 
 @contextlib.contextmanager

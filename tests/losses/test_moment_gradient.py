@@ -9,6 +9,7 @@ from pytorch_metric_learning import losses as peer
 from pytorch_metric_learning.miners import PairMarginMiner
 from pytorch_metric_learning.reducers import MeanReducer
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from selfsup_xbn import CrossBatchMemory, FeatureQueue
 from selfsup_xbn.errors import UserError
@@ -207,3 +208,26 @@ def test_drop_in_equals_pml_on_rows_that_follow(name, masked):
 def test_drop_in_refuses_a_memory_that_does_not_follow():
     with pytest.raises(UserError, match="the moment gradient: expected an adaptation"):
         CrossBatchMemory(peer.SupConLoss(), 5, 40, adaptation="axbn", moment_gradient=True)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "dense"])
+@pytest.mark.parametrize("function", [sup_con, nt_xent])
+def test_no_loss_waits_for_a_cuda_device(function, implementation):
+    with FakeTensorMode():  # refuses what reads a value of a tensor
+        queue = FeatureQueue(600, 8, "xbn", labels=True, device="cuda")
+        z, labels = torch.randn(25, 8, device="cuda", requires_grad=True), torch.zeros(25, dtype=int, device="cuda")
+        queue.adapt(z)
+        slots = queue.enqueue(z, labels)
+        value = function(z, labels, queue, miner=MINER, self_indices=slots, adapted_to=z, implementation=implementation)
+        assert (value.device.type, value.shape) == ("cuda", ())
+
+
+def test_the_path_of_an_accelerator_gives_the_same_gradient(monkeypatch):
+    queue, e, keys, labels = state(8, 61, 5, 12)
+    gradients = []
+    for fixed_shapes in (False, True):  # all slots are read, in eight blocks
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda fixed_shapes=fixed_shapes: fixed_shapes)
+        z = unit_rows(e).requires_grad_()
+        loss_of("sup_con", z, z, queue, keys, labels, adapted_to=z).backward()
+        gradients.append(z.grad)
+    torch.testing.assert_close(*gradients, rtol=1e-9, atol=1e-12)
