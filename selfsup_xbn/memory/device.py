@@ -45,11 +45,14 @@ def has_kernels(device: torch.device) -> bool:
     return device.index == torch.cuda.current_device() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def uses_kernels(implementation: str, device: torch.device) -> bool:
+    """Return whether an implementation, "torch", "triton" or "auto", stands for Triton kernels on the device."""
+    return has_kernels(device) if implementation == "auto" else implementation == "triton" and has_triton(device)
+
+
 def queue_kernels(queue: FeatureQueue, batch: Tensor) -> Any:
     """Return the module of Triton kernels that adapt and enqueue, if they are to be used and take this batch."""
-    device, implementation = queue.rows.device, queue.implementation
-    usable = has_kernels(device) if implementation == "auto" else implementation == "triton" and has_triton(device)
-    if not usable:
+    if not uses_kernels(queue.implementation, queue.rows.device):
         return None
     from selfsup_xbn.memory import kernels
 
