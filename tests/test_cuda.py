@@ -155,16 +155,28 @@ def steps_of(config: Config, count: int) -> tuple[Run, list[float]]:
     return run, losses
 
 
-@pytest.mark.parametrize("adaptation", ["xbm", "xbn", "axbn"])
-def test_graph_equals_eager(adaptation: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adaptation": "xbm"},
+        {"adaptation": "xbn"},
+        {"adaptation": "axbn"},
+        {"momentum": 0.5, "momentum_schedule": "cosine", "epochs": 1},
+        {"bn_splits": 4},
+    ],
+    ids=str,
+)
+def test_graph_equals_eager(changes: dict[str, object]) -> None:
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
-        eager, expected = steps_of(digits(adaptation=adaptation, cuda_graph=False), 8)
-        graph, losses = steps_of(digits(adaptation=adaptation), 8)
+        eager, expected = steps_of(digits(**changes, cuda_graph=False), 8)
+        graph, losses = steps_of(digits(**changes), 8)
     assert graph.graphed is not None
     assert graph.graphed.graph is not None
     # Keys are shuffled by random numbers that a graph draws at other offsets; only BatchNorm's rounding sees the order.
     assert losses == pytest.approx(expected, rel=2e-3)
     assert torch.equal(graph.method.queue.pointer, eager.method.queue.pointer)
+    for a, b in zip(graph.method.encoder_k.parameters(), eager.method.encoder_k.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 def test_queue_is_refreshed_once_a_pass_under_a_graph() -> None:

@@ -20,11 +20,14 @@ def can_sync(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, whose replays do not run the host's code."""
+    return tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def can_refresh(tensor: Tensor) -> bool:
     """Return whether the host sees each step: not in compiled code, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return not torch.compiler.is_compiling() and not is_capturing(tensor)
 
 
 @functools.cache

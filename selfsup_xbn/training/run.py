@@ -75,8 +75,7 @@ class Run:
         self.head_epochs = config.head_epochs
         self.epochs, self.steps = self.head_epochs + config.epochs, len(self.batches)
         self.epoch = self.step = 0
-        self.best = -math.inf
-        self.evaluation_seconds = 0.0
+        self.best, self.evaluation_seconds = -math.inf, 0.0
         self.meter = MetricAccumulator(self.device)
         self.graphed = self._graph()
         self._start_stage()
@@ -86,8 +85,7 @@ class Run:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high" if self.autocast else "highest")
-        statistics = ("running_mean", "running_var")
-        self.statistics = [value for name, value in self.method.named_buffers() if name.endswith(statistics)]
+        self.statistics = [b for n, b in self.method.named_buffers() if n.endswith(("running_mean", "running_var"))]
         if config.compile:
             for module in (child for child in self.method.children() if isinstance(child, Encoder)):
                 module.compile()
@@ -96,6 +94,11 @@ class Run:
     def head_stage(self) -> bool:
         """Whether the current epoch trains the head only."""
         return self.epoch < self.head_epochs
+
+    @property
+    def _position(self) -> tuple[int, int]:
+        """Numbers of completed and of all steps, without those of the head epochs."""
+        return (self.epoch - self.head_epochs) * self.steps + self.step, self.config.epochs * self.steps
 
     @property
     def lr(self) -> float:
@@ -139,13 +142,12 @@ class Run:
     def _graphed(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform ``_step`` as a CUDA graph. If the capture fails, warn and run all further steps eagerly."""
         assert self.graphed is not None
+        self.method.update_schedules(*self._position)
         try:
             loss = self.graphed(views, labels)
         except CaptureError as error:
             self.graphed = None
-            warnings.warn(
-                f"cannot capture the training step as a CUDA graph, continuing without: {error}", stacklevel=2
-            )
+            warnings.warn(f"cannot capture the step as a CUDA graph, continuing without: {error}", stacklevel=2)
             return self._step(views, labels)
         queue = self.method.queue
         if queue is not None and self.graphed.replays * len(labels) >= queue.size:
@@ -160,16 +162,15 @@ class Run:
 
     def _losses(self, views: tuple[Tensor, ...], labels: Tensor) -> Iterator[Tensor]:
         """Yield the loss, or that of each micro-batch divided by their number."""
-        step = (self.epoch - self.head_epochs) * self.steps + self.step, self.config.epochs * self.steps
-        parts = self.config.accumulate
+        parts, position = self.config.accumulate, self._position
         if parts == 1:
-            yield self.method.head_loss(views, labels) if self.head_stage else self.method(views, labels, *step)
+            yield self.method.head_loss(views, labels) if self.head_stage else self.method(views, labels, *position)
             return
         split = zip(zip(*(view.chunk(parts) for view in views), strict=True), labels.chunk(parts), strict=True)
         if self.head_stage:
             yield from (self.method.head_loss(*part) / parts for part in split)
         else:
-            yield from self.method.losses(list(split), *step)
+            yield from self.method.losses(list(split), *position)
 
     def _next(self, losses: Iterator[Tensor]) -> Tensor:
         with torch.autocast(
@@ -243,8 +244,7 @@ class Run:
         """Return whether the record has a new best value of the main metric, and store that value."""
         main = self.evaluator.main if self.validator is None else f"{self.evaluator.main}_validation"
         value = record.get(main, -math.inf)
-        better = value > self.best
-        self.best = max(self.best, value)
+        better, self.best = value > self.best, max(self.best, value)
         return better
 
     def baselines(self) -> dict[str, float]:
