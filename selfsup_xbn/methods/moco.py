@@ -213,7 +213,8 @@ class MoCo(Method):
         # Several ranks need the order on the host, which plans the exchange.
         order = from_first(torch.randperm(batch_size, device=view.device if world() == 1 else "cpu"))
         k = self.encoder_k(shuffle(view, order))
-        k = gather(k, batch_size)[order.argsort().to(k.device)]
+        k = gather(k, batch_size)
+        k = torch.empty_like(k).index_copy_(0, order.to(k.device), k)
         k = k.to(torch.promote_types(k.dtype, torch.float32))  # bfloat16 under autocast
         return F.normalize(k, dim=1) if self.normalize_first else k
 
