@@ -124,6 +124,11 @@ class MetricLearning(Method):
             memory_start=config.memory_start,
         )
 
+    @property
+    def capturable(self) -> bool:
+        """Whether all steps are alike and wait for nothing, which is known of the loss of this package."""
+        return isinstance(self.loss, SupCon) and self.memory_start == 0
+
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
     ) -> Float[Tensor, ""]:

@@ -30,7 +30,7 @@ from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.cuda_graph import CaptureError, GraphedStep
 from selfsup_xbn.training.data_parallel import GradientSum
 from selfsup_xbn.training.metrics import MetricAccumulator, add_gaps, queue_record
-from selfsup_xbn.training.optimisation import learning_rate, make_optimizer, set_learning_rate
+from selfsup_xbn.training.optimisation import learning_rate, load_optimizer_state, make_optimizer, set_learning_rate
 from selfsup_xbn.training.preflight import check_config, check_memory, check_sizes
 from selfsup_xbn.utils import distributed
 from selfsup_xbn.utils.device import device_of
@@ -77,7 +77,7 @@ class Run:
         self.epoch = self.step = 0
         self.best, self.evaluation_seconds = -math.inf, 0.0
         self.meter = MetricAccumulator(self.device)
-        self.graphed = self._graph()
+        self.graphed: GraphedStep | None = None
         self._start_stage()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
         self.layout = torch.channels_last if self.device.type == "cuda" else torch.preserve_format
@@ -156,8 +156,8 @@ class Run:
         return loss
 
     def _graph(self) -> GraphedStep | None:
-        """Return the step as a CUDA graph, or ``None`` if device, method or configuration rule it out."""
-        allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1
+        """Return the step as a CUDA graph, or ``None`` if device, method, stage or configuration rule it out."""
+        allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1 and not self.head_stage
         return GraphedStep(self._step) if allowed and self.method.capturable else None
 
     def _losses(self, views: tuple[Tensor, ...], labels: Tensor) -> Iterator[Tensor]:
@@ -189,7 +189,7 @@ class Run:
             add_gaps(self.meter, self.method.queue.record)
 
     def _start_stage(self) -> None:
-        """Create the optimizer of the current stage, and the sum over the processes of the gradients that it uses."""
+        """Create the optimizer of the current stage, the sum over processes of its gradients, and the graph."""
         if self.head_stage:
             head = self.method.encoder.head.parameters()
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
@@ -197,6 +197,7 @@ class Run:
             self.optimizer = make_optimizer(self.config, self.method)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.gradients = GradientSum(self.method, trained, self.config.gradient_compression)
+        self.graphed = self._graph()
 
     def mean_loss(self) -> float:
         """Return the mean loss of the current epoch. Synchronizes the host with the device.
@@ -291,8 +292,7 @@ class Run:
             raise ValueError(f"got epoch {self.epoch} of {self.epochs}, step {self.step} of {self.steps}")
         self.method.load_state_dict(state["method"])
         self._start_stage()
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.graphed = self._graph()
+        load_optimizer_state(self.optimizer, state["optimizer"])
         self.meter.load_state_dict(state["meter"])
         torch.set_rng_state(state["random"])
         if self.device.type == "cuda" and state["random_cuda"] is not None:
