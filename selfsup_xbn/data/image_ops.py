@@ -165,8 +165,8 @@ def shift_hue(images: Float[Tensor, "B 3 N"], hue: Float[Tensor, "B"]) -> Float[
         images: Pixels in [0, 1].
         hue: The shift as a fraction of a full circle.
     """
-    low, high = torch.aminmax(images, dim=1, keepdim=True)
-    chroma = high.sub_(low)
+    low = images.amin(1, keepdim=True)
+    chroma = images.amax(1, keepdim=True).sub_(low)
     r, g, b = (images - low).div_(chroma.clamp(min=1e-12)).unbind(1)
     # The maximum channel is exactly 1, so its floor is 1. The angle is in sixths of a circle.
     angle = torch.lerp(torch.lerp(r - g + 4, b - r + 2, g.floor()), g - b, r.floor())
