@@ -9,6 +9,7 @@ Axis legend: B batch, C channels, H height, W width, S splits, P parts of a spli
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -29,30 +30,28 @@ class _Grid(NamedTuple):
     programs: tuple[int, int, int]
     sizes: tuple[int, ...]  # B, HW, C, S, P, rows of a part
     tiles: dict[str, Any]
+    merge: dict[str, Any]  # the tiles of the second kernel of a pass
 
-    @staticmethod
-    def of(x: Tensor, splits: int) -> _Grid:
-        """Return programs that fill the device about four times."""
-        B, C, H, W = x.shape
-        BC = min(MAX_CHANNELS, triton.next_power_of_2(C))
-        BR, rows = TILE // BC, triton.cdiv(B, splits) * H * W
-        processors = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 16
-        groups = triton.cdiv(C, BC) * splits
-        parts = max(1, min(4 * processors // groups, triton.cdiv(rows, BR), MAX_PARTS))
-        part = triton.cdiv(triton.cdiv(rows, parts), BR) * BR
-        P = triton.cdiv(rows, part)
-        tiles = {"CHANNELS_LAST": not x.is_contiguous(), "BR": BR, "BC": BC, "num_warps": 8}
-        return _Grid((triton.cdiv(C, BC), splits, P), (B, H * W, C, splits, P, part), tiles)
-
-    def new_parts(self, x: Tensor) -> Float[Tensor, "2 P S C"]:
+    def new_parts(self, device: torch.device) -> Float[Tensor, "2 P S C"]:
         """Return memory for two sums of each channel of each part."""
         _, _, C, S, P, _ = self.sizes
-        return torch.empty((2, P, S, C), dtype=torch.float32, device=x.device)
+        return torch.empty((2, P, S, C), dtype=torch.float32, device=device)
 
-    @property
-    def merge(self) -> dict[str, Any]:
-        """The tiles of the second kernel."""
-        return {**self.tiles, "PP": triton.next_power_of_2(self.programs[2])}
+
+@functools.cache
+def _grid(shape: torch.Size, splits: int, channels_last: bool, device: torch.device) -> _Grid:
+    """Return programs that fill the device about four times."""
+    B, C, H, W = shape
+    BC = min(MAX_CHANNELS, triton.next_power_of_2(C))
+    BR, rows = TILE // BC, triton.cdiv(B, splits) * H * W
+    groups = triton.cdiv(C, BC) * splits
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 16
+    parts = max(1, min(4 * processors // groups, triton.cdiv(rows, BR), MAX_PARTS))
+    part = triton.cdiv(triton.cdiv(rows, parts), BR) * BR
+    P = triton.cdiv(rows, part)
+    tiles = {"CHANNELS_LAST": channels_last, "BR": BR, "BC": BC, "num_warps": 8}
+    merge = {**tiles, "PP": triton.next_power_of_2(P)}
+    return _Grid((triton.cdiv(C, BC), splits, P), (B, H * W, C, splits, P, part), tiles, merge)
 
 
 def supports(input: Tensor) -> bool:
@@ -91,8 +90,8 @@ class _SplitBatchNorm(torch.autograd.Function):
         eps: float,
     ) -> Tensor:
         x = _dense(x)
-        grid, affine = _Grid.of(x, splits), weight is not None
-        parts, y = grid.new_parts(x), torch.empty_like(x)
+        grid, affine = _grid(x.shape, splits, not x.is_contiguous(), x.device), weight is not None
+        parts, y = grid.new_parts(x.device), torch.empty_like(x)
         saved = torch.empty((2, splits, x.shape[1]), dtype=torch.float32, device=x.device)
         statistics[grid.programs](x, parts, *grid.sizes, **grid.tiles)
         normalize[grid.programs](
@@ -120,7 +119,7 @@ class _SplitBatchNorm(torch.autograd.Function):
         grid, affine = ctx.grid, weight is not None
         last = grid.tiles["CHANNELS_LAST"]
         gradient = grads[0].contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
-        parts, grad_x = grid.new_parts(x), torch.empty_like(x)
+        parts, grad_x = grid.new_parts(x.device), torch.empty_like(x)
         grad_weight, grad_bias = (torch.empty_like(weight) if affine else None for _ in "wb")
         gradient_sums[grid.programs](x, gradient, saved, parts, *grid.sizes, **grid.tiles)
         input_gradient[grid.programs](
