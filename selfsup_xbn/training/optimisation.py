@@ -68,6 +68,9 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     Args:
         optimizer: Optimizer with the same parameters.
         state: State dict of the other optimizer.
+
+    Raises:
+        ValueError: The other optimizer has other parameters.
     """
     groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
     options = [{**own, "params": saved["params"]} for saved, own in groups]
