@@ -248,7 +248,7 @@ class SupCon:
             temperature=self.temperature,
             miner=self.miner,
             self_indices=None if self_indices is None else self_indices[own],
-            sum_counts=all_sum if shared_out else None,
+            sum_counts=all_sum if shared_out and world() > 1 else None,  # without it the Triton kernels serve
         )
         return sum_of_shares(loss) if shared_out else loss
 

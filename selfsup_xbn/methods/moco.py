@@ -117,8 +117,9 @@ class MoCo(Method):
         return True
 
     def update_schedules(self, step: int, steps: int) -> None:
-        """Set ``ema_weight`` to that of a step."""
-        self.ema_weight.fill_(1 - self.momentum_at(step / steps))
+        """Set ``ema_weight`` to that of a step, if the momentum is scheduled."""
+        if self.momentum_schedule != "constant":
+            self.ema_weight.fill_(1 - self.momentum_at(step / steps))
 
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1

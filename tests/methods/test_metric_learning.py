@@ -186,3 +186,18 @@ def test_step_of_the_own_loss_waits_for_no_cuda_device(size, weight, miner, monk
 def test_steps_that_may_differ_or_wait_are_not_captured():
     assert not make(memory_start=3).capturable
     assert not make(loss=PmlLoss(TripletMarginLoss(0.3), None)).capturable
+
+
+def test_training_in_one_process_uses_the_kernels_of_the_loss(monkeypatch):
+    kernels = pytest.importorskip("selfsup_xbn.losses.kernels", reason="Triton is not installed")
+    calls, own = [], kernels.sup_con
+    monkeypatch.setattr(kernels, "sup_con", lambda *arguments: (calls.append(arguments), own(*arguments))[1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+    z, labels = torch.randn(12, 8, device=device), batch()[1].to(device)
+    queue = FeatureQueue(40, 8, labels=True, device=device)
+    slots, loss, values = queue.enqueue(z, labels), SupCon(0.1, PairMargin()), []
+    for wanted in (False, True):
+        monkeypatch.setattr("selfsup_xbn.losses.functional.has_kernels", lambda device, wanted=wanted: wanted)
+        values.append(loss(z, labels, queue, slots))
+        assert len(calls) == wanted
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)
