@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import pytest
 import torch
 
 from selfsup_xbn import FeatureQueue
-from selfsup_xbn.config.modes import PretrainConfig
+from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data.augmentations import ColorViews
@@ -178,16 +179,92 @@ def steps_of(config: Config, count: int) -> tuple[Run, list[float]]:
     return run, losses
 
 
-@pytest.mark.parametrize("adaptation", ["xbm", "xbn", "axbn"])
-def test_graph_equals_eager(adaptation: str) -> None:
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adaptation": "xbm"},
+        {"adaptation": "xbn"},
+        {"adaptation": "axbn"},
+        {"momentum": 0.5, "momentum_schedule": "cosine", "epochs": 1},
+        {"bn_splits": 4},
+        {"optimizer": "adamw"},
+    ],
+    ids=str,
+)
+def test_graph_equals_eager(changes: dict[str, object]) -> None:
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
-        eager, expected = steps_of(digits(adaptation=adaptation, cuda_graph=False), 8)
-        graph, losses = steps_of(digits(adaptation=adaptation), 8)
+        eager, expected = steps_of(digits(**changes, cuda_graph=False), 8)
+        graph, losses = steps_of(digits(**changes), 8)
     assert graph.graphed is not None
     assert graph.graphed.graph is not None
     # Keys are shuffled by random numbers that a graph draws at other offsets; only BatchNorm's rounding sees the order.
     assert losses == pytest.approx(expected, rel=2e-3)
     assert torch.equal(graph.method.queue.pointer, eager.method.queue.pointer)
+    for a, b in zip(graph.method.encoder_k.parameters(), eager.method.encoder_k.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+
+
+def retrieval(**changes: object) -> SuperviseConfig:
+    config = replace(RECIPES["digits-disjoint"], device=CUDA, precision="fp32", drift_every=0, **changes)
+    assert isinstance(config, SuperviseConfig)
+    return config
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"adaptation": "xbn"},
+        {"adaptation": "axbn", "batch_loss_weight": 1.0},
+        {"queue_size": "0", "optimizer": "sgd"},
+        {"adaptation": "xbm", "miner": "none"},
+    ],
+    ids=str,
+)
+def test_supervised_graph_equals_eager(changes: dict[str, object]) -> None:
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        _, expected = steps_of(retrieval(**changes, cuda_graph=False), 8)
+        graph, losses = steps_of(retrieval(**changes), 8)
+    assert graph.graphed is not None
+    assert graph.graphed.graph is not None
+    assert losses == pytest.approx(expected, rel=2e-3)
+
+
+def test_graph_begins_after_the_head_epochs() -> None:
+    run = Run(retrieval(head_epochs=1, epochs=1))
+    assert run.graphed is None
+    for epoch in range(2):
+        for batch in run.batches.epoch(epoch):
+            run.train_step(batch)
+        run.end_epoch()
+    assert run.graphed is not None
+    assert run.graphed.replays > 0
+
+
+@pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adamw", 0.01)])
+def test_resumed_graph_has_the_learning_rates_of_an_uninterrupted_one(optimizer: str, lr: float) -> None:
+    config = digits(optimizer=optimizer, warmup_epochs=1, lr=lr)
+    with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
+        whole, expected = steps_of(config, 14)
+        first, _ = steps_of(config, 6)
+        state = {**first.state_dict(), "optimizer": to_cpu(first.optimizer.state_dict())}
+        rest = Run(config)
+        rest.load_state_dict(state)
+        for batch in islice(rest.batches.epoch(0, start=6), 8):
+            rest.train_step(batch)
+    assert rest.graphed is not None
+    assert rest.graphed.graph is not None
+    assert rest.meter.mean("loss") == pytest.approx(sum(expected) / 14, rel=1e-2)
+    for a, b in zip(rest.method.encoder_q.parameters(), whole.method.encoder_q.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
+
+
+def to_cpu(value: object) -> object:
+    """Return a nested state with its tensors on the CPU, as in a checkpoint that was loaded."""
+    if isinstance(value, dict):
+        return {name: to_cpu(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [to_cpu(item) for item in value]
+    return value.cpu() if isinstance(value, torch.Tensor) else value
 
 
 def test_queue_is_refreshed_once_a_pass_under_a_graph() -> None:

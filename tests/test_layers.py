@@ -13,7 +13,7 @@ ALLOWED = {
     "utils": {"errors"},
     "memory": COMMON,
     "losses": COMMON | {"memory"},
-    "models": COMMON,
+    "models": COMMON | {"memory"},
     "integrations": COMMON | {"memory", "losses"},
     "data": COMMON | {"models"},
     "methods": COMMON | {"memory", "losses", "models", "integrations"},

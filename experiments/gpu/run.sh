@@ -21,7 +21,7 @@ part() { # part NAME SECONDS COMMAND...: run the command with a time limit; prin
 }
 
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv | tee "$out/machine.txt"
-part tests 100 python3 -m pytest -n 8 tests/test_cuda.py tests/losses/test_kernels.py tests/memory/test_kernels.py
+part tests 100 python3 -m pytest -n 8 tests/test_cuda.py tests/{losses,memory,models}/test_kernels.py
 part pretraining 140 python3 -m experiments.benchmarks.pretraining --device cuda --modes graph compile+graph eager
 part losses 70 python3 -m experiments.gpu.losses "$out/losses.json"
 part profile 40 python3 -m experiments.gpu.profile_step

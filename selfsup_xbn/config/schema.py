@@ -124,7 +124,9 @@ class Config:
         affects_results=False,
     )
     compile: bool = execution(False, "compile the networks, and views of images in memory, with torch.compile")
-    cuda_graph: bool = execution(True, "capture the training step as a CUDA graph (mode pretrain on cuda)")
+    cuda_graph: bool = execution(
+        True, "capture the training step as a CUDA graph, on cuda if nothing in it rules that out"
+    )
     workers: int = execution(2, "number of processes that decode images from disk", minimum=0, maximum=1024)
     save_every: str = execution("1", "interval between checkpoints: number of epochs, or minutes as in 10m")
     keep: int = execution(

@@ -23,6 +23,7 @@ from selfsup_xbn.data.image_ops import (
     Crop,
     Jitter,
     color_jitter,
+    constant,
     crop_resize,
     gaussian_blur,
     gray_and_normalize,
@@ -59,13 +60,15 @@ def random_crop(
     """
     area = height * width * (scale[0] + (scale[1] - scale[0]) * uniform[:, :TRIES])
     aspect = torch.exp((2 * uniform[:, TRIES : 2 * TRIES] - 1) * math.log(ASPECT))
-    heights, widths = (area / aspect).sqrt().round(), (area * aspect).sqrt().round()
-    fits = (heights >= 1) & (widths >= 1) & (heights <= height) & (widths <= width)
+    sides = torch.stack([area / aspect, area * aspect]).sqrt_().round_()  # heights, then widths
+    limits = constant((float(height), float(width)), uniform.device)[:, None]
+    fits = ((sides >= 1) & (sides <= limits[:, None])).all(0)
     first = torch.where(fits, torch.arange(TRIES, device=fits.device), TRIES).amin(1, keepdim=True)
-    h = F.pad(heights, (0, 1), value=min(height, round(width * ASPECT))).gather(1, first)[:, 0]
-    w = F.pad(widths, (0, 1), value=min(width, round(height * ASPECT))).gather(1, first)[:, 0]
-    row, column, mirror = uniform[:, 2 * TRIES :].unbind(1)
-    return Crop((row * (height - h + 1)).floor(), (column * (width - w + 1)).floor(), h, w, mirror < flip)
+    largest = float(min(height, round(width * ASPECT))), float(min(width, round(height * ASPECT)))
+    otherwise = constant(largest, uniform.device)[:, None, None].expand(-1, len(uniform), 1)
+    lengths = torch.cat([sides, otherwise], 2).gather(2, first.expand(2, -1, 1))[:, :, 0]
+    top, left = (uniform[:, 2 * TRIES : -1].T * (limits - lengths + 1)).floor()
+    return Crop(top, left, lengths[0], lengths[1], uniform[:, -1] < flip)
 
 
 def random_jitter(
@@ -83,11 +86,9 @@ def random_jitter(
         >>> random_jitter(torch.rand(5, JITTER_NUMBERS), (0.4, 0.4, 0.4, 0.1), probability=0.0).factors.unique()
         tensor([1.])
     """
-    applied = uniform[:, 0] < probability
-    brightness, contrast, saturation, hue = (
-        (2 * number - 1) * limit * applied for number, limit in zip(uniform[:, 1:5].unbind(1), strength, strict=True)
-    )
-    return Jitter(1 + torch.stack([brightness, contrast, saturation], 1), hue, uniform[:, 5:].argsort(1))
+    applied = uniform[:, :1] < probability
+    changes = (2 * uniform[:, 1:5] - 1) * constant(strength, uniform.device) * applied
+    return Jitter(1 + changes[:, :3], changes[:, 3], uniform[:, 5:].argsort(1))
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,9 @@ LUMA = (0.2989, 0.587, 0.114)
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
+HUE_TENT = (3.0, 2.0, 4.0, 1.0, -1.0, -1.0, -1.0, 2.0, 2.0)
+"""Centres c, signs s and offsets o of red, green and blue. The value at an angle a is s |a - c| + o, from 0 to 1."""
+
 
 @cache
 def constant(values: tuple[float, ...], device: torch.device) -> Float[Tensor, "n"]:
@@ -62,31 +65,31 @@ def crop_resize(images: Shaped[Tensor, "B C H W"], crop: Crop, size: int) -> Flo
         size: The side S of the result in pixels.
     """
     B, C, H, W = images.shape
-    rows = _resize_matrix(crop.top, crop.height, H, size)
-    columns = _resize_matrix(crop.left, crop.width, W, size, flip=crop.flip)
+    starts, lengths = torch.stack([crop.top, crop.left]), torch.stack([crop.height, crop.width])
+    flips = torch.stack([torch.zeros_like(crop.flip), crop.flip])
+    rows, columns = _resize_matrices(starts, lengths, flips, max(H, W), size)
     if images.dtype == torch.uint8:
         columns.div_(255)
-    wide = torch.bmm(images.float().view(B, C * H, W), columns.transpose(1, 2))
-    return rows[:, None] @ wide.view(B, C, H, size)
+    wide = torch.bmm(images.float().view(B, C * H, W), columns[..., :W].transpose(1, 2))
+    return rows[:, None, :, :H] @ wide.view(B, C, H, size)
 
 
-def _resize_matrix(
-    start: Float[Tensor, "B"], length: Float[Tensor, "B"], side: int, size: int, flip: Bool[Tensor, "B"] | None = None
-) -> Float[Tensor, "B S H"]:
-    """Return the weights of the ``side`` source pixels in each of ``size`` output pixels.
+def _resize_matrices(
+    starts: Float[Tensor, "2 B"], lengths: Float[Tensor, "2 B"], flips: Bool[Tensor, "2 B"], side: int, size: int
+) -> Float[Tensor, "2 B S side"]:
+    """Return the weights of ``side`` source pixels in each of ``size`` output pixels, for rows and for columns.
 
     The output covers [start, start + length). Pixels outside of this range have weight 0, as if the image was cropped
     first. The triangle is two source pixels wide, or two output pixels if the image shrinks.
     """
-    ratio = length / size
-    output = torch.arange(0.5, size, device=start.device)
-    pixel = torch.arange(0.5, side, device=start.device)
-    position = output.expand(len(start), size) if flip is None else torch.where(flip[:, None], size - output, output)
-    centre = torch.addcmul(start[:, None], ratio[:, None], position)
-    inside = (pixel > start[:, None]) & (pixel < (start + length)[:, None])
-    weight = (pixel - centre[:, :, None]).abs_().div_(-ratio.clamp(min=1)[:, None, None]).add_(1).clamp_(min=0)
-    weight.mul_(inside[:, None, :])
-    return weight.div_(weight.sum(2, keepdim=True))
+    ratio, starts = (lengths / size)[..., None], starts[..., None]
+    output = torch.arange(0.5, size, device=starts.device)
+    pixel = torch.arange(0.5, side, device=starts.device)
+    centre = torch.addcmul(starts, ratio, torch.where(flips[..., None], size - output, output))
+    inside = (pixel > starts) & (pixel < starts + lengths[..., None])
+    weight = (pixel - centre[..., None]).abs_().div_(-ratio.clamp(min=1)[..., None]).add_(1).clamp_(min=0)
+    weight.mul_(inside[..., None, :])
+    return weight.div_(weight.sum(-1, keepdim=True))
 
 
 def gaussian_blur(images: Float[Tensor, "B C S S"], sigma: Float[Tensor, "B"]) -> Float[Tensor, "B C S S"]:
@@ -162,20 +165,15 @@ def shift_hue(images: Float[Tensor, "B 3 N"], hue: Float[Tensor, "B"]) -> Float[
         images: Pixels in [0, 1].
         hue: The shift as a fraction of a full circle.
     """
-    r, g, b = images.unbind(1)
-    low = torch.minimum(torch.minimum(r, g), b)
-    chroma = torch.maximum(torch.maximum(r, g), b).sub_(low)
-    divisor = chroma.clamp(min=1e-12)
-    r, g, b = ((channel - low).div_(divisor) for channel in (r, g, b))
+    low = images.amin(1, keepdim=True)
+    chroma = images.amax(1, keepdim=True).sub_(low)
+    r, g, b = (images - low).div_(chroma.clamp(min=1e-12)).unbind(1)
     # The maximum channel is exactly 1, so its floor is 1. The angle is in sixths of a circle.
     angle = torch.lerp(torch.lerp(r - g + 4, b - r + 2, g.floor()), g - b, r.floor())
     angle = angle.div_(6).add_(hue[:, None])
     angle = angle.sub_(angle.floor()).mul_(6)
-    result = torch.empty_like(images)
-    for channel, (centre, sign, offset) in enumerate(((3, 1, -1), (2, -1, 2), (4, -1, 2))):
-        corner = (angle - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1)
-        result[:, channel] = corner.mul_(chroma).add_(low)
-    return result
+    centre, sign, offset = constant(HUE_TENT, images.device).view(3, 3, 1)
+    return (angle[:, None] - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def gray_and_normalize(

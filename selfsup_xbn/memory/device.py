@@ -20,11 +20,14 @@ def can_sync(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def is_capturing(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, whose replays do not run the host's code."""
+    return tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def can_refresh(tensor: Tensor) -> bool:
     """Return whether the host sees each step: not in compiled code, nor while a CUDA graph is captured."""
-    if torch.compiler.is_compiling():
-        return False
-    return not (tensor.is_cuda and torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing())
+    return not torch.compiler.is_compiling() and not is_capturing(tensor)
 
 
 @functools.cache
@@ -45,11 +48,14 @@ def has_kernels(device: torch.device) -> bool:
     return device.index == torch.cuda.current_device() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def uses_kernels(implementation: str, device: torch.device) -> bool:
+    """Return whether an implementation, "torch", "triton" or "auto", stands for Triton kernels on the device."""
+    return has_kernels(device) if implementation == "auto" else implementation == "triton" and has_triton(device)
+
+
 def queue_kernels(queue: FeatureQueue, batch: Tensor) -> Any:
     """Return the module of Triton kernels that adapt and enqueue, if they are to be used and take this batch."""
-    device, implementation = queue.rows.device, queue.implementation
-    usable = has_kernels(device) if implementation == "auto" else implementation == "triton" and has_triton(device)
-    if not usable:
+    if not uses_kernels(queue.implementation, queue.rows.device):
         return None
     from selfsup_xbn.memory import kernels
 

@@ -82,8 +82,19 @@ class Method(nn.Module):
 
     @property
     def capturable(self) -> bool:
-        """Whether one CUDA graph can replay every step. No Python number that a step uses may change between steps."""
+        """Whether one CUDA graph can replay every step.
+
+        Of the Python numbers that a step uses, only those that ``update_schedules`` writes to tensors may change.
+        """
         return False
+
+    def update_schedules(self, step: int, steps: int) -> None:
+        """Write the scheduled values of a step to tensors. The owner of a CUDA graph calls it before each replay.
+
+        Args:
+            step: number of steps before this one.
+            steps: number of steps of the run.
+        """
 
     def try_loss(self, classes: int) -> None:
         """Compute the loss of a small batch before the training, if the loss was chosen by the user.

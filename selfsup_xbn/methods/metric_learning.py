@@ -52,8 +52,7 @@ class MemoryLoss(Protocol):
             labels: class of each anchor.
             queue: the queue with labels; None for pairs within the batch.
             self_indices: slot of each anchor in the queue, which is excluded from its pairs.
-            adapted_to: the batch, for its gradient through the rows of the queue (``memory.following``). None: the rows
-                are constants.
+            adapted_to: the batch, for the gradient of rows that follow it (``memory.following``); None for constants.
         """
         ...
 
@@ -100,10 +99,7 @@ class MetricLearning(Method):
         super().__init__()
         if moment_gradient and queue is not None:
             check_follows(queue)
-        self.moment_gradient = moment_gradient
-        self.encoder = encoder
-        self.queue = queue
-        self.loss = loss
+        self.encoder, self.queue, self.loss, self.moment_gradient = encoder, queue, loss, moment_gradient
         self.batch_loss_weight, self.memory_start = batch_loss_weight, memory_start
         if isinstance(loss, nn.Module):
             for parameter in loss.parameters():
@@ -138,6 +134,11 @@ class MetricLearning(Method):
             memory_start=config.memory_start,
             moment_gradient=config.moment_gradient,
         )
+
+    @property
+    def capturable(self) -> bool:
+        """Whether all steps are alike and wait for nothing, which is known of the loss of this package."""
+        return isinstance(self.loss, SupCon) and self.memory_start == 0
 
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
@@ -255,7 +256,7 @@ class SupCon:
             miner=self.miner,
             self_indices=None if self_indices is None else self_indices[own],
             adapted_to=None if adapted_to is None else sum_gradient(adapted_to),  # each process has part of the loss
-            sum_counts=all_sum if shared_out else None,
+            sum_counts=all_sum if shared_out and world() > 1 else None,  # without it the Triton kernels serve
         )
         return sum_of_shares(loss) if shared_out else loss
 

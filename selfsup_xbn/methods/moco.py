@@ -18,6 +18,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.losses import info_nce
+from selfsup_xbn.memory.device import is_capturing
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.sharding import ShardedQueue
 from selfsup_xbn.methods.base import Method, MicroBatch, queue_from_config
@@ -44,6 +45,9 @@ class MoCo(Method):
             uses cosine similarities in both cases.
         symmetric: whether both views serve as queries and as keys. The queue then takes 2 B keys a step.
 
+    Attributes:
+        ema_weight: 1 - m of a scheduled momentum on CUDA, in a tensor so that a CUDA graph reads it at each replay.
+
     Example:
         >>> from selfsup_xbn.memory import FeatureQueue
         >>> from selfsup_xbn.models.encoder import build_encoder
@@ -58,6 +62,7 @@ class MoCo(Method):
     encoder_name = "encoder_q"
     queue_takes_whole_batch = True
     queue: FeatureQueue
+    ema_weight: Tensor
 
     def __init__(
         self,
@@ -77,6 +82,7 @@ class MoCo(Method):
         self.queue = queue
         self.temperature, self.momentum, self.momentum_schedule = temperature, momentum, momentum_schedule
         self.enqueue, self.normalize_first, self.symmetric = enqueue, normalize_first, symmetric
+        self.register_buffer("ema_weight", torch.tensor(1.0 - momentum), persistent=False)
 
     @classmethod
     def from_config(cls, config: Config, encoder: Encoder, images: int) -> MoCo:
@@ -108,8 +114,13 @@ class MoCo(Method):
 
     @property
     def capturable(self) -> bool:
-        """Whether the momentum is constant. A CUDA graph stores it as a constant."""
-        return self.momentum_schedule == "constant"
+        """True: nothing but the momentum changes from step to step."""
+        return True
+
+    def update_schedules(self, step: int, steps: int) -> None:
+        """Set ``ema_weight`` to that of a step, if the momentum is scheduled."""
+        if self.momentum_schedule != "constant":
+            self.ema_weight.fill_(1 - self.momentum_at(step / steps))
 
     def forward(
         self, views: tuple[Float[Tensor, "b C S S"], ...], labels: Int64[Tensor, "B"], step: int = 0, steps: int = 1
@@ -125,7 +136,7 @@ class MoCo(Method):
         view_q, view_k = views
         B = len(labels)
         q = self.encoder_q(view_q)
-        self.update_key_encoder(self.momentum_at(step / steps))
+        self._update_key_encoder(step, steps)
         k = self.keys(view_k, B)
         if not self.symmetric:
             return self.contrast([(q, k)])
@@ -155,7 +166,7 @@ class MoCo(Method):
             step: number of steps before this one, for the momentum schedule.
             steps: number of steps of the run.
         """
-        self.update_key_encoder(self.momentum_at(step / steps))
+        self._update_key_encoder(step, steps)
         roles = [(0, 1), (1, 0)] if self.symmetric else [(0, 1)]  # views of the queries and of the keys
         keys = [[self.keys(views[key], len(labels)) for views, labels in parts] for _, key in roles]
         batch = torch.cat([k for part_keys in keys for k in part_keys])
@@ -204,19 +215,35 @@ class MoCo(Method):
         # Several ranks need the order on the host, which plans the exchange.
         order = from_first(torch.randperm(batch_size, device=view.device if world() == 1 else "cpu"))
         k = self.encoder_k(shuffle(view, order))
-        k = gather(k, batch_size)[order.argsort().to(k.device)]
+        k = gather(k, batch_size)
+        k = torch.empty_like(k).index_copy_(0, order.to(k.device), k)
         k = k.to(torch.promote_types(k.dtype, torch.float32))  # bfloat16 under autocast
         return F.normalize(k, dim=1) if self.normalize_first else k
 
     @torch.no_grad()
-    def update_key_encoder(self, momentum: float) -> None:
+    def update_key_encoder(self, momentum: float | None = None) -> None:
         """Set ``key <- m * key + (1 - m) * query`` for all parameters (Eq. 2 of arXiv 1911.05722).
 
         Args:
-            momentum: m, from 0 to 1.
+            momentum: m, from 0 to 1. None for that of ``ema_weight``.
         """
-        key, query = list(self.encoder_k.parameters()), list(self.encoder_q.parameters())
-        get_ema_multi_avg_fn(momentum)(key, query, None)
+        key: list[Tensor] = list(self.encoder_k.parameters())
+        query: list[Tensor] = list(self.encoder_q.parameters())
+        if momentum is not None:
+            get_ema_multi_avg_fn(momentum)(key, query, None)
+        else:  # torch has no lerp of several tensors by a tensor
+            change = torch._foreach_sub(query, key)
+            torch._foreach_mul_(change, self.ema_weight)
+            torch._foreach_add_(key, change)
+
+    def _update_key_encoder(self, step: int, steps: int) -> None:
+        """Update the key encoder with the momentum of a step."""
+        if self.momentum_schedule == "constant" or not self.ema_weight.is_cuda:
+            self.update_key_encoder(self.momentum_at(step / steps))
+            return
+        if not is_capturing(self.ema_weight):
+            self.update_schedules(step, steps)
+        self.update_key_encoder()
 
     def momentum_at(self, progress: float) -> float:
         """Return the momentum m at a fraction of the run, from 0 to 1."""

@@ -13,6 +13,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from selfsup_xbn.memory.device import uses_kernels
+
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
     """BatchNorm2d that normalises each of ``splits`` consecutive splits of the batch by its own statistics.
@@ -27,6 +29,10 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         eps: added to the variance, as in BatchNorm2d.
         momentum: momentum of the running statistics, as in BatchNorm2d. None is not supported.
         affine: whether the module has a learnable weight and bias, as in BatchNorm2d.
+
+    Attributes:
+        implementation: ``"torch"``, ``"triton"``, or ``"auto"`` for Triton kernels on a GPU, except in compiled code.
+            The kernels serve the training mode. They have no second derivative.
 
     Raises:
         ValueError: ``splits`` is below 1.
@@ -48,6 +54,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         if splits < 1:
             raise ValueError(f"expected splits of at least 1, got {splits}")
         self.splits = splits
+        self.implementation = "auto"
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         """Normalise each channel of each split. The output has the memory format of the input."""
@@ -55,6 +62,8 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         count = min(self.splits, len(input) // 2) if self.training else 1
         if count <= 1:
             return super().forward(input)
+        if (output := self._fused(input, count)) is not None:
+            return output
         means, variances = self.running_mean.repeat(count), self.running_var.repeat(count)
         if len(input) % count == 0:
             output = self._normalize_equal_splits(input, count, means, variances)
@@ -64,6 +73,17 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
             output = torch.cat([self._normalize(*split, self.weight, self.bias) for split in statistics])
         self._update_running(means.view(count, -1).mean(0), variances.view(count, -1).mean(0))
         return output
+
+    def _fused(self, input: Tensor, count: int) -> Tensor | None:
+        """Return the output of the Triton kernels, or None where they are not to be used or do not take the input."""
+        if not uses_kernels(self.implementation, input.device):
+            return None
+        from selfsup_xbn.models import kernels
+
+        if not kernels.supports(input):
+            return None
+        statistics = self.running_mean, self.running_var, self.num_batches_tracked
+        return kernels.split_batch_norm(input, self.weight, self.bias, *statistics, count, self.momentum, self.eps)
 
     def _normalize_equal_splits(self, input: Tensor, count: int, means: Tensor, variances: Tensor) -> Tensor:
         """Normalise ``count`` splits of equal size with one BatchNorm over the channels of all splits."""

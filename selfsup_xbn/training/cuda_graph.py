@@ -1,7 +1,7 @@
-"""Training step that is captured as a CUDA graph, which replaces some thousand kernel launches by one launch.
+"""Training step that is captured as a CUDA graph, which replaces some hundred kernel launches by one launch.
 
 A graph replays the captured kernels on the captured addresses. Each call therefore copies the batch to static tensors,
-and the learning rate is a tensor that the trainer updates.
+and the learning rate and a scheduled momentum are tensors that the trainer updates.
 """
 
 from __future__ import annotations

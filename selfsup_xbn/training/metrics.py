@@ -34,7 +34,9 @@ class MetricAccumulator:
 
     def add(self, name: str, value: Tensor) -> None:
         """Add a value to the mean of a name. Does not synchronize the host with the device."""
-        self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+        if name not in self.sums:
+            self.sums[name] = torch.zeros_like(value, dtype=torch.float64)
+        self.sums[name].add_(value.detach())
         self.counts[name] = self.counts.get(name, 0) + 1
 
     def add_maximum(self, name: str, value: Tensor) -> None:

@@ -53,5 +53,25 @@ def make_optimizer(config: Config, module: nn.Module) -> torch.optim.Optimizer:
     lr = torch.tensor(config.lr, device=parameters[0].device) if cuda else config.lr
     options: dict[str, Any] = {"lr": lr, "weight_decay": config.weight_decay, "fused": cuda or None}
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(parameters, **options)
+        optimizer = torch.optim.AdamW(parameters, capturable=cuda, **options)
+        optimizer._warned_capturable_if_run_uncaptured = True  # some steps are eager
+        return optimizer
     return torch.optim.SGD(parameters, momentum=config.sgd_momentum, **options)
+
+
+def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Restore the state of an optimizer that may have run on another device, and keep the options of this one.
+
+    A CUDA graph reads the learning rate from a tensor on its device, but that of a checkpoint is a tensor on the CPU or
+    a number.
+
+    Args:
+        optimizer: Optimizer with the same parameters.
+        state: State dict of the other optimizer.
+
+    Raises:
+        ValueError: The other optimizer has other parameters.
+    """
+    groups = zip(state["param_groups"], optimizer.param_groups, strict=True)
+    options = [{**own, "params": saved["params"]} for saved, own in groups]
+    optimizer.load_state_dict({**state, "param_groups": options})

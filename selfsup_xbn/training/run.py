@@ -74,10 +74,9 @@ class Run:
         self.head_epochs = config.head_epochs
         self.epochs, self.steps = self.head_epochs + config.epochs, len(self.batches)
         self.epoch = self.step = 0
-        self.best = -math.inf
-        self.evaluation_seconds = 0.0
+        self.best, self.evaluation_seconds = -math.inf, 0.0
         self.meter = MetricAccumulator(self.device)
-        self.graphed = self.new_graph()
+        self.graphed: GraphedStep | None = None
         self.renewal = Renewal(config, self.method, self._views) if renews(config) else None
         self.start_stage()
         self.autocast = config.precision == "bf16" or (config.precision == "auto" and self.device.type == "cuda")
@@ -86,8 +85,7 @@ class Run:
         if self.device.type == "cuda":
             torch.backends.cudnn.benchmark = True
             torch.set_float32_matmul_precision("high" if self.autocast else "highest")
-        statistics = ("running_mean", "running_var")
-        self.statistics = [value for name, value in self.method.named_buffers() if name.endswith(statistics)]
+        self.statistics = [b for n, b in self.method.named_buffers() if n.endswith(("running_mean", "running_var"))]
         if config.compile:
             for module in (child for child in self.method.children() if isinstance(child, Encoder)):
                 module.compile()
@@ -98,13 +96,14 @@ class Run:
         return self.epoch < self.head_epochs
 
     @property
-    def position(self) -> str:
+    def logged_position(self) -> str:
         """The current epoch, counted from 1 as in the log, and the number of its completed steps."""
         return f"epoch {self.epoch + 1}, step {self.step}"
 
     @property
-    def _main_step(self) -> int:
-        return (self.epoch - self.head_epochs) * self.steps + self.step
+    def _position(self) -> tuple[int, int]:
+        """Numbers of completed and of all steps, without those of the head epochs."""
+        return (self.epoch - self.head_epochs) * self.steps + self.step, self.config.epochs * self.steps
 
     @property
     def lr(self) -> float:
@@ -125,7 +124,7 @@ class Run:
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
         if self.renewal is not None and not self.head_stage:
             with self._precision():
-                self.renewal.renew(self.epoch, self.step, self._main_step)
+                self.renewal.renew(self.epoch, self.step, self._position[0])
         measured = self.config.drift_every > 0 and self.step % self.config.drift_every == 0
         if self.method.queue is not None:
             self.method.queue.recording = measured
@@ -153,13 +152,12 @@ class Run:
     def _graphed(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform ``_step`` as a CUDA graph. If the capture fails, warn and run all further steps eagerly."""
         assert self.graphed is not None
+        self.method.update_schedules(*self._position)
         try:
             loss = self.graphed(views, labels)
         except CaptureError as error:
             self.graphed = None
-            warnings.warn(
-                f"cannot capture the training step as a CUDA graph, continuing without: {error}", stacklevel=2
-            )
+            warnings.warn(f"cannot capture the step as a CUDA graph, continuing without: {error}", stacklevel=2)
             return self._step(views, labels)
         queue = self.method.queue
         if queue is not None and self.graphed.replays * len(labels) >= queue.size:
@@ -167,23 +165,22 @@ class Run:
             self.graphed.replays = 0
         return loss
 
-    def new_graph(self) -> GraphedStep | None:
-        """Return the step as a CUDA graph, or ``None`` if device, method or configuration rule it out."""
-        allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1
+    def _graph(self) -> GraphedStep | None:
+        """Return the step as a CUDA graph, or ``None`` if device, method, stage or configuration rule it out."""
+        allowed = self.config.cuda_graph and self.device.type == "cuda" and world() == 1 and not self.head_stage
         return GraphedStep(self._step) if allowed and self.method.capturable else None
 
     def _losses(self, views: tuple[Tensor, ...], labels: Tensor) -> Iterator[Tensor]:
         """Yield the loss, or that of each micro-batch divided by their number."""
-        step = self._main_step, self.config.epochs * self.steps
-        parts = self.config.accumulate
+        parts, position = self.config.accumulate, self._position
         if parts == 1:
-            yield self.method.head_loss(views, labels) if self.head_stage else self.method(views, labels, *step)
+            yield self.method.head_loss(views, labels) if self.head_stage else self.method(views, labels, *position)
             return
         split = zip(zip(*(view.chunk(parts) for view in views), strict=True), labels.chunk(parts), strict=True)
         if self.head_stage:
             yield from (self.method.head_loss(*part) / parts for part in split)
         else:
-            yield from self.method.losses(list(split), *step)
+            yield from self.method.losses(list(split), *position)
 
     def _next(self, losses: Iterator[Tensor]) -> Tensor:
         with self._precision():
@@ -210,7 +207,7 @@ class Run:
                 self.renewal.measure(self.meter, self.epoch, self.step)
 
     def start_stage(self) -> None:
-        """Create the optimizer of the current stage, and the sum over the processes of the gradients that it uses."""
+        """Create the optimizer of the current stage, the sum over processes of its gradients, and the graph."""
         if self.head_stage:
             head = self.method.encoder.head.parameters()
             self.optimizer: torch.optim.Optimizer = torch.optim.SGD(head, self.lr, momentum=self.config.sgd_momentum)
@@ -218,6 +215,7 @@ class Run:
             self.optimizer = make_optimizer(self.config, self.method)
         trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.gradients = GradientSum(self.method, trained, self.config.gradient_compression)
+        self.graphed = self._graph()
 
     def mean_loss(self) -> float:
         """Return the mean loss of the current epoch. Synchronizes the host with the device.
@@ -230,7 +228,7 @@ class Run:
             last = Path(self.config.run_folder) / checkpoint.NAME
             saved = f"the last checkpoint is {last}" if last.exists() else "there is no checkpoint"
             raise Diverged(
-                f"expected a finite loss and finite weights, got loss {loss} at {self.position}, "
+                f"expected a finite loss and finite weights, got loss {loss} at {self.logged_position}, "
                 f"learning rate {self.lr:.3g}; {saved}; try a smaller --lr, --warmup-epochs, or --precision fp32"
             )
         return loss
@@ -265,8 +263,7 @@ class Run:
         """Return whether the record has a new best value of the main metric, and store that value."""
         main = self.evaluator.main if self.validator is None else f"{self.evaluator.main}_validation"
         value = record.get(main, -math.inf)
-        better = value > self.best
-        self.best = max(self.best, value)
+        better, self.best = value > self.best, max(self.best, value)
         return better
 
     def baselines(self) -> dict[str, float]:

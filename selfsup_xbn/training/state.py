@@ -10,6 +10,7 @@ import torch
 from selfsup_xbn.config.saved import differences, from_resolved
 from selfsup_xbn.config.schema import resolved
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.training.optimisation import load_optimizer_state
 from selfsup_xbn.training.run import Run
 
 
@@ -51,8 +52,7 @@ def _restore(run: Run, state: dict[str, Any]) -> None:
         raise ValueError(f"got epoch {run.epoch} of {run.epochs}, step {run.step} of {run.steps}")
     run.method.load_state_dict(state["method"])
     run.start_stage()
-    run.optimizer.load_state_dict(state["optimizer"])
-    run.graphed = run.new_graph()
+    load_optimizer_state(run.optimizer, state["optimizer"])
     run.meter.load_state_dict(state["meter"])
     if run.renewal is not None:
         run.renewal.rows.load_state_dict(state["rows"])

@@ -142,7 +142,7 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | Non
                 if stop:
                     _save_if_finite(run, log)
                     distributed.wait_for_all()
-                    raise Interrupted(f"stopped at {run.position}; continue with --resume")
+                    raise Interrupted(f"stopped at {run.logged_position}; continue with --resume")
             progress.pause()
             record = run.end_epoch()
             if log:

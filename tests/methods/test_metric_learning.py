@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner, PairMarginMiner
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.config.modes import SuperviseConfig
@@ -167,3 +168,36 @@ def test_wrong_name_or_argument_is_named(change, message):
 def test_wrong_settings_are_named(change, message):
     with pytest.raises(UserError, match=message):
         SuperviseConfig(**change)
+
+
+@pytest.mark.parametrize("weight", [0.0, 1.0])
+@pytest.mark.parametrize("size", [0, 40])
+@pytest.mark.parametrize("miner", [PairMargin(), None])
+def test_step_of_the_own_loss_waits_for_no_cuda_device(size, weight, miner, monkeypatch):
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    method = make("xbn", SupCon(0.1, miner), size, batch_loss_weight=weight).float()
+    assert method.capturable
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"):  # refuses to read a value
+        labels = torch.zeros(12, dtype=torch.int64)
+        loss = method.to_empty(device="cuda")((torch.rand(12, 3, 2, 2),), labels, 3, 10)
+    assert (loss.device.type, loss.shape) == ("cuda", ())
+
+
+def test_steps_that_may_differ_or_wait_are_not_captured():
+    assert not make(memory_start=3).capturable
+    assert not make(loss=PmlLoss(TripletMarginLoss(0.3), None)).capturable
+
+
+def test_training_in_one_process_uses_the_kernels_of_the_loss(monkeypatch):
+    kernels = pytest.importorskip("selfsup_xbn.losses.kernels", reason="Triton is not installed")
+    calls, own = [], kernels.sup_con
+    monkeypatch.setattr(kernels, "sup_con", lambda *arguments: (calls.append(arguments), own(*arguments))[1])
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # there in Triton's interpreter
+    z, labels = torch.randn(12, 8, device=device), batch()[1].to(device)
+    queue = FeatureQueue(40, 8, labels=True, device=device)
+    slots, loss, values = queue.enqueue(z, labels), SupCon(0.1, PairMargin()), []
+    for wanted in (False, True):
+        monkeypatch.setattr("selfsup_xbn.losses.functional.has_kernels", lambda device, wanted=wanted: wanted)
+        values.append(loss(z, labels, queue, slots))
+        assert len(calls) == wanted
+    torch.testing.assert_close(*values, rtol=1e-5, atol=1e-5)

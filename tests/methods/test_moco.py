@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from lightly.models.utils import update_momentum
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.methods.moco import MoCo
@@ -116,6 +118,51 @@ def test_momentum_schedule_ends_at_one():
     assert method.momentum_at(0.0) == pytest.approx(0.9)
     assert method.momentum_at(0.5) == pytest.approx(0.95)
     assert method.momentum_at(1.0) == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.3, 0.99, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_key_encoder_moves_the_same_by_a_tensor_as_by_a_number(momentum, dtype):
+    by_number = make(momentum=momentum, momentum_schedule="cosine").to(dtype)
+    with torch.no_grad():
+        for parameter in by_number.encoder_q.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    by_tensor = copy.deepcopy(by_number)
+    for step in (0, 3, 9):
+        by_number.update_key_encoder(by_number.momentum_at(step / 10))
+        by_tensor.update_schedules(step, 10)
+        by_tensor.update_key_encoder()
+    for a, b in zip(by_tensor.encoder_k.parameters(), by_number.encoder_k.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)  # the tensor is in float32
+
+
+class Calls(TorchDispatchMode):
+    """Names of the operations that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("capturing", [False, True])
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_captured_step_has_no_momentum_that_changes(schedule, capturing, monkeypatch):
+    monkeypatch.setattr("selfsup_xbn.methods.moco.is_capturing", lambda tensor: capturing)
+    monkeypatch.setattr(torch.__future__, "get_overwrite_module_params_on_conversion", lambda: True)
+    method = make(momentum_schedule=schedule).float()
+    assert method.capturable
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.device("cuda"), Calls() as calls:
+        images = torch.rand(6, 3, 4, 4)
+        loss = method.to_empty(device="cuda")((images, images), torch.zeros(6, dtype=torch.int64), 3, 10)
+    assert loss.device.type == "cuda"
+    by_tensor = schedule == "cosine"
+    assert calls.names.count("aten._foreach_mul_.Tensor") == by_tensor
+    assert calls.names.count("aten._foreach_lerp_.Scalar") == (not by_tensor)
+    assert calls.names.count("aten.fill_.Scalar") == (by_tensor and not capturing)
 
 
 def test_batch_larger_than_the_queue_works():
