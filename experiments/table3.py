@@ -1,4 +1,4 @@
-"""Compare XBN with a normalisation layer at the end of the network (Table 3 of arXiv 2303.17127).
+"""Compare XBN with a normalization layer at the end of the network (Table 3 of arXiv 2303.17127).
 
 Recall@1 with XBM and XBN for the heads L2, L2 + LayerNorm and L2 + BatchNorm. Small scale: Omniglot
 (``experiments.omniglot``, queue of 50 %), 18 runs of two minutes, two in parallel on two cores of a 2.1 GHz Xeon. Paper

@@ -38,7 +38,7 @@ def image_folder(root, classes=("a", "b"), images=3):
 
 @contextlib.contextmanager
 def each_step(action):
-    """Call ``action(optimizer)`` after each optimiser step of this process; yield the list of steps done."""
+    """Call ``action(optimizer)`` after each optimizer step of this process; yield the list of steps done."""
     steps = []
 
     def count(optimizer, args, kwargs):
@@ -54,7 +54,7 @@ def each_step(action):
 
 @contextlib.contextmanager
 def interrupted_at(*numbers, by=signal.SIGTERM):
-    """Send this process a signal in the optimiser steps of these numbers, from 1; yield the list of steps done."""
+    """Send this process a signal in the optimizer steps of these numbers, from 1; yield the list of steps done."""
     with each_step(lambda _: len(steps) in numbers and os.kill(os.getpid(), by)) as steps:
         yield steps
 

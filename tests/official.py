@@ -41,7 +41,7 @@ def line_of(file: Path, number: int) -> str:
 
 
 def photo(width: int = 40, height: int = 30) -> bytes:
-    """A colourful PNG file."""
+    """A colorful PNG file."""
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
     buffer = BytesIO()
     Image.fromarray(pixels).save(buffer, "PNG")

@@ -30,7 +30,7 @@ class Ended(NamedTuple):
 
 
 def launch(folder, processes, arguments, at_step=None):
-    """Run ``main(arguments)`` in each process; ``at_step(step, rank)`` is called in each optimiser step, from 1.
+    """Run ``main(arguments)`` in each process; ``at_step(step, rank)`` is called in each optimizer step, from 1.
 
     ``arguments`` may be a function of the rank.
     Each process leaves the state of its method in ``rank-R.pt`` in ``folder``, which is no run's folder.

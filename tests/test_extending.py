@@ -66,7 +66,7 @@ class NNCLR(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class NNCLRConfig(Config):
-    """Self-supervised pretraining with nearest neighbours as positives (NNCLR)."""
+    """Self-supervised pretraining with nearest neighbors as positives (NNCLR)."""
 
     symmetric: bool = option(True, "each view is query and positive in turn")
 
@@ -92,8 +92,8 @@ class SameClass(FeatureEvaluator):
 
     def measure(self, queries, labels, gallery=None, gallery_labels=None):
         similarity = F.normalize(queries, dim=1) @ F.normalize(queries, dim=1).T
-        neighbour = similarity.fill_diagonal_(-torch.inf).argmax(1).cpu()
-        return {"same_class": 100 * (labels[neighbour] == labels).double().mean().item()}
+        neighbor = similarity.fill_diagonal_(-torch.inf).argmax(1).cpu()
+        return {"same_class": 100 * (labels[neighbor] == labels).double().mean().item()}
 
 
 ADDED = (

@@ -22,13 +22,13 @@ KS = (1, 10, 100, 1000)
 
 
 def clusters(rows: int, classes: int, noise: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return unit float32 features [rows, DIM] around a centre for each class, and int64 labels [rows]."""
-    centres = np.random.default_rng(0).standard_normal((classes, DIM), dtype=np.float32)
+    """Return unit float32 features [rows, DIM] around a center for each class, and int64 labels [rows]."""
+    centers = np.random.default_rng(0).standard_normal((classes, DIM), dtype=np.float32)
     random = np.random.default_rng(seed)
     labels = random.permutation(np.arange(rows) % classes)
     features = random.standard_normal((rows, DIM), dtype=np.float32)
     features *= noise
-    features += centres[labels]
+    features += centers[labels]
     features /= np.linalg.norm(features, axis=1, keepdims=True)
     return features, labels
 

@@ -1,4 +1,4 @@
-"""Measure images per second of MoCo pretraining: views, both encoders, queue, loss, backward pass, optimiser.
+"""Measure images per second of MoCo pretraining: views, both encoders, queue, loss, backward pass, optimizer.
 
     python -m experiments.benchmarks.pretraining --device cuda
     python -m experiments.benchmarks.pretraining --backbone convnet4 --batch 128 --modes eager --steps 5   # on a CPU

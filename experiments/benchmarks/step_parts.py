@@ -27,7 +27,7 @@ PARTS = (
     Part(FeatureQueue, "adapt", "adapt the queue to the batch", whole=True),
     Part(FeatureQueue, "enqueue", "enqueue the batch"),
     Part(pairs.Pairs, "__init__", "find the rows of the batch's classes"),
-    Part(pairs, "unit_embeddings", "normalise the rows"),
+    Part(pairs, "unit_embeddings", "normalize the rows"),
     Part(pairs.Pairs, "negatives_only", "adapt the rows, first product, threshold", generator=True),
     Part(pairs.Pairs, "mixed", "pairs with rows of the batch's classes", generator=True, whole=True),
     Part(blockwise._OnlineSoftmax, "add_", "softmax and second product"),

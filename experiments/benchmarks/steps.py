@@ -41,11 +41,11 @@ def supervised_inputs(batch: int, rows: int, dim: int, alike: float = MIDDLE) ->
         alike: weight of the component that all embeddings share.
     """
     generator = torch.Generator().manual_seed(0)
-    common, centres = torch.randn(dim, generator=generator), torch.randn(CLASSES, dim, generator=generator)
+    common, centers = torch.randn(dim, generator=generator), torch.randn(CLASSES, dim, generator=generator)
 
     def draw(labels: Tensor) -> Tensor:
         noise = torch.randn(len(labels), dim, generator=generator)
-        return F.normalize(alike * common + 0.4 * centres[labels] + 0.2**0.5 * noise, dim=1)
+        return F.normalize(alike * common + 0.4 * centers[labels] + 0.2**0.5 * noise, dim=1)
 
     classes = batch // PER_CLASS
     drawn = torch.stack([torch.randperm(CLASSES, generator=generator)[:classes] for _ in range(BATCHES)])

@@ -108,7 +108,7 @@ class Config:
 
     # Evaluation
     eval_every: int = option(1, "number of epochs between evaluations; 0 evaluates after the last epoch", minimum=0)
-    knn_k: int = option(200, "k-NN: number of neighbours", minimum=1)
+    knn_k: int = option(200, "k-NN: number of neighbors", minimum=1)
     recall_ks: str = option("1,10", "retrieval: values of K for Recall@K, separated by commas")
     knn_temperature: float = option(0.1, "k-NN: temperature of the vote weights", minimum=1e-6)
     drift_every: int = option(

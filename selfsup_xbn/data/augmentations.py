@@ -138,7 +138,7 @@ class CropViews:
 
 @dataclass(frozen=True)
 class ColorViews:
-    """Crop, flip, jitter, grey and blur colour images, for contrastive learning.
+    """Crop, flip, jitter, gray and blur color images, for contrastive learning.
 
     Without blur the views are those of the MoCo notebook for CIFAR-10; with blur they are those of MoCo v2 (Chen et
     al., "Improved Baselines with Momentum Contrastive Learning", 2020).
@@ -150,8 +150,8 @@ class ColorViews:
         scale: The minimum and maximum area of a crop, as a fraction of the area of the image.
         flip: The probability of a horizontal flip.
         jitter: The strength of brightness, contrast, saturation and hue, as in ``random_jitter``.
-        jitter_probability: The probability of a colour jitter.
-        gray: The probability of a conversion to grey.
+        jitter_probability: The probability of a color jitter.
+        gray: The probability of a conversion to gray.
         blur: The probability of a Gaussian blur with a standard deviation of 0.1 to 2 pixels.
     """
 
@@ -227,9 +227,9 @@ Views = PlainViews | CropViews | ColorViews | AffineViews
 def memory_views(name: str, data: ImageData) -> Views:
     """Return a family of views for images in memory.
 
-    - ``"digits"`` rotates, shears, scales and shifts, for contrastive learning on grey drawings.
+    - ``"digits"`` rotates, shears, scales and shifts, for contrastive learning on gray drawings.
     - ``"cifar"`` is the family of MoCo, and ``"photo"`` is the same with blur.
-    - ``"supervised"`` crops and flips colour images. Grey images, which may show letters, are not flipped but get a
+    - ``"supervised"`` crops and flips color images. Gray images, which may show letters, are not flipped but get a
       weaker form of ``"digits"``.
     - ``"none"`` is the evaluation view.
 
@@ -238,7 +238,7 @@ def memory_views(name: str, data: ImageData) -> Views:
         data: The data set, with the side and the normalization of the views.
 
     Raises:
-        UserError: If the family does not exist, or needs colour and the images are grey.
+        UserError: If the family does not exist, or needs color and the images are gray.
 
     Example:
         >>> from selfsup_xbn.data import load_data
@@ -258,7 +258,7 @@ def memory_views(name: str, data: ImageData) -> Views:
         raise UserError(f"unknown augmentation {name!r} for images in memory; choose from {', '.join(families)}")
     if isinstance(families[name], ColorViews) and data.channels != 3:
         raise UserError(
-            f"augmentation {name!r} needs colour images, but the images of {data.name} are grey; "
+            f"augmentation {name!r} needs color images, but the images of {data.name} are gray; "
             "choose digits or supervised"
         )
     return families[name]

@@ -1,4 +1,4 @@
-"""The common form of all data sets: splits of labelled images and their preprocessing.
+"""The common form of all data sets: splits of labeled images and their preprocessing.
 
 Axis legend: N samples, C channels, H height, W width.
 """
@@ -18,7 +18,7 @@ from selfsup_xbn.errors import UserError
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A labelled part of a data set, with either the images in memory or the paths of their files.
+    """A labeled part of a data set, with either the images in memory or the paths of their files.
 
     Attributes:
         labels: The class index of each sample.

@@ -4,7 +4,7 @@ The operations are deterministic and do not synchronize the host with the device
 
 * Crop, resize and flip are two matrix products, one for rows and one for columns. Their filter is the triangle of the
   antialiased resize of Pillow and torchvision. A Gaussian blur has the same form with another filter.
-* Brightness, contrast, saturation, greyscale and normalization are affine maps of a pixel's colour, x -> M x + b.
+* Brightness, contrast, saturation, grayscale and normalization are affine maps of a pixel's color, x -> M x + b.
 * A hue shift does not change the maximum and the minimum over a pixel's channels.
 
 Axis legend: B images, C channels, H height, W width, S side of the result, N = S x S flattened pixels.
@@ -21,12 +21,12 @@ from jaxtyping import Bool, Float, Int64, Shaped
 from torch import Tensor
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in grey, as in torchvision and ITU-R 601."""
+"""Weights of red, green and blue in gray, as in torchvision and ITU-R 601."""
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 
 HUE_TENT = (3.0, 2.0, 4.0, 1.0, -1.0, -1.0, -1.0, 2.0, 2.0)
-"""Centres c, signs s and offsets o of red, green and blue. The value at an angle a is s |a - c| + o, from 0 to 1."""
+"""Centers c, signs s and offsets o of red, green and blue. The value at an angle a is s |a - c| + o, from 0 to 1."""
 
 
 @cache
@@ -85,9 +85,9 @@ def _resize_matrices(
     ratio, starts = (lengths / size)[..., None], starts[..., None]
     output = torch.arange(0.5, size, device=starts.device)
     pixel = torch.arange(0.5, side, device=starts.device)
-    centre = torch.addcmul(starts, ratio, torch.where(flips[..., None], size - output, output))
+    center = torch.addcmul(starts, ratio, torch.where(flips[..., None], size - output, output))
     inside = (pixel > starts) & (pixel < starts + lengths[..., None])
-    weight = (pixel - centre[..., None]).abs_().div_(-ratio.clamp(min=1)[..., None]).add_(1).clamp_(min=0)
+    weight = (pixel - center[..., None]).abs_().div_(-ratio.clamp(min=1)[..., None]).add_(1).clamp_(min=0)
     weight.mul_(inside[..., None, :])
     return weight.div_(weight.sum(-1, keepdim=True))
 
@@ -109,7 +109,7 @@ def gaussian_blur(images: Float[Tensor, "B C S S"], sigma: Float[Tensor, "B"]) -
 
 @dataclass(frozen=True, eq=False)
 class Jitter:
-    """Parameters of a colour jitter.
+    """Parameters of a color jitter.
 
     Attributes:
         factors: The factors of brightness, contrast and saturation. A factor of 1 has no effect.
@@ -148,9 +148,9 @@ def color_jitter(images: Float[Tensor, "B 3 N"], jitter: Jitter) -> Float[Tensor
 def _blend_maps(
     factors: Float[Tensor, "B n"], operations: Int64[Tensor, "B n"]
 ) -> tuple[Float[Tensor, "B n 3 3"], Float[Tensor, "B n 1 3"]]:
-    """Return ``factor x + (1 - factor) reference`` as a map of the pixel's colour and a map of the image's mean colour.
+    """Return ``factor x + (1 - factor) reference`` as a map of the pixel's color and a map of the image's mean color.
 
-    The reference is black for brightness, the image's mean grey for contrast and the pixel's grey for saturation.
+    The reference is black for brightness, the image's mean gray for contrast and the pixel's gray for saturation.
     """
     luma = constant(LUMA, factors.device)
     keep, rest = factors[..., None, None], (1 - factors)[..., None, None]
@@ -172,25 +172,25 @@ def shift_hue(images: Float[Tensor, "B 3 N"], hue: Float[Tensor, "B"]) -> Float[
     angle = torch.lerp(torch.lerp(r - g + 4, b - r + 2, g.floor()), g - b, r.floor())
     angle = angle.div_(6).add_(hue[:, None])
     angle = angle.sub_(angle.floor()).mul_(6)
-    centre, sign, offset = constant(HUE_TENT, images.device).view(3, 3, 1)
-    return (angle[:, None] - centre).abs_().mul_(sign).add_(offset).clamp_(0, 1).mul_(chroma).add_(low)
+    center, sign, offset = constant(HUE_TENT, images.device).view(3, 3, 1)
+    return (angle[:, None] - center).abs_().mul_(sign).add_(offset).clamp_(0, 1).mul_(chroma).add_(low)
 
 
 def gray_and_normalize(
     images: Float[Tensor, "B 3 N"], gray: Bool[Tensor, "B"], mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float[Tensor, "B 3 N"]:
-    """Convert some of the images to grey and normalize all of them, in one affine map.
+    """Convert some of the images to gray and normalize all of them, in one affine map.
 
     Args:
         images: Pixels in [0, 1].
-        gray: Whether to convert the image to grey.
+        gray: Whether to convert the image to gray.
         mean: The mean of each channel.
         std: The standard deviation of each channel.
     """
     device = images.device
     deviation = constant(std, device)[:, None]
-    colour = torch.where(gray[:, None, None], constant(LUMA, device).expand(3, 3), torch.eye(3, device=device))
-    return torch.bmm(colour / deviation, images).sub_(constant(mean, device)[:, None] / deviation)
+    color = torch.where(gray[:, None, None], constant(LUMA, device).expand(3, 3), torch.eye(3, device=device))
+    return torch.bmm(color / deviation, images).sub_(constant(mean, device)[:, None] / deviation)
 
 
 def normalize(
@@ -203,5 +203,5 @@ def normalize(
         mean: The mean of each channel.
         std: The standard deviation of each channel.
     """
-    centre, deviation = constant(mean, images.device), constant(std, images.device)
-    return (images - centre[:, None, None]) / deviation[:, None, None]
+    center, deviation = constant(mean, images.device), constant(std, images.device)
+    return (images - center[:, None, None]) / deviation[:, None, None]

@@ -28,7 +28,7 @@ Box = Sequence[int]
 def read_image(path: str, box: Box | None = None) -> Image.Image:
     """Read an image file as 8-bit RGB, rotated according to its EXIF orientation.
 
-    Grey images of 16 bits are scaled to 8 bits. Transparent images are composed with a white background. Of an
+    Gray images of 16 bits are scaled to 8 bits. Transparent images are composed with a white background. Of an
     animation the first frame is read.
 
     Args:

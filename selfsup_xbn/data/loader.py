@@ -69,7 +69,7 @@ class Batches:
         compile: Whether to compile the computation of views of images in memory with ``torch.compile``.
 
     Raises:
-        UserError: If the family of views does not exist, or needs colour and the images are grey.
+        UserError: If the family of views does not exist, or needs color and the images are gray.
     """
 
     def __init__(

@@ -84,7 +84,7 @@ class KnnEvaluator:
 
     Args:
         data: The data set.
-        k: The number of neighbours, as in ``knn_classify``.
+        k: The number of neighbors, as in ``knn_classify``.
         temperature: The temperature of the weights, as in ``knn_classify``.
         device: The device of the encoder.
         workers: The number of processes that read image files.
@@ -112,7 +112,7 @@ class KnnEvaluator:
         self.self_search = self.bank is data.test
         self.k = min(k, len(self.bank) - self.self_search)
         if self.k < k:
-            warnings.warn(f"k-NN: k={k} exceeds the {self.k} neighbours in the bank; using k={self.k}", stacklevel=2)
+            warnings.warn(f"k-NN: k={k} exceeds the {self.k} neighbors in the bank; using k={self.k}", stacklevel=2)
 
     @classmethod
     def from_config(cls, config: Config, data: ImageData, device: torch.device) -> KnnEvaluator:

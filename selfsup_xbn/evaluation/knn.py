@@ -1,4 +1,4 @@
-"""Weighted k-nearest-neighbour classification of frozen features.
+"""Weighted k-nearest-neighbor classification of frozen features.
 
 Axis legend: N queries, G bank rows, D dimensions, C classes.
 """
@@ -26,20 +26,20 @@ def knn_classify(
     temperature: float = 0.1,
     exclude_self: bool = False,
 ) -> Int64[Tensor, "N"]:
-    """Classify each query by a weighted vote of its ``k`` nearest neighbours in a bank.
+    """Classify each query by a weighted vote of its ``k`` nearest neighbors in a bank.
 
-    A neighbour with cosine similarity s has weight exp(s / temperature) (Wu et al., "Unsupervised Feature Learning via
+    A neighbor with cosine similarity s has weight exp(s / temperature) (Wu et al., "Unsupervised Feature Learning via
     Non-Parametric Instance Discrimination", 2018, section 3.4). Among classes with equal votes, the lowest is
     predicted. The features are normalized here. Apart from the normalized copies, the memory does not grow with N or G.
 
     Args:
         queries: The features to classify, of any length.
-        bank: The labelled features, of any length and on the same device.
+        bank: The labeled features, of any length and on the same device.
         labels: The class of each bank row, a whole number in [0, num_classes).
         num_classes: The number of classes C.
-        k: The number of neighbours. If the bank has fewer, all of them are used, with a warning.
+        k: The number of neighbors. If the bank has fewer, all of them are used, with a warning.
         temperature: The temperature of the weights, in units of cosine similarity.
-        exclude_self: Whether ``queries`` is the bank and each row is excluded from its own neighbours.
+        exclude_self: Whether ``queries`` is the bank and each row is excluded from its own neighbors.
 
     Returns:
         The predicted class of each query.
@@ -99,7 +99,7 @@ def _checked(
     return labels
 
 
-def _clamp(k: int, neighbours: int) -> int:
-    if k > neighbours:
-        warnings.warn(f"k={k} exceeds the {neighbours} neighbours in the bank; using k={neighbours}", stacklevel=3)
-    return min(k, neighbours)
+def _clamp(k: int, neighbors: int) -> int:
+    if k > neighbors:
+        warnings.warn(f"k={k} exceeds the {neighbors} neighbors in the bank; using k={neighbors}", stacklevel=3)
+    return min(k, neighbors)

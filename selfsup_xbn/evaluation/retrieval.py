@@ -52,7 +52,7 @@ def recall_at_k(
 ) -> dict[int, float]:
     """Return the percentage of queries with at least one match among their K most similar gallery rows.
 
-    The docstring of this module lists the conventions. No lists of neighbours are needed, because the rank of a query's
+    The docstring of this module lists the conventions. No lists of neighbors are needed, because the rank of a query's
     best match follows from the number of rows of other classes that are at least as similar. Apart from normalized
     copies of the features, the memory does not grow with N or G.
 

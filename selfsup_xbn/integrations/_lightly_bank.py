@@ -72,7 +72,7 @@ class MemoryBankModule(nn.Module):
     ) -> tuple[Float[Tensor, "B D"], Float[Tensor, "_ _"] | None]:
         """Return the output and the rows of the bank, before the output is enqueued.
 
-        Adapted rows do not have unit norm. Normalise them before computing cosine similarities, or use
+        Adapted rows do not have unit norm. Normalize them before computing cosine similarities, or use
         ``normalize=True``.
 
         Args:

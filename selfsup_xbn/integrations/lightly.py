@@ -13,7 +13,7 @@ loads and leaves the bank unchanged. One with ``bank`` and ``bank_ptr``, as of o
 One with an incomplete bank or a bank of another size raises an error. lightly's class loads a ``state_dict`` of this
 class with ``strict=False``.
 
-**Other losses of lightly** that have a ``memory_bank`` compare its rows without normalising them. Give them a bank of
+**Other losses of lightly** that have a ``memory_bank`` compare its rows without normalizing them. Give them a bank of
 unit rows: ``DirectCLRLoss(...).memory_bank = MemoryBankModule((N, D), normalize=True)``.
 
 **torch.compile.** Compiled code does not refresh the queue. Call ``loss.memory_bank.queue.refresh()`` every N / B
@@ -50,7 +50,7 @@ class NTXentLoss(PeerLoss):
     they return, as lightly does.
 
     Args:
-        temperature: temperature T of the logits, above 0; a parameter of one element is learnt.
+        temperature: temperature T of the logits, above 0; a parameter of one element is learned.
         memory_bank_size: (N, D), or 0 for no bank.
         gather_distributed: with a bank, whether it takes the keys of all ranks; without a bank, whether the outputs
             of all ranks are negatives.

@@ -56,7 +56,7 @@ class CrossBatchMemory(MemoryState, PeerMemory):
     DistributedLossWrapper all ranks store the same rows in the same order. If the loss is computed blockwise, the host
     does not wait for the device, except for an ``enqueue_mask`` on the device.
 
-    Embeddings are stored without normalisation. Normalise them first to match the moments of unit vectors, as in the
+    Embeddings are stored without normalization. Normalize them first to match the moments of unit vectors, as in the
     paper (arXiv 2303.17127).
 
     Args:

@@ -8,7 +8,7 @@ It is the same affine map for every row, so no row is rewritten: a stored row z 
 
 - ``adapt`` composes Eq. 6 onto (scale, shift), O(D). The moments of the queue come from power sums of z.
 - ``enqueue`` writes the batch over the oldest rows and changes the sums by the rows that come and go, O(B D).
-- ``refresh`` standardises the stored rows and sums them again, O(M D), once per pass of the ring (M / B steps): scale
+- ``refresh`` standardizes the stored rows and sums them again, O(M D), once per pass of the ring (M / B steps): scale
   stays near 1, and no rounding error outlives a pass.
 
 Axis legend: B batch, M queue rows, D dimensions, n filled rows, b rows of a block.
@@ -103,7 +103,7 @@ class FeatureQueue(FixedPrecision):
         """Move the queue's moments to the target that the adaptation returns for the batch (Eqs. 6 and 23).
 
         Nothing moves for a batch or a queue of one row, or a batch with a non-finite value. A dimension that is
-        constant in the queue or in the target is shifted and not scaled. The first rows are stored standardised.
+        constant in the queue or in the target is shifted and not scaled. The first rows are stored standardized.
         """
         check_update(batch, self.dim)
         before = self.moments() if self.recording and len(batch) > 1 else None
@@ -159,14 +159,14 @@ class FeatureQueue(FixedPrecision):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Standardise the stored rows and sum them again, O(M D). The embeddings stay as they are, to rounding.
+        """Standardize the stored rows and sum them again, O(M D). The embeddings stay as they are, to rounding.
 
         Without it moments hold to 1e-6 for about 8 * M steps (float32 statistics: M steps): the spread of z shrinks.
         """
         self._offered = 0
         self.offered.zero_()
         if self.adaptation.moves_queue:
-            standard = self._map.standardising(self._stored_moments())
+            standard = self._map.standardizing(self._stored_moments())
             encode, filled = standard.to(self._read_dtype), self._filled()[:, None]
             rows_at_a_time = max(1, PIECE // self.dim)
             for rows, valid in zip(self.rows.split(rows_at_a_time), filled.split(rows_at_a_time), strict=True):

@@ -108,15 +108,15 @@ def _adapt(
     s = tl.load(scale + d, mask=dm, other=1.0)
     h = tl.load(shift + d, mask=dm, other=0.0)
     sum1, sum2 = tl.load(sums + d, mask=dm, other=0.0), tl.load(sums + D + d, mask=dm, other=0.0)
-    centre = sum1 / tl.maximum(n, 1).to(tl.float64)
-    spread = tl.sqrt(tl.maximum(sum2 - centre * sum1, 0.0) / tl.maximum(n - 1, 1).to(tl.float64))
+    center = sum1 / tl.maximum(n, 1).to(tl.float64)
+    spread = tl.sqrt(tl.maximum(sum2 - center * sum1, 0.0) / tl.maximum(n - 1, 1).to(tl.float64))
     spread = tl.where(n == 0, 1.0, spread) * s
-    centre = h + centre * s
-    keep = _constant(centre, spread) | _constant(mean, std)
+    center = h + center * s
+    keep = _constant(center, spread) | _constant(mean, std)
     factor = tl.where(keep, 1.0, std / tl.where(keep, 1.0, spread))  # Eq. 6
     moved = finite & (w != 1)
     tl.store(scale + d, tl.where(moved, s * factor, s), mask=dm)
-    tl.store(shift + d, tl.where(moved, mean - factor * centre + h * factor, h), mask=dm)
+    tl.store(shift + d, tl.where(moved, mean - factor * center + h * factor, h), mask=dm)
     if FILTER:  # noqa: SIM102
         if _is_last(ticket, tl.num_programs(0)):
             tl.store(ticket, 0)

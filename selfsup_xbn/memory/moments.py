@@ -38,7 +38,7 @@ class Moments(NamedTuple):
     def from_power_sums(sums: Float[Tensor, "2 D"], count: Int64[Tensor, ""]) -> Moments:
         """Return the moments of ``count`` rows from ``power_sums`` of them.
 
-        A single row has a deviation of 0. No rows have mean 0 and deviation 1, as standardised rows have.
+        A single row has a deviation of 0. No rows have mean 0 and deviation 1, as standardized rows have.
         """
         first, second = sums.unbind()
         mean = first / count.clamp(min=1)
@@ -127,9 +127,9 @@ class AffineMap(NamedTuple):
         scale = (target.std / current.std).masked_fill_(constant, 1)
         return AffineMap(scale, torch.addcmul(target.mean, scale, current.mean, value=-1))
 
-    def standardising(self, stored: Moments) -> AffineMap:
-        """Return the map whose inverse standardises stored rows of these moments.
+    def standardizing(self, stored: Moments) -> AffineMap:
+        """Return the map whose inverse standardizes stored rows of these moments.
 
-        A dimension whose embeddings are constant under this map is centred and not scaled.
+        A dimension whose embeddings are constant under this map is centered and not scaled.
         """
         return AffineMap(stored.std.masked_fill(self.moments(stored).constant(), 1), stored.mean)

@@ -89,7 +89,7 @@ def nearest_rows(
 ) -> Float[Tensor, "B D"]:
     """Return, for each query, the filled row of largest cosine similarity (NNCLR, arXiv 2104.14548).
 
-    Rows are adapted and not normalised. An empty queue returns the queries.
+    Rows are adapted and not normalized. An empty queue returns the queries.
 
     Args:
         blocks: yields the queue in blocks of at most so many rows.

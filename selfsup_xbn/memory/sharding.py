@@ -115,7 +115,7 @@ class ShardedQueue(FeatureQueue):
 
     @torch.no_grad()
     def refresh(self) -> None:
-        """Standardise the stored rows and sum them again, as ``FeatureQueue.refresh`` does."""
+        """Standardize the stored rows and sum them again, as ``FeatureQueue.refresh`` does."""
         super().refresh()
         if self.adaptation.moves_queue:
             self.sums.copy_(all_sum(self.sums))

@@ -28,7 +28,7 @@ MicroBatch = tuple[tuple[Tensor, ...], Tensor]
 class Method(nn.Module):
     """Base class: a module whose ``forward`` returns the loss of a training step and updates the queue.
 
-    The trainer optimises the parameters that require a gradient, evaluates ``encoder`` and saves ``state_dict()``.
+    The trainer optimizes the parameters that require a gradient, evaluates ``encoder`` and saves ``state_dict()``.
 
     Attributes:
         encoder: the encoder that is evaluated and exported.

@@ -64,7 +64,7 @@ class MetricLearning(Method):
     where the row of each anchor itself is excluded.
 
     Args:
-        encoder: module that maps images [B, C, S, S] to embeddings [B, D], which are L2-normalised by the method.
+        encoder: module that maps images [B, C, S, S] to embeddings [B, D], which are L2-normalized by the method.
         queue: FeatureQueue with labels. With None the loss is computed within the batch ("No-XBM" in the paper).
         loss: loss of the pairs. If it is a module, its parameters are trained and saved too.
         batch_loss_weight: weight of an additional loss within the batch. With 1, XBM becomes XBM*.

@@ -31,7 +31,7 @@ class MoCo(Method):
 
     Args:
         encoder: query encoder, which maps images [B, C, S, S] to embeddings [B, D] of any norm. The key encoder is
-            initialised as its copy.
+            initialized as its copy.
         queue: FeatureQueue of D dimensions.
         temperature: temperature T of InfoNCE, above 0.
         momentum: momentum m of the key encoder. At each step its parameters become ``m * key + (1 - m) * query``. Its
@@ -41,7 +41,7 @@ class MoCo(Method):
         enqueue: ``"before_loss"`` to enqueue the keys before the loss, so that the other keys of the batch are
             negatives (arXiv 2303.17127); ``"after_loss"`` to enqueue them after it (arXiv 1911.05722). The queue is
             then empty at the first step, whose loss and gradient are 0; the official MoCo fills it with random rows.
-        normalize_first: whether keys are L2-normalised before the queue is adapted to them and takes them. The loss
+        normalize_first: whether keys are L2-normalized before the queue is adapted to them and takes them. The loss
             uses cosine similarities in both cases.
         symmetric: whether both views serve as queries and as keys. The queue then takes 2 B keys a step.
 

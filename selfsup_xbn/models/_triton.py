@@ -123,7 +123,7 @@ def normalize(
     BC: tl.constexpr,
     PP: tl.constexpr,
 ):
-    """Normalise a part of a split. The first program of a split saves its statistics, that of a channel the running."""
+    """Normalize a part of a split. The first program of a split saves its statistics, that of a channel the running."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     cm = c < C
     j, p = tl.program_id(1), tl.program_id(2)
@@ -173,7 +173,7 @@ def gradient_sums(
     BR: tl.constexpr,
     BC: tl.constexpr,
 ):
-    """Store the sums over a part of a split of the gradient, and of its product with the normalised input."""
+    """Store the sums over a part of a split of the gradient, and of its product with the normalized input."""
     c = tl.program_id(0) * BC + tl.arange(0, BC)
     cm = c < C
     j, p = tl.program_id(1), tl.program_id(2)

@@ -202,7 +202,7 @@ def _with_weights(build: Callable[[str | None], nn.Module], weights: str | None,
 
 
 def _use_small_stem(resnet: nn.Module) -> None:
-    """Replace the stem by a 3x3 convolution of stride 1 with PyTorch's default initialisation, without max-pooling."""
+    """Replace the stem by a 3x3 convolution of stride 1 with PyTorch's default initialization, without max-pooling."""
     resnet.conv1 = nn.Conv2d(3, 64, kernel_size=3, stride=1, padding=1, bias=False)
     resnet.maxpool = nn.Identity()
 

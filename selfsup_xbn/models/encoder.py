@@ -25,7 +25,7 @@ class Encoder(nn.Module):
 
     Args:
         backbone: module that maps images [B, C, S, S] to features [B, F].
-        head: module that maps features [B, F] to embeddings [B, D]. The embeddings are not normalised.
+        head: module that maps features [B, F] to embeddings [B, D]. The embeddings are not normalized.
         feature_dim: number of features F.
         dim: number of embedding dimensions D.
         freeze_bn: whether the BatchNorm layers of the backbone stay in eval mode and are not trained.
@@ -61,7 +61,7 @@ class Encoder(nn.Module):
         return self.backbone(images)
 
     def forward(self, images: Float[Tensor, "B C S S"]) -> Float[Tensor, "B D"]:
-        """Return the output of the head, which is not normalised."""
+        """Return the output of the head, which is not normalized."""
         return self.head(self.backbone(images))
 
 

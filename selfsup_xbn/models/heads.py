@@ -26,7 +26,7 @@ HEADS: dict[str, Callable[[int, int], nn.Module]] = {
     "mlp": lambda features, dim: nn.Sequential(
         nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, dim)
     ),
-    # Table 3 of arXiv 2303.17127; for "l2" the method normalises the embeddings
+    # Table 3 of arXiv 2303.17127; for "l2" the method normalizes the embeddings
     "l2": lambda features, dim: nn.Linear(features, dim),
     "l2+ln": lambda features, dim: nn.Sequential(nn.Linear(features, dim), UnitLength(), nn.LayerNorm(dim)),
     "l2+bn": lambda features, dim: nn.Sequential(nn.Linear(features, dim), UnitLength(), nn.BatchNorm1d(dim)),

@@ -37,7 +37,7 @@ class LoadReport:
         missing: names of the model's tensors that are not in the file. They are unchanged.
         mismatched: names of the model's tensors with another shape in the file, with both shapes. They are unchanged.
         unexpected: names, without the prefix, of the tensors of the file that the model does not have.
-        outside: number of tensors of the file without the prefix, such as those of a second encoder or an optimiser.
+        outside: number of tensors of the file without the prefix, such as those of a second encoder or an optimizer.
     """
 
     path: str

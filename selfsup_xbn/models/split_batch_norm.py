@@ -17,7 +17,7 @@ from selfsup_xbn.memory.device import uses_kernels
 
 
 class SplitBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm2d that normalises each of ``splits`` consecutive splits of the batch by its own statistics.
+    """BatchNorm2d that normalizes each of ``splits`` consecutive splits of the batch by its own statistics.
 
     The sizes of the splits differ by at most one, and a split has at least two samples. A batch of fewer than
     ``2 * splits`` samples is divided into fewer splits. The running statistics are updated with the mean of the
@@ -57,7 +57,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         self.implementation = "auto"
 
     def forward(self, input: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
-        """Normalise each channel of each split. The output has the memory format of the input."""
+        """Normalize each channel of each split. The output has the memory format of the input."""
         # A graph traced in eval mode must not depend on the batch size.
         count = min(self.splits, len(input) // 2) if self.training else 1
         if count <= 1:
@@ -86,7 +86,7 @@ class SplitBatchNorm2d(nn.BatchNorm2d):
         return kernels.split_batch_norm(input, self.weight, self.bias, *statistics, count, self.momentum, self.eps)
 
     def _normalize_equal_splits(self, input: Tensor, count: int, means: Tensor, variances: Tensor) -> Tensor:
-        """Normalise ``count`` splits of equal size with one BatchNorm over the channels of all splits."""
+        """Normalize ``count`` splits of equal size with one BatchNorm over the channels of all splits."""
         weight, bias = (None if p is None else p.repeat(count) for p in (self.weight, self.bias))
         if input.is_contiguous(memory_format=torch.channels_last) and not input.is_contiguous():
             images = input.permute(0, 2, 3, 1).unflatten(0, (count, -1))  # [count, B / count, H, W, C], a view

@@ -128,8 +128,8 @@ def test_affine_views_equal_scipys_interpolation():
     images = torch.randint(0, 256, (20, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     numbers = uniform(20, views.numbers)
     result = views(images, numbers) * 0.4 + 0.3
-    centres = (np.arange(8) + 0.5) / 4 - 1
-    y, x = np.meshgrid(centres, centres, indexing="ij")
+    centers = (np.arange(8) + 0.5) / 4 - 1
+    y, x = np.meshgrid(centers, centers, indexing="ij")
     for image, matrix, view in zip(images, views.matrix(numbers).double().numpy(), result, strict=True):
         source = matrix @ np.stack([x.ravel(), y.ravel(), np.ones(64)])
         place = (source[::-1] + 1) * 4 - 0.5
@@ -151,15 +151,15 @@ def test_affine_parameters_fill_their_ranges_around_identity():
 
 def test_unsuitable_families_are_refused_with_the_choices():
     labels, images = torch.zeros(2, dtype=torch.long), torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
-    grey = ImageData("grey", Split(labels, images), Split(labels, images))
+    gray = ImageData("gray", Split(labels, images), Split(labels, images))
     with pytest.raises(UserError, match=r"unknown augmentation 'cifra'.*digits, cifar"):
-        memory_views("cifra", grey)
-    with pytest.raises(UserError, match="needs colour"):
-        memory_views("photo", grey)
+        memory_views("cifra", gray)
+    with pytest.raises(UserError, match="needs color"):
+        memory_views("photo", gray)
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_supervised_views_mirror_colour_images_and_no_grey_ones(channels):
+def test_supervised_views_mirror_color_images_and_no_gray_ones(channels):
     images = torch.zeros(1, channels, 28, 28, dtype=torch.uint8)
     images[..., :14] = 255
     split = Split(torch.zeros(1, dtype=torch.long), images)

@@ -31,17 +31,17 @@ def test_digits_are_scikit_learns_images_each_in_one_part():
     assert sorted(map(bytes, ours)) == sorted(map(bytes, theirs))
 
 
-def test_digits_are_normalised_to_mean_0_and_deviation_1():
+def test_digits_are_normalized_to_mean_0_and_deviation_1():
     data = load_data("digits")
     pixels = torch.cat(list(eval_batches(data.train, data)))
     assert abs(pixels.mean()) < 0.01
     assert abs(pixels.std() - 1) < 0.01
 
 
-def test_raw_digits_neighbours_are_about_98_percent_right():
+def test_raw_digits_neighbors_are_about_98_percent_right():
     data = load_data("digits")
-    neighbours = KNeighborsClassifier(5, metric="cosine").fit(raw_pixels(data.train), data.train.labels)
-    assert 0.97 < neighbours.score(raw_pixels(data.test), data.test.labels) < 0.995
+    neighbors = KNeighborsClassifier(5, metric="cosine").fit(raw_pixels(data.train), data.train.labels)
+    assert 0.97 < neighbors.score(raw_pixels(data.test), data.test.labels) < 0.995
 
 
 @pytest.mark.parametrize(("spec", "nearest"), [("digit", "digits"), ("cifar-10", "cifar10"), ("foldr:/x", "folder")])

@@ -35,7 +35,7 @@ def test_split_of_known_characters_is_fixed(data):
     assert "".join(character for character in "ABCDEFGHJKLMN" if character in train) == "ABCDEFJMN"
 
 
-def test_images_are_grey_levels_normalised_by_the_constants(data):
+def test_images_are_gray_levels_normalized_by_the_constants(data):
     pixels = data.train.images.double() / 255
     assert data.train.images.shape[1:] == (1, 28, 28)
     assert pixels.mean().item() == pytest.approx(data.mean[0], abs=0.005)

@@ -37,7 +37,7 @@ def generator() -> torch.Generator:
 
 
 def random_images(generator: torch.Generator, count: int, height: int = 16, width: int = 16) -> torch.Tensor:
-    """Random pixels, the first image grey and the second black: hue and saturation are undefined there."""
+    """Random pixels, the first image gray and the second black: hue and saturation are undefined there."""
     images = torch.rand(count, 3, height, width, generator=generator)
     images[0] = images[0, :1]
     images[1] = 0

@@ -11,7 +11,7 @@ from selfsup_xbn.data.images import read_image
 from selfsup_xbn.errors import UserError
 
 RAMP = np.arange(0, 240, 5, dtype=np.uint8).reshape(6, 8)
-COLOUR = np.stack([RAMP, RAMP[::-1], 255 - RAMP], 2)
+COLOR = np.stack([RAMP, RAMP[::-1], 255 - RAMP], 2)
 
 
 def saved(folder, array, name="image.png", **options) -> str:
@@ -20,8 +20,8 @@ def saved(folder, array, name="image.png", **options) -> str:
     return str(folder / name)
 
 
-def test_colour_is_kept_and_grey_fills_three_channels(tmp_path):
-    assert np.array_equal(read_image(saved(tmp_path, COLOUR)), COLOUR)
+def test_color_is_kept_and_gray_fills_three_channels(tmp_path):
+    assert np.array_equal(read_image(saved(tmp_path, COLOR)), COLOR)
     assert np.array_equal(read_image(saved(tmp_path, RAMP)), np.stack([RAMP] * 3, 2))
 
 
@@ -31,24 +31,24 @@ def test_16_bits_are_scaled_not_clipped(tmp_path, name):
     assert np.array_equal(read_image(path), np.stack([RAMP] * 3, 2))
 
 
-def test_bilevel_and_palette_images_show_their_colours(tmp_path):
+def test_bilevel_and_palette_images_show_their_colors(tmp_path):
     bits = RAMP > 100
     assert np.array_equal(np.asarray(read_image(saved(tmp_path, bits)))[..., 0], bits * 255)
-    palette = Image.fromarray(COLOUR).quantize(48)
+    palette = Image.fromarray(COLOR).quantize(48)
     assert np.array_equal(read_image(saved(tmp_path, palette)), palette.convert("RGB"))
 
 
 def test_transparent_pixels_show_a_white_ground(tmp_path):
     alpha = np.full((6, 8, 1), 255, np.uint8)
     alpha[0], alpha[1] = 0, 51
-    expected = COLOUR.astype(float)
+    expected = COLOR.astype(float)
     expected[0] = 255
-    expected[1] = 0.2 * COLOUR[1] + 0.8 * 255
-    result = np.asarray(read_image(saved(tmp_path, np.concatenate([COLOUR, alpha], 2)))).astype(float)
+    expected[1] = 0.2 * COLOR[1] + 0.8 * 255
+    result = np.asarray(read_image(saved(tmp_path, np.concatenate([COLOR, alpha], 2)))).astype(float)
     assert np.abs(result - expected).max() <= 1
 
 
-def test_transparent_palette_colour_shows_a_white_ground(tmp_path):
+def test_transparent_palette_color_shows_a_white_ground(tmp_path):
     palette = Image.fromarray((RAMP > 100).astype(np.uint8), "P")
     palette.putpalette([10, 20, 30, 40, 50, 60])
     result = np.asarray(read_image(saved(tmp_path, palette, transparency=0)))
@@ -61,17 +61,17 @@ def test_cmyk_becomes_rgb(tmp_path):
     assert np.abs(red - [255, 0, 0]).max() < 6
 
 
-def test_exif_orientation_is_honoured(tmp_path):
+def test_exif_orientation_is_honored(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rotate a quarter clockwise to see it upright
-    path = saved(tmp_path, COLOUR, exif=exif)
-    assert np.array_equal(read_image(path), np.rot90(COLOUR, -1))
+    path = saved(tmp_path, COLOR, exif=exif)
+    assert np.array_equal(read_image(path), np.rot90(COLOR, -1))
 
 
 def test_box_is_cut_out_and_clipped_to_the_image(tmp_path):
-    path = saved(tmp_path, COLOUR)
-    assert np.array_equal(read_image(path, (2, 1, 5, 4)), COLOUR[1:4, 2:5])
-    assert np.array_equal(read_image(path, (-3, 4, 99, 99)), COLOUR[4:])
+    path = saved(tmp_path, COLOR)
+    assert np.array_equal(read_image(path, (2, 1, 5, 4)), COLOR[1:4, 2:5])
+    assert np.array_equal(read_image(path, (-3, 4, 99, 99)), COLOR[4:])
     with pytest.raises(UserError, match=r"overlaps the 8 x 6 image, got \(8, 0, 9, 3\)"):
         read_image(path, (8, 0, 9, 3))
 
@@ -88,7 +88,7 @@ def test_files_that_cannot_be_read_are_named(tmp_path):
 
 
 def test_images_with_too_many_pixels_are_refused(tmp_path, monkeypatch):
-    path = saved(tmp_path, COLOUR)
+    path = saved(tmp_path, COLOR)
     monkeypatch.setattr(images, "MAX_PIXELS", 47)
     with pytest.raises(UserError, match=r"image.png: expected at most 47 pixels, got 8 x 6"):
         read_image(path)

@@ -134,7 +134,7 @@ def test_all_three_random_states_are_seeded_and_put_back():
 
 
 def test_views_of_a_sample_resemble_it_more_than_another(memory):
-    """A view keeps some of its image's colours: index, labels and views must belong together."""
+    """A view keeps some of its image's colors: index, labels and views must belong together."""
     levels = torch.linspace(0, 255, 200).round().to(torch.uint8)
     flat = Split(torch.arange(200), levels[:, None, None, None].expand(200, 3, 16, 16).contiguous())
     loader = Batches(flat, "supervised", data=memory, views=2, sampler=ClassBalancedBatches(flat.labels, 50, 1), seed=0)
@@ -159,7 +159,7 @@ def test_unknown_augmentations_are_refused_with_the_choices(data):
         batches(data, augmentation="foto")
 
 
-def test_evaluation_takes_all_images_in_order_normalised(memory):
+def test_evaluation_takes_all_images_in_order_normalized(memory):
     result = torch.cat(list(eval_batches(memory.test, memory, batch_size=8)))
     torch.testing.assert_close(result, (memory.test.images / 255 - 0.5) / 0.2)
 

@@ -31,12 +31,12 @@ def embed(encoder, images):
 
 
 def test_drift_equals_equation_5_over_training_steps(encoder, images):
-    drift, optimiser = FeatureDrift(encoder, images), torch.optim.SGD(encoder.parameters(), lr=0.5)
+    drift, optimizer = FeatureDrift(encoder, images), torch.optim.SGD(encoder.parameters(), lr=0.5)
     assert drift.update() is None
     previous = embed(encoder, images)
     for _ in range(3):
         encoder(torch.randn(8, 3, 2, 2)).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
         current = embed(encoder, images)
         distances = (current - previous).square().sum(1).sqrt()
         moved = drift.update()

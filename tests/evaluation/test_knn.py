@@ -15,11 +15,11 @@ from selfsup_xbn.evaluation.neighbours import CHUNK
 
 
 def clustered(count, classes, dim, seed, spread=1.5):
-    """Features around one centre a class, of any length."""
+    """Features around one center a class, of any length."""
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (count,), generator=generator)
-    features = centres[labels] + spread * torch.randn(count, dim, generator=generator)
+    features = centers[labels] + spread * torch.randn(count, dim, generator=generator)
     return features * (0.1 + torch.rand(count, 1, generator=generator)), labels
 
 
@@ -59,7 +59,7 @@ def test_votes_equal_a_full_sort_across_chunks(k):
 def test_exclude_self_equals_leaving_each_row_out_of_the_bank(monkeypatch):
     monkeypatch.setattr(neighbours, "BLOCK", 700)
     bank, labels = clustered(60, 4, 6, 6)
-    bank = torch.cat([bank, bank[:10]])  # a duplicate is a neighbour, only the row itself is not
+    bank = torch.cat([bank, bank[:10]])  # a duplicate is a neighbor, only the row itself is not
     labels = torch.cat([labels, labels[:10].flip(0)])
     rest = [torch.arange(70) != i for i in range(70)]
     expected = [knn_classify(bank[[i]], bank[rest[i]], labels[rest[i]], 4, k=5) for i in range(70)]
@@ -68,7 +68,7 @@ def test_exclude_self_equals_leaving_each_row_out_of_the_bank(monkeypatch):
     assert not torch.equal(predicted, knn_classify(bank, bank, labels, 4, k=5))
 
 
-def test_tiny_temperature_is_one_nearest_neighbour():
+def test_tiny_temperature_is_one_nearest_neighbor():
     (queries, _), (bank, labels) = clustered(100, 5, 8, 7), clustered(300, 5, 8, 8)
     nearest = labels[(normalize(queries.double()) @ normalize(bank.double()).T).argmax(1)]
     assert torch.equal(knn_classify(queries, bank, labels, 5, k=50, temperature=1e-6), nearest)
@@ -76,7 +76,7 @@ def test_tiny_temperature_is_one_nearest_neighbour():
 
 def test_k_above_the_bank_is_clamped_with_one_line_of_warning():
     (queries, _), (bank, labels) = clustered(20, 3, 4, 9), clustered(30, 3, 4, 10)
-    with pytest.warns(UserWarning, match=r"^k=200 exceeds the 30 neighbours in the bank; using k=30$"):
+    with pytest.warns(UserWarning, match=r"^k=200 exceeds the 30 neighbors in the bank; using k=30$"):
         clamped = knn_classify(queries, bank, labels, 3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -122,7 +122,7 @@ def test_bad_input_is_refused_in_one_line_with_the_value(change, message):
     assert "\n" not in str(caught.value)
 
 
-def test_single_row_has_no_neighbour_but_itself():
+def test_single_row_has_no_neighbor_but_itself():
     one, label = torch.ones(1, 4), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(UserError, match="at least 2 bank rows, got 1"):
         knn_classify(one, one, label, 1, k=1, exclude_self=True)

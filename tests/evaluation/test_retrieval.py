@@ -40,9 +40,9 @@ def average_precision_at_r(hit):
 
 def gaussian(count, classes, seed, dim=8, spread=1.5):
     generator = torch.Generator().manual_seed(seed)
-    centres = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
+    centers = torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     labels = torch.randint(classes, (count,), generator=generator)
-    return centres[labels] + spread * torch.randn(count, dim, generator=generator), labels * 7 - 20
+    return centers[labels] + spread * torch.randn(count, dim, generator=generator), labels * 7 - 20
 
 
 def tied(count, classes, seed, dim=6):

@@ -20,10 +20,10 @@ BLOCKWISE = [peer.SupConLoss, peer.NTXentLoss]
 
 
 def draw(rows, classes=3, dtype=torch.float64):
-    """Embeddings near their class's centre, with a gradient, and labels."""
-    centres = torch.randn(classes, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    """Embeddings near their class's center, with a gradient, and labels."""
+    centers = torch.randn(classes, D, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
     labels = torch.randint(0, classes, (rows,))
-    embeddings = centres[labels] + torch.randn(rows, D, dtype=torch.float64)
+    embeddings = centers[labels] + torch.randn(rows, D, dtype=torch.float64)
     return embeddings.to(dtype).requires_grad_(), labels
 
 

@@ -66,7 +66,7 @@ def test_xbm_bank_module_returns_what_lightlys_returns(feature_dim_first):
     ours = seeded(MemoryBankModule, (12, 3), feature_dim_first=feature_dim_first, adaptation="xbm")
     peer = seeded(PeerBank, (12, 3), feature_dim_first=feature_dim_first)
     for step in range(10):
-        batch = torch.randn(4, 3, requires_grad=True) * 5  # of any length: nothing is normalised
+        batch = torch.randn(4, 3, requires_grad=True) * 5  # of any length: nothing is normalized
         given = [bank(batch, None, update=step % 3 != 1) for bank in (ours, peer)]
         assert all(output is batch for output, _ in given)
         assert torch.equal(given[0][1], given[1][1])

@@ -131,7 +131,7 @@ def test_a_property_of_a_subclass_is_read():
 
 
 @pytest.mark.parametrize("loss", BLOCKWISE)
-def test_a_temperature_is_learnt_or_refused(loss):
+def test_a_temperature_is_learned_or_refused(loss):
     ours, theirs = both(loss(temperature=nn.Parameter(torch.tensor(0.2, dtype=torch.float64))))
     for _ in range(3):
         embeddings, labels = draw(8)

@@ -154,7 +154,7 @@ OTHERS = {
     "lengths": (peer.SupConLoss(), PairMarginMiner(0.2, 1.0, distance=LpDistance(normalize_embeddings=False))),
     "negative margin": (peer.SupConLoss(), PairMarginMiner(-1.0, 1.0)),
     "statistics": (peer.SupConLoss(), PairMarginMiner(collect_stats=True)),
-    "learnt temperature": (peer.SupConLoss(temperature=nn.Parameter(torch.tensor(0.2).double())), None),
+    "learned temperature": (peer.SupConLoss(temperature=nn.Parameter(torch.tensor(0.2).double())), None),
     "subclass": (Sharper(), None),
 }
 

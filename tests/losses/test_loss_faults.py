@@ -36,7 +36,7 @@ LOSSES = {
     "nt_xent": lambda z, y, queue, **kwargs: nt_xent(z, y, queue, **kwargs),
     "nt_xent with a miner": lambda z, y, queue, **kwargs: nt_xent(z, y, queue, miner=PAIRS, **kwargs),
 }
-LABELLED = [name for name in LOSSES if name != "info_nce"]
+LABELED = [name for name in LOSSES if name != "info_nce"]
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -113,7 +113,7 @@ READERS = {
     "recall_at_k of a gallery": lambda z, y: recall_at_k(z, torch.arange(len(z)) % 3, z.flip(0), y),
     "retrieval_metrics": lambda z, y: retrieval_metrics(z, y),
     "knn_classify": lambda z, y: knn_classify(z, z, y, num_classes=3, k=2, exclude_self=True),
-    **{name: lambda z, y, loss=LOSSES[name]: loss(z, y, queue_of()) for name in LABELLED},
+    **{name: lambda z, y, loss=LOSSES[name]: loss(z, y, queue_of()) for name in LABELED},
 }
 
 

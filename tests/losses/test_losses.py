@@ -25,7 +25,7 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
 
 D = 12
-CENTRES = torch.randn(6, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+CENTERS = torch.randn(6, D, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 MINERS = {
     "none": (None, None),
     "euclidean": (PairMargin(0.7, 1.1), PairMarginMiner(0.7, 1.1)),
@@ -47,7 +47,7 @@ def implementation(request, monkeypatch):
 
 def draw(n, dtype=torch.float64, classes=6):
     labels = torch.randint(0, classes, (n,))
-    return (CENTRES[labels % len(CENTRES)] + 0.7 * torch.randn(n, D, dtype=torch.float64)).to(dtype), labels
+    return (CENTERS[labels % len(CENTERS)] + 0.7 * torch.randn(n, D, dtype=torch.float64)).to(dtype), labels
 
 
 def filled_queue(rows, size=60, adaptation="xbm", dtype=torch.float64, classes=6, labels=True):

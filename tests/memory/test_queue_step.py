@@ -131,7 +131,7 @@ def test_moments_hold_for_20000_steps_without_a_refresh(unchecked, monkeypatch):
     for batch in steps(20_000, rows=16, dim=2):
         step(queue, batch)
     rows, moments = queue.features().double(), queue.moments()
-    assert queue.scale.min() > 2  # the map was never standardised
+    assert queue.scale.min() > 2  # the map was never standardized
     assert ((moments.mean - rows.mean(0)) / rows.std(0)).abs().max() < 1e-6
     torch.testing.assert_close(moments.std, rows.std(0), rtol=1e-6, atol=0)
 

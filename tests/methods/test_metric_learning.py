@@ -29,8 +29,8 @@ def make(adaptation="xbm", loss=None, size=40, **kwargs):
 
 def batch(rows=12, classes=3):
     labels = torch.arange(rows) % classes
-    centres = torch.randn(classes, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    return (centres[labels] + 0.5 * torch.randn(rows, 3, 2, 2, dtype=torch.float64),), labels
+    centers = torch.randn(classes, 3, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return (centers[labels] + 0.5 * torch.randn(rows, 3, 2, 2, dtype=torch.float64),), labels
 
 
 LOSSES = {

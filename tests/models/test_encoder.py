@@ -97,7 +97,7 @@ def test_cifar_resnet_differs_in_stem_and_resolution_alone():
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet18-cifar", "mobilenet_v3_small", "timm:resnet18"])
-def test_grey_images_are_one_channel(name):
+def test_gray_images_are_one_channel(name):
     assert build_encoder(name, 8, channels=1)(images(channels=1)).shape == (4, 8)
 
 
@@ -173,7 +173,7 @@ def test_heads_compute_their_formulas():
         torch.testing.assert_close(head(x), expected[name])
 
 
-def test_embeddings_are_the_heads_output_not_normalised():
+def test_embeddings_are_the_heads_output_not_normalized():
     encoder = build_encoder("convnet4", 8).eval()
     embeddings = encoder(images())
     assert torch.equal(embeddings, encoder.head(encoder.features(images())))

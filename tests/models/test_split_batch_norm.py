@@ -98,7 +98,7 @@ def test_sample_depends_on_its_own_part_alone():
     assert gradient.abs().sum((1, 2, 3)).ne(0).nonzero().flatten().tolist() == [4, 5, 6, 7]
 
 
-def test_bfloat16_input_is_normalised_with_float32_statistics():
+def test_bfloat16_input_is_normalized_with_float32_statistics():
     norm = filled(SplitBatchNorm2d(6, 4))
     x = images(16).detach().bfloat16()
     expected = filled(SplitBatchNorm2d(6, 4))(x.float())

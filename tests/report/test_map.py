@@ -1,4 +1,4 @@
-"""The map keeps neighbours together; the choice of images is the same for everyone."""
+"""The map keeps neighbors together; the choice of images is the same for everyone."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The page in a real browser: nothing on the console, nothing fetched, no sideways scrolling, both colour schemes.
+"""The page in a real browser: nothing on the console, nothing fetched, no sideways scrolling, both color schemes.
 
 Skipped unless playwright is installed and SELFSUP_XBN_BROWSER names a Chromium (``/usr/bin/chromium``).
 """

@@ -6,7 +6,7 @@ python -m tests.robustness.faults --kills 0 --damaged 0 --full 0 --restarts 20 -
 Every run is a process forked from this one that calls the command line. ``--seed`` draws the faults. A kill is a
 SIGKILL to the run and its DataLoader workers during a training step, at the end of an epoch, or while a checkpoint is
 written. A full disk is a limit on file sizes or a small tmpfs. The resumed run is compared with the uninterrupted run:
-weights, queue, optimiser, random state, and every logged number except the speed. Pictures are not drawn. The results
+weights, queue, optimizer, random state, and every logged number except the speed. Pictures are not drawn. The results
 go to ``experiments/results/faults.json``.
 
 With ``--restarts`` runs of two processes are killed one to three times under torchrun's agent, which restarts them.

@@ -8,7 +8,7 @@ from selfsup_xbn.training.signals import stop_signals
 
 
 def test_second_signal_ends_the_process_at_once():
-    def signalled_twice():
+    def signaled_twice():
         with stop_signals() as received:
             os.kill(os.getpid(), signal.SIGTERM)
             if received != [signal.SIGTERM]:
@@ -16,7 +16,7 @@ def test_second_signal_ends_the_process_at_once():
             os.kill(os.getpid(), signal.SIGTERM)
             os._exit(0)
 
-    process = get_context("fork").Process(target=signalled_twice)
+    process = get_context("fork").Process(target=signaled_twice)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGTERM

@@ -1,4 +1,4 @@
-"""Handwritten digits: the 1,797 grey images of 8 x 8 pixels of scikit-learn, which need no download."""
+"""Handwritten digits: the 1,797 gray images of 8 x 8 pixels of scikit-learn, which need no download."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def load(name: str, path: str, **_: object) -> ImageData:
     if path:
         raise UserError(f"{name}:{path}: expected no path, because scikit-learn provides the images; write {name}")
     digits = load_digits()
-    # Grey levels from 0 to 16 are scaled to 8 bits, in one channel.
+    # Gray levels from 0 to 16 are scaled to 8 bits, in one channel.
     images = torch.from_numpy((digits.images * 255 / 16).round()).to(torch.uint8)[:, None]
     labels = torch.from_numpy(digits.target).long()
     train, test = train_test_split(

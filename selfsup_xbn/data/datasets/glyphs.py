@@ -1,7 +1,7 @@
 """Glyphs: characters of many scripts, rendered from the fonts that matplotlib ships, which need no download.
 
 A class is a character, and its images are its renderings in up to 16 fonts: sans serif, monospaced and serif, upright,
-bold and oblique. In ``glyphs`` they are upright and centred. In ``glyphs-jittered`` each one is slightly rotated,
+bold and oblique. In ``glyphs`` they are upright and centered. In ``glyphs-jittered`` each one is slightly rotated,
 sheared, scaled and shifted at random, as a drawing is, so that pixels are poor embeddings. Combining marks and
 modifiers are left out, and so are characters that look like an earlier one. Each test image is a query against the
 other ones.
@@ -142,7 +142,7 @@ def _rendered() -> tuple[list[str], UInt8[Tensor, "A R 28 28"]]:
 
 
 def _render(character: str, font: ImageFont.FreeTypeFont) -> Image.Image:
-    """Return a character in white on black, centred, and reduced if it is larger than ``LARGEST``."""
+    """Return a character in white on black, centered, and reduced if it is larger than ``LARGEST``."""
     left, top, right, bottom = font.getbbox(character)
     side = max(right - left, bottom - top)
     if side > LARGEST:
@@ -201,7 +201,7 @@ def _changed(character: str, images: UInt8[Tensor, "r 28 28"]) -> UInt8[Tensor, 
 
 
 def _map(uniform: np.ndarray) -> tuple[Image.Transform, list[float], Image.Resampling]:
-    """Return the arguments of ``Image.transform`` for an affine map about the centre.
+    """Return the arguments of ``Image.transform`` for an affine map about the center.
 
     The linear part is rotation x shear / scale, from the pixels of the result to those of the rendering.
 
