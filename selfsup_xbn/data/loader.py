@@ -1,7 +1,7 @@
 """Loaders of batches of views, from images in memory or, with worker processes, from files.
 
 A random view is a pure function of (seed, epoch, step, position in the batch, view). A run that resumes at any step,
-with any number of workers, therefore draws the same views.
+with any number of workers, therefore draws the same views. ``README.md`` states which images are held in memory.
 
 Axis legend: B batch, b the shard of the process, C channels, N samples, S the view's side, F features.
 """

@@ -34,7 +34,8 @@ def on_device(batches: Iterable[Sequence[Tensor]], device: torch.device) -> Iter
     stream, copies = _copy_stream(device), deque[tuple[list[Tensor], torch.cuda.Event]]()
     for batch in batches:
         with torch.cuda.stream(stream):
-            tensors = [tensor.pin_memory().to(device, non_blocking=True) for tensor in batch]
+            pinned = (tensor if tensor.is_cuda else tensor.pin_memory() for tensor in batch)
+            tensors = [tensor.to(device, non_blocking=True) for tensor in pinned]
             copies.append((tensors, stream.record_event()))
         del tensors
         if len(copies) > 1:
