@@ -130,7 +130,7 @@ class FileTransform:
 
     Args:
         augment: The transform of the image.
-        erase: A function that sets a random box of a tensor of shape [1, S, S] to 0, e.g. timm's ``RandomErasing``.
+        erase: A function that sets a random box of a bool tensor [1, S, S] to False, e.g. timm's ``RandomErasing``.
     """
 
     augment: Callable[[Image.Image], Image.Image]
@@ -144,8 +144,8 @@ class FileTransform:
         pixels = to_bytes(self.augment(image))
         if self.erase is None:
             return pixels, None
-        erased = self.erase(torch.ones(1, *pixels.shape[1:]))[0] == 0
-        return pixels, torch.stack([erased.any(1), erased.any(0)])
+        kept = self.erase(torch.ones(1, *pixels.shape[1:], dtype=torch.bool))[0]
+        return pixels, torch.stack([~kept.all(1), ~kept.all(0)])
 
 
 def file_transform(name: str, data: ImageData) -> FileTransform:
