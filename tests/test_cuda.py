@@ -184,15 +184,13 @@ def test_evaluation_views_equal_the_cpu(photos: ImageData) -> None:
     memory = torch.randint(0, 256, (24, 3, 50, 50), dtype=torch.uint8)
     for split in (photos.train, Split(photos.train.labels, memory)):
         views = [torch.cat([*eval_batches(split, photos, device=d, batch_size=5)]).cpu() for d in ("cpu", CUDA)]
-        torch.testing.assert_close(*views, rtol=0, atol=2e-5)
+        torch.testing.assert_close(*views, rtol=0, atol=1e-4)
 
 
 def test_next_batch_of_files_waits_for_nothing(photos: ImageData) -> None:
     batches = file_batches(photos, "supervised", CUDA).epoch(0)
-    images = eval_batches(
-        Split(torch.zeros(8).long(), torch.zeros(8, 3, 9, 9).byte()), photos, device=CUDA, batch_size=2
-    )
-    for iterator in (batches, images):
+    memory = Split(torch.zeros(8).long(), torch.zeros(8, 3, 9, 9).byte())
+    for iterator in (batches, eval_batches(memory, photos, device=CUDA, batch_size=2)):
         next(iterator)
         torch.cuda.set_sync_debug_mode("error")
         try:
