@@ -9,12 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 from selfsup_xbn import FeatureQueue
 from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.schema import Config
+from selfsup_xbn.data import Batches, ImageData, RandomBatches, Split, eval_batches, load_data
 from selfsup_xbn.data.augmentations import ColorViews
+from selfsup_xbn.data.prefetch import _copy_stream, on_device
 from selfsup_xbn.evaluation import knn_classify, recall_at_k
 from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
 from selfsup_xbn.memory.row_images import RowImages
@@ -150,6 +153,74 @@ def test_views_equal_the_cpus_of_the_same_numbers() -> None:
     difference = (family(images.to(CUDA), uniform.to(CUDA)).cpu() - family(images, uniform)).abs()
     assert difference.mean() < 1e-5
     assert (difference > 1e-3).double().mean() < 1e-3  # a box may be one pixel off where a root is rounded
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> ImageData:
+    """Files of random pixels, of different sizes."""
+    (tmp_path / "photos").mkdir()
+    for number in range(24):
+        pixels = torch.randint(0, 256, (40 + number, 60 - number, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(tmp_path / "photos" / f"{number}.png")
+    return load_data(f"folder:{tmp_path / 'photos'}", workers=0)
+
+
+def file_batches(data: ImageData, family: str, device: str) -> Batches:
+    sampler = RandomBatches(len(data.train), 4)
+    return Batches(data.train, family, data=data, views=2, sampler=sampler, device=device, workers=1)
+
+
+@pytest.mark.parametrize("family", ["photo", "cifar", "supervised", "none"])
+def test_views_of_files_equal_the_cpu(photos: ImageData, family: str) -> None:
+    on_cpu, on_gpu = (file_batches(photos, family, device) for device in ("cpu", CUDA))
+    for batch, expected in zip(on_gpu.epoch(0), on_cpu.epoch(0), strict=True):
+        assert torch.equal(batch.index.cpu(), expected.index)
+        for view, other in zip(batch.views, expected.views, strict=True):
+            torch.testing.assert_close(view.cpu(), other, rtol=0, atol=2e-6)
+    index = torch.arange(7)
+    torch.testing.assert_close(on_gpu.views(index, 0, 1, 0).cpu(), on_cpu.views(index, 0, 1, 0), rtol=0, atol=2e-6)
+
+
+def test_evaluation_views_equal_the_cpu(photos: ImageData) -> None:
+    memory = torch.randint(0, 256, (24, 3, 50, 50), dtype=torch.uint8)
+    for split in (photos.train, Split(photos.train.labels, memory)):
+        views = [torch.cat([*eval_batches(split, photos, device=d, batch_size=5)]).cpu() for d in ("cpu", CUDA)]
+        torch.testing.assert_close(*views, rtol=0, atol=1e-4)
+
+
+def test_next_batch_of_files_waits_for_nothing(photos: ImageData) -> None:
+    batches = file_batches(photos, "supervised", CUDA).epoch(0)
+    memory = Split(torch.zeros(8).long(), torch.zeros(8, 3, 9, 9).byte())
+    for iterator in (batches, eval_batches(memory, photos, device=CUDA, batch_size=2)):
+        next(iterator)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            next(iterator)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_copied_batches_are_intact_until_the_step_has_used_them() -> None:
+    sums = []
+    for [tensor] in on_device(([torch.full((2**20,), n)] for n in range(20)), torch.device(CUDA)):
+        torch.cuda._sleep(10**7)  # the host, and without precautions the copies, overtake the step
+        sums.append(tensor.sum())
+        del tensor
+    assert [total.item() for total in sums] == [2**20 * n for n in range(20)]
+
+
+def test_copies_run_during_the_step() -> None:
+    device = torch.device(CUDA)
+    for warm in (False, True):  # the first pass allocates the memory, which may wait for the device
+        batches = on_device(([torch.full((2**20,), n)] for n in range(4)), device)
+        next(batches)
+        torch.cuda.synchronize()
+        torch.cuda._sleep(2 * 10**9 if warm else 1)
+        step = torch.cuda.current_stream().record_event()
+        next(batches)
+        _copy_stream(device).synchronize()  # batch 2 has arrived
+    assert not step.query()
+    torch.cuda.synchronize()
 
 
 def test_evaluators_equal_the_cpu() -> None:

@@ -1,19 +1,23 @@
-"""Functions from an image file to tensors, for worker processes: random views, evaluation view and thumbnail."""
+"""Functions from an image file to tensors, for worker processes: random views, evaluation view and thumbnail.
+
+Axis legend: V views, C channels, S and s sides.
+"""
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
 
 import numpy as np
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import Bool, UInt8
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import Compose, Normalize, ToTensor
+from torchvision.transforms import Compose
 from torchvision.transforms import functional as TF
 
 from selfsup_xbn.data.base import ImageData, Split
@@ -34,14 +38,14 @@ def _read(split: Split, sample: int) -> Image.Image:
 
 
 class RandomFile:
-    """Return random views of a file.
+    """Return random views of a file as bytes, which ``FileViews`` normalizes on the device.
 
     The seed of a view is a function of ``seed``, the epoch, the step, the position in the batch and the view's number.
 
     Args:
         split: The samples, with paths.
         augmentation: The family of views, as in ``file_transform``.
-        data: The side and the normalization of the views.
+        data: The side of the views.
         seed: The seed of the run.
         views: The number of views per sample.
 
@@ -53,12 +57,18 @@ class RandomFile:
         self.split, self.seed, self.views = split, seed, views
         self.transform = file_transform(augmentation, data)
 
-    def __call__(self, key: Key) -> tuple[Float[Tensor, "C S S"], ...]:
-        """Return the views for a key (sample, epoch, step, position in the batch)."""
-        image = _read(self.split, key[0])
-        return tuple(self._view(image, key, view) for view in range(self.views))
+    def __call__(self, key: Key) -> list[Tensor]:
+        """Return the views for a key (sample, epoch, step, position in the batch).
 
-    def _view(self, image: Image.Image, key: Key, view: int) -> Float[Tensor, "C S S"]:
+        Returns:
+            The pixels, of shape [V, 3, S, S], and in families with erased boxes their rows and columns, of shape
+            [V, 2, S].
+        """
+        image = _read(self.split, key[0])
+        pixels, erased = zip(*(self._view(image, key, view) for view in range(self.views)), strict=True)
+        return [torch.stack(tensors) for tensors in (pixels, erased) if tensors[0] is not None]
+
+    def _view(self, image: Image.Image, key: Key, view: int) -> tuple[Tensor, Tensor | None]:
         with seeded(seed_for(self.seed, *key[1:], view)):
             return self.transform(image)
 
@@ -114,17 +124,39 @@ class SmallFile:
         return to_bytes(_read(self.split, sample).resize((self.side, self.side), Image.Resampling.BILINEAR))
 
 
-def file_transform(name: str, data: ImageData) -> Callable[[Image.Image], Tensor]:
+@dataclass(frozen=True)
+class FileTransform:
+    """A random transform from an RGB image to the bytes of a view.
+
+    Args:
+        augment: The transform of the image.
+        erase: A function that sets a random box of a bool tensor [1, S, S] to False, e.g. timm's ``RandomErasing``.
+    """
+
+    augment: Callable[[Image.Image], Image.Image]
+    erase: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, image: Image.Image) -> tuple[UInt8[Tensor, "C S S"], Bool[Tensor, "2 S"] | None]:
+        """Return the pixels, and which rows and which columns are those of the box, or ``None`` without ``erase``.
+
+        The box is to be set to 0 after the normalization, where 0 is the mean colour.
+        """
+        pixels = to_bytes(self.augment(image))
+        if self.erase is None:
+            return pixels, None
+        kept = self.erase(torch.ones(1, *pixels.shape[1:], dtype=torch.bool))[0]
+        return pixels, torch.stack([~kept.all(1), ~kept.all(0)])
+
+
+def file_transform(name: str, data: ImageData) -> FileTransform:
     """Return the random transform of a family of views, for image files.
 
     Args:
         name: The family. ``"photo"`` is lightly's MoCo v2 transform, ``"cifar"`` the same without blur,
             ``"supervised"`` timm's RandAugment (rand-m9-mstd0.5) with random erasing of probability 0.2, and
-            ``"none"`` the evaluation view.
-        data: The side and the normalization of the views.
-
-    Returns:
-        A function from an RGB image to a normalized tensor of shape [3, S, S].
+            ``"none"`` the evaluation view. The conversion to floating point, the normalization and the erasing, which
+            are the last steps of these transforms, are left to ``float_views`` of ``file_views.py``.
+        data: The side of the views, and the mean colour, with which RandAugment fills empty corners.
 
     Raises:
         UserError: If the family does not exist.
@@ -132,22 +164,20 @@ def file_transform(name: str, data: ImageData) -> Callable[[Image.Image], Tensor
     if name in ("photo", "cifar"):
         from lightly.transforms import MoCoV2Transform
 
-        statistics = {"mean": list(data.mean), "std": list(data.std)}
         blur = 0.5 if name == "photo" else 0.0
-        return MoCoV2Transform(data.image_size, gaussian_blur=blur, normalize=statistics).transforms[0]
+        views = MoCoV2Transform(data.image_size, gaussian_blur=blur, normalize=None).transforms
+        *augment, _ = views[0].transform.transforms  # the last one is ToTensor
+        return FileTransform(Compose(augment))
     if name == "supervised":
         from timm.data import create_transform
 
-        return create_transform(
-            data.image_size,
-            is_training=True,
-            auto_augment="rand-m9-mstd0.5",
-            re_prob=0.2,
-            mean=data.mean,
-            std=data.std,
+        whole = create_transform(
+            data.image_size, is_training=True, auto_augment="rand-m9-mstd0.5", re_prob=0.2, mean=data.mean
         )
+        *augment, _, _, erase = whole.transforms  # the last ones are ToTensor, Normalize and RandomErasing
+        return FileTransform(Compose(augment), erase)
     if name == "none":
-        return Compose([partial(fit, size=data.image_size), ToTensor(), Normalize(data.mean, data.std)])
+        return FileTransform(partial(fit, size=data.image_size))
     raise UserError(f"unknown augmentation {name!r} for image files; choose from photo, cifar, supervised, none")
 
 

@@ -1,16 +1,15 @@
 """Loaders of batches of views, from images in memory or, with worker processes, from files.
 
 A random view is a pure function of (seed, epoch, step, position in the batch, view). A run that resumes at any step,
-with any number of workers, therefore draws the same views.
+with any number of workers, therefore draws the same views. ``README.md`` states which images are held in memory.
 
 Axis legend: B batch, b the shard of the process, C channels, N samples, S the view's side, F features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +19,10 @@ from torch import Tensor
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data.augmentations import memory_views
 from selfsup_xbn.data.base import ImageData, Split
+from selfsup_xbn.data.file_views import FileViews
 from selfsup_xbn.data.files import EvalFile, RandomFile, SmallFile, fit
 from selfsup_xbn.data.image_ops import normalize
+from selfsup_xbn.data.prefetch import on_device
 from selfsup_xbn.data.sampler import ClassBalancedBatches, RandomBatches, Sampler, seed_for
 from selfsup_xbn.data.workers import ParallelReader
 from selfsup_xbn.utils.distributed import shard_slice
@@ -94,7 +95,7 @@ class Batches:
         if parts > 1:
             rows = torch.arange(sampler.batch_size).view(parts, -1)
             self.shard = rows[:, shard_slice(rows.shape[1], shard)].flatten().tolist()
-        self._source: _MemoryViews | _FileViews
+        self._source: _MemoryViews | FileViews
         if split.images is not None:
             family = memory_views(augmentation, data)
             function = torch.compile(family.__call__) if compile else family
@@ -104,7 +105,7 @@ class Batches:
         else:
             read = RandomFile(split, augmentation, data, seed, views)
             positions = torch.arange(sampler.batch_size)[self.shard].tolist()
-            self._source = _FileViews(read, workers, self.device, positions, sampler.batch_size)
+            self._source = FileViews(read, data.mean, data.std, workers, self.device, positions, sampler.batch_size)
 
     @classmethod
     def from_config(
@@ -199,38 +200,6 @@ class _MemoryViews:
         return torch.rand(shape, generator=generator, device=generator.device)[:, self.shard].flatten(0, 1)
 
 
-class _FileViews:
-    """Random views of image files, computed by worker processes."""
-
-    def __init__(
-        self, function: RandomFile, workers: int, device: torch.device, positions: list[int], batch_size: int
-    ) -> None:
-        self.device, self.positions, self.batch_size, self.workers = device, positions, batch_size, workers
-        self.new_reader = partial(ParallelReader, function, workers, pin_memory=device.type == "cuda")
-        self.read = self.new_reader()
-        self.read_again: ParallelReader | None = None  # has processes of its own, while an epoch is read
-
-    def again(self, index: Int64[Tensor, "R"], seed: tuple[int, ...], own: slice) -> Float[Tensor, "r C S S"]:
-        epoch, step, number = seed
-        first = (1 + number) * self.batch_size  # positions of no batch
-        keys = [(sample, epoch, step, first + position) for position, sample in enumerate(index.tolist())][own]
-        self.read_again = self.read_again or self.new_reader()
-        each = -(-len(keys) // max(self.workers, 1))  # a worker reads one of the lists
-        views = [views[0] for views in self.read_again(keys[i : i + each] for i in range(0, len(keys), each))]
-        return torch.cat(views).to(self.device, non_blocking=True)
-
-    def epoch(self, plan: Int64[Tensor, "steps b"], epoch: int, start: int) -> Iterator[tuple[Tensor, ...]]:
-        keys = (
-            [
-                (sample, epoch, step, position)
-                for position, sample in zip(self.positions, plan[step].tolist(), strict=True)
-            ]
-            for step in range(start, len(plan))
-        )
-        for views in self.read(keys):
-            yield tuple(view.to(self.device, non_blocking=True) for view in views)
-
-
 def eval_batches(
     split: Split, data: ImageData, *, device: torch.device | str = "cpu", batch_size: int = EVAL_BATCH, workers: int = 0
 ) -> Iterator[Float[Tensor, "B C S S"]]:
@@ -257,14 +226,13 @@ def eval_batches(
     """
     device = torch.device(device)
     ranges = [range(first, min(first + batch_size, len(split))) for first in range(0, len(split), batch_size)]
+    pixels: Iterable[Tensor]
     if split.images is not None:
-        for keys in ranges:
-            images = split.images[keys.start : keys.stop].to(device)
-            yield normalize(fit(images.float() / 255, data.image_size), data.mean, data.std)
+        pixels = (split.images[keys.start : keys.stop] for keys in ranges)
     else:
-        read = ParallelReader(EvalFile(split, data.image_size), workers, pin_memory=device.type == "cuda")
-        for images in read(ranges):
-            yield normalize(images.to(device, non_blocking=True).float() / 255, data.mean, data.std)
+        pixels = ParallelReader(EvalFile(split, data.image_size), workers, pin_memory=device.type == "cuda")(ranges)
+    for [images] in on_device(([images] for images in pixels), device):
+        yield normalize(fit(images.float() / 255, data.image_size), data.mean, data.std)
 
 
 def raw_pixels(split: Split, *, workers: int = 0) -> Float[Tensor, "N F"]:
