@@ -67,7 +67,8 @@ class GraphedStep:
         self.views, self.labels = tuple(view.clone() for view in views), labels.clone()
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, stream=self.stream):
+            # Other threads, such as the one that pins the next batch, may call CUDA during the capture.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.loss = self.step(self.views, self.labels)
         except torch.cuda.OutOfMemoryError:
             raise
