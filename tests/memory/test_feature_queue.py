@@ -141,7 +141,7 @@ class QueueAgainstDeque(RuleBasedStateMachine):
 
 
 QueueAgainstDeque.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
-TestQueueAgainstDeque = QueueAgainstDeque.TestCase
+TestQueueAgainstDeque = pytest.mark.usefixtures("unchecked")(QueueAgainstDeque.TestCase)
 
 
 @pytest.mark.parametrize("adaptation", MOVING)

@@ -12,7 +12,7 @@ from tests.command_line import PRETRAIN, SUPERVISE, interrupted_at, refused
 from tests.finished_runs import differences
 
 SMALL = [*SUPERVISE, "--limit-train", "160", "--batch-size", "20", "--images-per-class", "4", "--epochs", "2"]
-SMALL += ["--drift-every", "4", "--recall-ks", "1,5"]
+SMALL += ["--drift-every", "4", "--recall-ks", "1,5", "--limit-test", "200"]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
-"""Settings for all tests: repeatable, one thread a process, no leftovers."""
+"""Settings and fixtures for all tests: repeatable, one thread a process, no leftovers."""
 
+import gc
 import os
 import shutil
 
@@ -10,10 +11,15 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 
+# The import hook of jaxtyping hides the bytecode of all modules that a module of the package imports first.
+import sklearn.datasets
+import torch._dynamo
+import torchvision
 from hypothesis import settings
 from matplotlib.figure import Figure
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.report import thumbnails
 from tests.command_line import SMALL
 
 settings.register_profile("suite", deadline=None, derandomize=True, print_blob=True)
@@ -24,19 +30,28 @@ torch.ones(
 ).backward()  # after torch.export, a first backward pass starts threads that forbid forks
 
 
+def pytest_collection_finish():
+    """Spare the garbage collector, and the pages that processes share after a fork, what is there for all tests."""
+    gc.collect()
+    gc.freeze()
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
 
 
-SAVE_PICTURE = Figure.savefig
+SAVE_PICTURE, PLANE_OF = Figure.savefig, thumbnails.plane_of
 Figure.savefig = lambda figure, file, **_: None  # pictures take half of the time of a small run
+thumbnails.plane_of = lambda embeddings: embeddings[:, :2].sigmoid()  # and t-SNE takes most of that of a page
+os.fsync = lambda descriptor: None  # no test cuts the power
 
 
 @pytest.fixture
 def pictures(monkeypatch):
-    """Let matplotlib draw: in all other tests it writes empty files."""
+    """Let matplotlib and t-SNE draw: in all other tests no file is written, and maps have the first two dimensions."""
     monkeypatch.setattr(Figure, "savefig", SAVE_PICTURE)
+    monkeypatch.setattr(thumbnails, "plane_of", PLANE_OF)
 
 
 @pytest.fixture(scope="session")
