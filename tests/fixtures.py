@@ -1,5 +1,6 @@
 """Settings and fixtures for all tests: repeatable, one thread a process, no leftovers."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -41,6 +42,14 @@ def _seed():
     torch.manual_seed(0)
 
 
+@contextlib.contextmanager
+def without_checks():
+    """Switch off the check of shapes at run time, in a fixture of a module."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+        yield
+
+
 SAVE_PICTURE, PLANE_OF = Figure.savefig, thumbnails.plane_of
 Figure.savefig = lambda figure, file, **_: None  # pictures take half of the time of a small run
 thumbnails.plane_of = lambda embeddings: embeddings[:, :2].sigmoid()  # and t-SNE takes most of that of a page
@@ -68,6 +77,7 @@ def finished_run(_finished_run, tmp_path):
 
 
 @pytest.fixture
-def unchecked(monkeypatch):
+def unchecked():
     """Switch off the check of shapes at run time: for many small steps, for torch.compile, and for our own checks."""
-    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    with without_checks():
+        yield

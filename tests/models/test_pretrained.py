@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import pickle
 from pathlib import Path
 
@@ -30,9 +31,14 @@ def resnet() -> nn.Module:
     return random_state(torchvision.models.resnet18(num_classes=128), seed=1)
 
 
-@pytest.fixture
-def encoder() -> Encoder:
+@pytest.fixture(scope="module")
+def initial() -> Encoder:
     return build_encoder("resnet18", 128)
+
+
+@pytest.fixture
+def encoder(initial) -> Encoder:
+    return copy.deepcopy(initial)
 
 
 @pytest.fixture
