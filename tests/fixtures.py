@@ -4,6 +4,7 @@ import contextlib
 import gc
 import os
 import shutil
+from functools import partial
 
 import jaxtyping
 import pytest
@@ -20,6 +21,7 @@ from hypothesis import settings
 from matplotlib.figure import Figure
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.commands import train
 from selfsup_xbn.report import thumbnails
 from tests.command_line import SMALL
 
@@ -50,16 +52,24 @@ def without_checks():
         yield
 
 
-SAVE_PICTURE, PLANE_OF = Figure.savefig, thumbnails.plane_of
-Figure.savefig = lambda figure, file, **_: None  # pictures take half of the time of a small run
-thumbnails.plane_of = lambda embeddings: embeddings[:, :2].sigmoid()  # and t-SNE takes most of that of a page
+SAVE_PICTURE, DRAW_GALLERY, PLANE_OF = Figure.savefig, train.draw_gallery, thumbnails.plane_of
+# Pictures, the axes of a gallery and t-SNE take more time than a small run.
+Figure.savefig = lambda figure, file, **_: None
+train.draw_gallery = partial(DRAW_GALLERY, rows=1, nearest=1)
+thumbnails.plane_of = lambda embeddings: embeddings[:, :2].sigmoid()
 os.fsync = lambda descriptor: None  # no test cuts the power
 
 
 @pytest.fixture
 def pictures(monkeypatch):
-    """Let matplotlib and t-SNE draw: in all other tests no file is written, and maps have the first two dimensions."""
+    """Let matplotlib draw: in all other tests it writes empty files, and a gallery has one row."""
     monkeypatch.setattr(Figure, "savefig", SAVE_PICTURE)
+    monkeypatch.setattr(train, "draw_gallery", DRAW_GALLERY)
+
+
+@pytest.fixture
+def maps(monkeypatch):
+    """Let t-SNE place the images of a map: in all other tests the first two dimensions do."""
     monkeypatch.setattr(thumbnails, "plane_of", PLANE_OF)
 
 
