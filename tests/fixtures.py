@@ -14,9 +14,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # Triton reads it when a kernel is defined
 
 # The import hook of jaxtyping hides the bytecode of all modules that a module of the package imports first.
-import sklearn.datasets
+import sklearn.datasets  # noqa: F401
 import torch._dynamo
-import torchvision
+import torchvision  # noqa: F401
 from hypothesis import settings
 from matplotlib.figure import Figure
 
@@ -52,19 +52,27 @@ def without_checks():
         yield
 
 
-SAVE_PICTURE, DRAW_GALLERY, PLANE_OF = Figure.savefig, train.draw_gallery, thumbnails.plane_of
-# Pictures, the axes of a gallery and t-SNE take more time than a small run.
+SAVE_PICTURE, PLANE_OF = Figure.savefig, thumbnails.plane_of
+DRAW_CURVES, DRAW_GALLERY = train.draw_curves, train.draw_gallery
+# Plots and t-SNE take more time than a small run.
 Figure.savefig = lambda figure, file, **_: None
-train.draw_gallery = partial(DRAW_GALLERY, rows=1, nearest=1)
+train.draw_curves = lambda folder: (folder / "curves.png").touch()
+train.draw_gallery = lambda folder, *_: (folder / "retrieval.png").touch()
 thumbnails.plane_of = lambda embeddings: embeddings[:, :2].sigmoid()
 os.fsync = lambda descriptor: None  # no test cuts the power
 
 
 @pytest.fixture
-def pictures(monkeypatch):
-    """Let matplotlib draw: in all other tests it writes empty files, and a gallery has one row."""
+def plots(monkeypatch):
+    """Let runs lay out their plots, in files that stay empty: in all other tests they only create the files."""
+    monkeypatch.setattr(train, "draw_curves", DRAW_CURVES)
+    monkeypatch.setattr(train, "draw_gallery", partial(DRAW_GALLERY, rows=4, nearest=3))
+
+
+@pytest.fixture
+def pictures(plots, monkeypatch):
+    """Let matplotlib draw: in all other tests it writes empty files."""
     monkeypatch.setattr(Figure, "savefig", SAVE_PICTURE)
-    monkeypatch.setattr(train, "draw_gallery", DRAW_GALLERY)
 
 
 @pytest.fixture

@@ -53,6 +53,8 @@ def test_lines_of_a_command_are_printable(capsys):
 def evil_photos(tmp_path):
     """Image folders with control characters in the names of the root, a class, a file and a file that is skipped."""
     root = image_folder(tmp_path / f"photos{EVIL}", classes=("a", f"b{EVIL}"), images=8)
+    for path in root.glob("test/*/[2-7].png"):  # fewer pictures to draw
+        path.unlink()
     (root / "train/a" / f"skipped{EVIL}.gif{EVIL}").touch()
     os.mkfifo(root / "train/a" / f"fifo{EVIL}.png")
     return root

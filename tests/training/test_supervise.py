@@ -59,7 +59,7 @@ def test_run_ends_with_retrieval_metrics_and_a_gallery(tmp_path, capsys, picture
     assert f"{best['recall@1']:.2f}" in capsys.readouterr().out
 
 
-def test_head_stage_leaves_the_backbone_alone(tmp_path):
+def test_head_stage_leaves_the_backbone_alone(tmp_path, plots):
     torch.manual_seed(0)
     options = [*SMALL, "--head-epochs", "2", "--epochs", "1", "--lr", "0", "--weight-decay", "0"]
     main([*options, "--out", str(tmp_path)])

@@ -152,7 +152,7 @@ def test_run_folder_records_settings_and_environment(tmp_path):
     } <= records[1].keys()
 
 
-def test_axbn_logs_its_gain(tmp_path):
+def test_axbn_logs_its_gain(tmp_path, plots):
     main(
         [
             "pretrain",
