@@ -85,7 +85,14 @@ def test_info_nce_equals_the_matrix(case, tolerance):
 
 @pytest.mark.parametrize("miner", [None, PairMargin(0.9, 0.1, "cosine")], ids=["all", "miner"])
 @pytest.mark.parametrize(
-    "case", ["odd", "bfloat16", pytest.param("cold", marks=SLOW), pytest.param("wide", marks=SLOW)]
+    ("tolerance", "case"),
+    [
+        *(("highest", case) for case in ("odd", "bfloat16")),
+        ("high", "odd"),
+        *(pytest.param("highest", case, marks=SLOW) for case in ("cold", "wide")),
+        *(pytest.param("high", case, marks=SLOW) for case in ("bfloat16", "cold", "wide")),
+    ],
+    indirect=["tolerance"],
 )
 def test_sup_con_equals_the_matrix(case, miner, tolerance):
     queue, queries, _, labels, temperature, indices = drawn(case)

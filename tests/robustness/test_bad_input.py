@@ -23,7 +23,7 @@ def targets(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", TARGETS)
-@settings(max_examples=15, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=10, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(rng=st.randoms(use_true_random=False))
 def test_damaged_input_ends_in_a_result_or_one_line(targets, name, rng):
     with without_checks():

@@ -26,7 +26,7 @@ SMALL += ["--drift-every", "4", "--recall-ks", "1,5", "--limit-test", "200"]
         ),
     ],
 )
-def test_resumed_run_equals_uninterrupted_run(tmp_path, memory):
+def test_resumed_run_equals_uninterrupted_run(tmp_path, memory, unchecked):
     options = [*SMALL, *memory, "--head-epochs", "1"]
     assert main([*options, "--out", str(tmp_path / "uninterrupted")]) == 0
     resumed = tmp_path / "resumed"

@@ -55,7 +55,7 @@ def image_folder(tmp_path_factory):
 @pytest.mark.parametrize(
     "adaptation", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("xbm", "xbn")), "axbn"]
 )
-def test_resumed_run_equals_uninterrupted_run(tmp_path, adaptation):
+def test_resumed_run_equals_uninterrupted_run(tmp_path, adaptation, unchecked):
     options = ["pretrain", *SMALL, "--adaptation", adaptation]
     assert main([*options, "--out", str(tmp_path / "uninterrupted")]) == 0
     with interrupted_at(4, 6) as steps:  # at the end and in the middle of an epoch
