@@ -39,9 +39,14 @@ def no_copy(monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("state", [*BATCHES, "enqueue_mask"])
 @pytest.mark.parametrize("miner", MINERS)
-@pytest.mark.parametrize("loss", peer.CrossBatchMemory.supported_losses())
+@pytest.mark.parametrize(
+    ("loss", "state"),
+    [
+        *itertools.product(peer.CrossBatchMemory.supported_losses(), ("wrapped", "enqueue_mask")),
+        *itertools.product(("SupConLoss", "NTXentLoss", "ContrastiveLoss"), ("full",)),
+    ],
+)
 def test_xbm_gives_pmls_values_gradients_and_memory(loss, miner, state):
     ours, theirs = both(getattr(peer, loss)(), MINERS[miner]())
     values = []
