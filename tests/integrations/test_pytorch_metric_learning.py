@@ -56,8 +56,10 @@ def test_xbm_gives_pmls_values_gradients_and_memory(loss, miner, state):
     assert any(values), "nothing was compared"
 
 
-@pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity()], ids=["euclidean", "cosine"])
-@pytest.mark.parametrize("margins", [None, (0.5, 1.2), (0.0, 0.3)])
+@pytest.mark.parametrize(
+    ("margins", "distance"),
+    [(None, None), *itertools.product(((0.5, 1.2), (0.0, 0.3)), (LpDistance(), CosineSimilarity()))],
+)
 @pytest.mark.parametrize("temperature", [0.3, 0.04])
 @pytest.mark.parametrize("loss", BLOCKWISE)
 @pytest.mark.usefixtures("ways_to_read", "unchecked")
