@@ -46,7 +46,7 @@ def _seed():
 
 @contextlib.contextmanager
 def without_checks():
-    """Switch off the check of shapes at run time where ``unchecked`` cannot: for a module, or in a test of hypothesis."""
+    """Switch off the check of shapes at run time where ``unchecked`` cannot: for a module, or in hypothesis's tests."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jaxtyping.config, "jaxtyping_disable", True)
         yield
