@@ -120,7 +120,7 @@ def test_files_of_another_program_are_not_replaced(tmp_path, capsys):
     assert (tmp_path / "checkpoint.pt").read_bytes() == b"precious"
 
 
-def test_nan_is_null_in_the_log(tmp_path):
+def test_nan_is_null_in_the_log(tmp_path, plots):
     assert main([*SMALL, "--dim", "1", "--drift-every", "1", "--out", str(tmp_path)]) == 0
     text = (tmp_path / "metrics.jsonl").read_text()
     assert "null" in text

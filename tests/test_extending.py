@@ -120,7 +120,7 @@ TINY = ["--data", "stripes", "--adaptation", "isotropic", "--backbone", "convnet
 TINY += ["--batch-size", "20", "--queue-size", "50%", "--epochs", "2", "--drift-every", "2"]
 
 
-def test_all_four_train_and_evaluate_from_the_command_line(tmp_path, capsys):
+def test_all_four_train_and_evaluate_from_the_command_line(tmp_path, capsys, plots):
     run = tmp_path / "run"
     assert main(["nnclr", *TINY, "--no-symmetric", "--out", str(run)]) == 0
     printed = capsys.readouterr().out

@@ -110,7 +110,8 @@ def choose_queries(lead: Float[Tensor, "N"], rows: int) -> list[int]:
     Returns:
         Indices of the queries, by descending lead.
     """
-    matched = [int(query) for query in lead.argsort(descending=True) if lead[query] < torch.inf]
+    descending = lead.argsort(descending=True)
+    matched = descending[lead[descending] < torch.inf].tolist()
     order = matched or [0]  # the lead is infinite if there is no correct image
     worst, rest = order[: rows // 2], order[rows // 2 :]
     positions = torch.linspace(0, len(rest) - 1, min(rows - len(worst), len(rest))).round().int().tolist()

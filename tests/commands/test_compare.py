@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import statistics
-from multiprocessing import Pipe
+from multiprocessing import Pipe, get_context
 from types import SimpleNamespace
 
 import pytest
@@ -37,6 +37,27 @@ def result(label, values, **more):
     return {"label": label, "seeds": seeds, "mean": mean, "std": std, "history": history, "config": config} | more
 
 
+@pytest.fixture
+def forked(monkeypatch, unchecked):
+    """Fork the worker processes, which then import nothing. The slow test below starts new ones, as a user does."""
+    fork, ends = get_context("fork"), []
+
+    def pipe():
+        ends.append(fork.Pipe())
+        return ends[-1]
+
+    def process(target, args):
+        def work():
+            for parents, _ in ends:  # which a new process does not have
+                parents.close()
+            target(*args)
+
+        return fork.Process(target=work)
+
+    monkeypatch.setattr(jobs, "get_context", lambda _: SimpleNamespace(Pipe=pipe, Process=process))
+
+
+@pytest.mark.usefixtures("forked")
 def test_cells_are_trained_resumed_and_compared(tmp_path, capfd):
     """Two processes finish two cells; a third cell fails and is named. Finished runs are kept."""
     cells = ["--cell", "plain", "adaptation=xbm", "--cell", "bad", "lr=1e30", "--cell", "XBN", "adaptation=xbn"]

@@ -1,6 +1,7 @@
 """The command of a run, parsed again, is the run's config."""
 
 from dataclasses import fields, replace
+from functools import cache
 
 import pytest
 
@@ -9,6 +10,7 @@ from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.registry import METHODS
 
+parser = cache(_parser)
 ODD = 'it\'s $HOME/a b; "c" -- \\d é'
 SPECIAL = {"save_every": "9m", "recall_ks": "1,7", "queue_size": "7", "validation": "10%"}
 SPECIAL |= {"mean": "0.5", "std": "0.1,0.2,0.3", "split_classes": "40%"}
@@ -18,7 +20,7 @@ SPECIAL |= {"loss_args": "margin=-0.5", "miner_args": "a=1"}
 def parsed(command):
     program, *words = command
     assert program == "selfsup-xbn"
-    return config_of(_parser().parse(words), METHODS[words[0]])
+    return config_of(parser().parse(words), METHODS[words[0]])
 
 
 def changed(config, item):

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from selfsup_xbn.data import load_data
+from selfsup_xbn.data import workers as reading
 from selfsup_xbn.data.datasets import cifar
 from selfsup_xbn.errors import UserError
 
@@ -20,15 +21,16 @@ def pixels(path: Path | str) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_images_of_one_size_are_in_memory_sorted_by_name(tree, workers):
-    root = tree(train={"cat": [SMALL] * 2, "ant": [SMALL] * 300}, test={"ant": [SMALL], "cat": [SMALL] * 2})
+def test_images_of_one_size_are_in_memory_sorted_by_name(tree, monkeypatch, workers):
+    monkeypatch.setattr(reading, "CHUNK", 25)  # files that a worker reads at once
+    root = tree(train={"cat": [SMALL] * 2, "ant": [SMALL] * 60}, test={"ant": [SMALL], "cat": [SMALL] * 2})
     data = load_data(f"folder:{root}", workers=workers)
     assert data.classes == ["ant", "cat"]
-    assert data.train.labels.tolist() == [0] * 300 + [1] * 2
+    assert data.train.labels.tolist() == [0] * 60 + [1] * 2
     assert data.test.labels.tolist() == [0, 1, 1]
     assert not data.disjoint
     files = sorted((root / "train").rglob("*.png"))
-    for i in (0, 249, 250, 301):
+    for i in (0, 24, 25, 61):
         assert torch.equal(data.train.images[i], pixels(files[i]))
     assert torch.equal(data.test.images[2], pixels(root / "test/cat/001.png"))
 
@@ -86,10 +88,11 @@ def test_folders_in_folders_are_a_class_each_with_joined_names(tree):
 
 
 @pytest.mark.parametrize("size", [SMALL, WIDE])
-def test_broken_file_is_named_when_the_tree_is_opened(tree, size):
-    root = tree(train={"ant": [SMALL] * 600}, test={"ant": [size]})
-    (root / "train/ant/555.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
-    with pytest.raises(UserError, match=r"^\S*train/ant/555.png: [^\n]*$"):
+def test_broken_file_is_named_when_the_tree_is_opened(tree, monkeypatch, size):
+    monkeypatch.setattr(reading, "CHUNK", 25)
+    root = tree(train={"ant": [SMALL] * 60}, test={"ant": [size]})
+    (root / "train/ant/055.png").write_bytes(b"\x89PNG\r\n\x1a\n rubbish")
+    with pytest.raises(UserError, match=r"^\S*train/ant/055.png: [^\n]*$"):
         load_data(f"folder:{root}", workers=2)
 
 

@@ -12,11 +12,13 @@ import torch
 from selfsup_xbn.data import load_data
 from selfsup_xbn.data.datasets import glyphs
 from selfsup_xbn.errors import UserError
+from tests.fixtures import without_checks
 
 
 @pytest.fixture(scope="module", params=["glyphs", "glyphs-jittered"])
 def data(request):
-    return load_data(request.param)
+    with without_checks():  # of 28,000 renderings
+        return load_data(request.param)
 
 
 def test_classes_are_disjoint_characters_each_with_enough_images(data):

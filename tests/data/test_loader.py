@@ -82,6 +82,7 @@ def test_epochs_and_seeds_give_other_views_of_the_same_sample(data):
     assert not torch.equal(view(0, 0), view(1, 0))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("augmentation", ["photo", "supervised"])
 def test_number_of_workers_changes_nothing(files, augmentation):
     one, two = (batches(files, augmentation=augmentation, workers=workers) for workers in (0, 2))
@@ -90,6 +91,7 @@ def test_number_of_workers_changes_nothing(files, augmentation):
     assert_equal_batches(two.epoch(3), one.epoch(3))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("world", [3, 4])
 def test_shards_have_all_labels_and_their_share_of_views(data, world):
     whole = list(batches(data).epoch(1))

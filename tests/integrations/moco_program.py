@@ -1,6 +1,6 @@
 """A MoCo loop as lightly's users write it, on small random views.
 
-python moco_program.py FOLDER    goes on from FOLDER/half.pt, trains in two processes, compiles; saves what came of it
+python moco_program.py FOLDER    goes on from FOLDER/half.pt, compiles; saves what came of it
 """
 
 import copy
@@ -130,5 +130,5 @@ def compare_compiled(folder):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for work in (train_in_two_processes, resume, compare_compiled):
+    for work in (resume, compare_compiled):
         work(Path(sys.argv[1]))

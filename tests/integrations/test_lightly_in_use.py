@@ -12,7 +12,15 @@ import numpy as np
 import pytest
 import torch
 from integrations.lightly_helpers import assert_same_state, pair, seeded, state
-from integrations.moco_program import DIM, STEPS, MoCo, distributed_model, resumable_model, train
+from integrations.moco_program import (
+    DIM,
+    STEPS,
+    MoCo,
+    distributed_model,
+    resumable_model,
+    train,
+    train_in_two_processes,
+)
 from torch import nn
 
 import selfsup_xbn
@@ -97,8 +105,10 @@ def test_going_on_in_a_fresh_process_is_not_having_stopped(elsewhere):
     assert_same_state(elsewhere["whole"]["state"], state(model))
 
 
-def test_two_processes_that_gather_are_one_with_the_whole_batch(elsewhere):
-    ranks = [elsewhere["rank0"], elsewhere["rank1"]]
+@pytest.mark.usefixtures("unchecked")
+def test_two_processes_that_gather_are_one_with_the_whole_batch(tmp_path):
+    train_in_two_processes(tmp_path)
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in range(2)]
     assert_same_state(ranks[0]["state"], ranks[1]["state"])
     whole = distributed_model()
     losses = train(whole, range(STEPS), batch=8)

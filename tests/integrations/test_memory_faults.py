@@ -278,6 +278,7 @@ def test_a_checkpoint_of_pml_is_taken_over(loss, batches):
         CrossBatchMemory(loss(), D, M + 1).load_state_dict(theirs.state_dict())
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 2, 1, 0), (2, 0, 3, 1)])
 @pytest.mark.parametrize("filled", [True, False])

@@ -15,7 +15,7 @@ from torch import nn
 
 from selfsup_xbn import CrossBatchMemory, FeatureQueue, losses
 
-BATCHES = {"first batch": [8], "partly filled": [8, 7], "full": [8, 8, 8], "wrapped": [8, 7, 7, 8, 5]}
+BATCHES = {"full": [8, 8, 8], "wrapped": [8, 7, 7, 8, 5]}
 
 
 @pytest.fixture(params=["default", "fixed shapes"])
@@ -39,9 +39,14 @@ def no_copy(monkeypatch):
 
 
 @pytest.mark.usefixtures("unchecked")
-@pytest.mark.parametrize("state", [*BATCHES, "enqueue_mask"])
 @pytest.mark.parametrize("miner", MINERS)
-@pytest.mark.parametrize("loss", peer.CrossBatchMemory.supported_losses())
+@pytest.mark.parametrize(
+    ("loss", "state"),
+    [
+        *itertools.product(peer.CrossBatchMemory.supported_losses(), ("wrapped", "enqueue_mask")),
+        *itertools.product(("SupConLoss", "NTXentLoss", "ContrastiveLoss"), ("full",)),
+    ],
+)
 def test_xbm_gives_pmls_values_gradients_and_memory(loss, miner, state):
     ours, theirs = both(getattr(peer, loss)(), MINERS[miner]())
     values = []
@@ -51,8 +56,10 @@ def test_xbm_gives_pmls_values_gradients_and_memory(loss, miner, state):
     assert any(values), "nothing was compared"
 
 
-@pytest.mark.parametrize("distance", [LpDistance(), CosineSimilarity()], ids=["euclidean", "cosine"])
-@pytest.mark.parametrize("margins", [None, (0.5, 1.2), (0.0, 0.3)])
+@pytest.mark.parametrize(
+    ("margins", "distance"),
+    [(None, None), *itertools.product(((0.5, 1.2), (0.0, 0.3)), (LpDistance(), CosineSimilarity()))],
+)
 @pytest.mark.parametrize("temperature", [0.3, 0.04])
 @pytest.mark.parametrize("loss", BLOCKWISE)
 @pytest.mark.usefixtures("ways_to_read", "unchecked")
@@ -78,6 +85,7 @@ def test_the_gradient_of_nt_xent_passes_gradcheck(miner):
     )
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("miner", MINERS)
 @pytest.mark.parametrize("given_by", [PairMarginMiner(0.2, 1.2), TripletMarginMiner(0.5)])
 @pytest.mark.parametrize("loss", [peer.SupConLoss(), peer.ContrastiveLoss(), peer.TripletMarginLoss()])
@@ -101,6 +109,7 @@ def test_a_batch_as_large_as_the_memory_gives_pmls_numbers():
         assert_equal_step(ours, theirs, *draw(rows))
 
 
+@pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("adaptation", ["xbn", "axbn"])
 @pytest.mark.parametrize("miner", [None, PairMarginMiner(0.2, 1.2)])
 @pytest.mark.parametrize("loss", [*BLOCKWISE, peer.ContrastiveLoss])

@@ -18,14 +18,21 @@ from selfsup_xbn.errors import UserError
 
 
 @pytest.mark.parametrize(
-    "adaptation", ["xbn", *(pytest.param(name, marks=pytest.mark.slow) for name in ("xbm", "axbn"))]
+    ("adaptation", "statistics", "steps"),
+    [
+        ("xbn", torch.float64, 400),
+        *(
+            pytest.param(adaptation, statistics, 2000, marks=pytest.mark.slow)
+            for adaptation in ADAPTATIONS
+            for statistics in (torch.float64, torch.float32)
+        ),
+    ],
 )
-@pytest.mark.parametrize("statistics", [torch.float64, pytest.param(torch.float32, marks=pytest.mark.slow)])
-def test_equals_the_literal_equations_over_2000_steps(adaptation, statistics, unchecked, monkeypatch):
+def test_equals_the_literal_equations_over_many_steps(adaptation, statistics, steps, unchecked, monkeypatch):
     monkeypatch.setattr("selfsup_xbn.memory.feature_queue.statistics_dtype", lambda device: statistics)
     size, dim, rng = 37, 5, np.random.default_rng(0)
     queue, reference = FeatureQueue(size, dim, adaptation, labels=True), ReferenceQueue(size, adaptation)
-    for step in range(2000):
+    for step in range(steps):
         rows = int(rng.integers(1, size + 1)) if step % 3 else int(rng.integers(1, 6))
         batch, labels = random_batch(rng, rows, dim), rng.integers(0, 9, rows)
         queue.adapt(torch.tensor(batch))
@@ -141,7 +148,7 @@ class QueueAgainstDeque(RuleBasedStateMachine):
 
 
 QueueAgainstDeque.TestCase.settings = settings(max_examples=40, stateful_step_count=30)
-TestQueueAgainstDeque = QueueAgainstDeque.TestCase
+TestQueueAgainstDeque = pytest.mark.usefixtures("unchecked")(QueueAgainstDeque.TestCase)
 
 
 @pytest.mark.parametrize("adaptation", MOVING)
@@ -208,7 +215,7 @@ def test_a_constant_dimension_is_shifted_not_scaled(constant_in):
     torch.testing.assert_close(queue.features()[:, 0].std(), other[:, 0].std(), rtol=1e-4, atol=1e-5)
 
 
-def test_a_dimension_that_collapses_again_and_again_stays_finite():
+def test_a_dimension_that_collapses_again_and_again_stays_finite(unchecked):
     queue, reference = FeatureQueue(64, 4), ReferenceQueue(64)
     rng = np.random.default_rng(0)
     for step in range(400):

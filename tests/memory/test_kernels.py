@@ -19,7 +19,7 @@ ADAPTATIONS = {
 }
 
 
-def batches(dtype, count=24):
+def batches(dtype, count=14):
     """Yield batches with a constant dimension, and some with a value that is not finite."""
     generator = torch.Generator().manual_seed(0)
     for i in range(count):

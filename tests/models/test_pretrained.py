@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import pickle
+from collections.abc import Callable
 from pathlib import Path
 
 import lightly
@@ -27,12 +29,17 @@ State = dict[str, torch.Tensor]
 @pytest.fixture(scope="module")
 def resnet() -> nn.Module:
     """A torchvision ResNet-18 whose parameters and statistics are not the initial ones."""
-    return random_state(torchvision.models.resnet18(num_classes=128), seed=1)
+    return random_state(lambda: torchvision.models.resnet18(num_classes=128), seed=1)
+
+
+@pytest.fixture(scope="module")
+def initial() -> Encoder:
+    return build_encoder("resnet18", 128)
 
 
 @pytest.fixture
-def encoder() -> Encoder:
-    return build_encoder("resnet18", 128)
+def encoder(initial) -> Encoder:
+    return copy.deepcopy(initial)
 
 
 @pytest.fixture
@@ -40,9 +47,13 @@ def small() -> Encoder:
     return build_encoder("convnet-digits", 8)
 
 
-def random_state(model: nn.Module, seed: int) -> nn.Module:
+def random_state(make: Callable[[], nn.Module], seed: int) -> nn.Module:
+    """A model with random parameters and statistics; the initial ones would be drawn in vain."""
     generator = torch.Generator().manual_seed(seed)
-    for tensor in model.state_dict().values():
+    with torch.device("meta"):
+        model = make()
+    for tensor in model.to_empty(device="cpu").state_dict().values():
+        tensor.zero_()
         if tensor.is_floating_point():
             tensor.copy_(torch.rand(tensor.shape, generator=generator) * 0.1 + 0.01)
     return model
@@ -77,7 +88,7 @@ def test_torchvision_state_dict_leaves_only_fc_over(encoder, resnet, tmp_path):
 
 
 def test_timm_safetensors_and_torchvision_agree_on_a_resnet(encoder, tmp_path):
-    model = random_state(timm.create_model("resnet18"), seed=2).eval()
+    model = random_state(lambda: timm.create_model("resnet18"), seed=2).eval()
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     load_weights(encoder, tmp_path / "model.safetensors")
     expected = model.forward_head(model.forward_features(images()), pre_logits=True)
@@ -85,7 +96,7 @@ def test_timm_safetensors_and_torchvision_agree_on_a_resnet(encoder, tmp_path):
 
 
 def test_moco_checkpoint_gives_the_query_encoder_and_its_fc(encoder, resnet, tmp_path):
-    keys = random_state(torchvision.models.resnet18(num_classes=128), seed=3).state_dict()
+    keys = random_state(lambda: torchvision.models.resnet18(num_classes=128), seed=3).state_dict()
     state = prefixed("module.encoder_q.", resnet.state_dict()) | prefixed("module.encoder_k.", keys)
     checkpoint = {
         "epoch": 200,
@@ -116,7 +127,7 @@ def test_lightly_example_with_numbered_children(encoder, resnet, tmp_path):
             super().__init__()
             self.backbone = nn.Sequential(*list(resnet.children())[:-1])
             self.projection_head = MoCoProjectionHead(512, 512, 128)
-            other = random_state(torchvision.models.resnet18(), seed=4)
+            other = random_state(torchvision.models.resnet18, seed=4)
             self.backbone_momentum = nn.Sequential(*list(other.children())[:-1])
 
     report = load_weights(encoder, saved({"state_dict": MoCo().state_dict(), "epoch": 3}, tmp_path))
@@ -126,7 +137,7 @@ def test_lightly_example_with_numbered_children(encoder, resnet, tmp_path):
 
 def test_lightly_checkpoint_with_named_children(encoder, resnet, tmp_path):
     state = {name: tensor for name, tensor in resnet.state_dict().items() if not name.startswith("fc.")}
-    momentum = random_state(torchvision.models.resnet18(), seed=5).state_dict()
+    momentum = random_state(torchvision.models.resnet18, seed=5).state_dict()
     load_weights(encoder, saved(prefixed("backbone.", state) | prefixed("backbone_momentum.", momentum), tmp_path))
     assert torch.equal(encoder.eval().features(images()), output_before_fc(resnet))
 

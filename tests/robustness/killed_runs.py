@@ -34,6 +34,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "checkpoint": (checkpoint, "save"),
 }
 TINY = ["--backbone", "convnet-digits", "--epochs", "3", "--drift-every", "2", "--knn-k", "5", "--dim", "16"]
+TINY += ["--limit-test", "64"]
 MODES = {
     "pretrain": [*PRETRAIN, *TINY, "--batch-size", "16", "--queue-size", "40"],
     "supervise": [*SUPERVISE, *TINY, "--batch-size", "16", "--images-per-class", "4", "--recall-ks", "1"],

@@ -75,7 +75,7 @@ def test_time_left_counts_steps_and_evaluations(monkeypatch, capsys):
     shown.close()
 
 
-def test_pretraining_without_labels_has_no_evaluation(tmp_path, capsys):
+def test_pretraining_without_labels_has_no_evaluation(tmp_path, capsys, plots):
     root = image_folder(tmp_path / "photos", classes=("a",), images=8)
     argv = ["pretrain", "--backbone", "convnet4", "--batch-size", "4", "--epochs", "1", "--workers", "0"]
     argv += ["--out", str(tmp_path / "run"), "--data", f"folder:{root}/train/a", "--image-size", "8"]

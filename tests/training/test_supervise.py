@@ -12,7 +12,7 @@ from tests.command_line import PRETRAIN, SUPERVISE, interrupted_at, refused
 from tests.finished_runs import differences
 
 SMALL = [*SUPERVISE, "--limit-train", "160", "--batch-size", "20", "--images-per-class", "4", "--epochs", "2"]
-SMALL += ["--drift-every", "4", "--recall-ks", "1,5"]
+SMALL += ["--drift-every", "4", "--recall-ks", "1,5", "--limit-test", "200"]
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,7 @@ SMALL += ["--drift-every", "4", "--recall-ks", "1,5"]
         ),
     ],
 )
-def test_resumed_run_equals_uninterrupted_run(tmp_path, memory):
+def test_resumed_run_equals_uninterrupted_run(tmp_path, memory, unchecked):
     options = [*SMALL, *memory, "--head-epochs", "1"]
     assert main([*options, "--out", str(tmp_path / "uninterrupted")]) == 0
     resumed = tmp_path / "resumed"
@@ -59,7 +59,7 @@ def test_run_ends_with_retrieval_metrics_and_a_gallery(tmp_path, capsys, picture
     assert f"{best['recall@1']:.2f}" in capsys.readouterr().out
 
 
-def test_head_stage_leaves_the_backbone_alone(tmp_path):
+def test_head_stage_leaves_the_backbone_alone(tmp_path, plots):
     torch.manual_seed(0)
     options = [*SMALL, "--head-epochs", "2", "--epochs", "1", "--lr", "0", "--weight-decay", "0"]
     main([*options, "--out", str(tmp_path)])

@@ -18,6 +18,7 @@ from tests.command_line import SUPERVISE
 
 HALF = SuperviseConfig(validation="40%", batch_size=12, images_per_class=4, seed=3)
 OPTIONS = [*SUPERVISE, "--validation", "40%", "--batch-size", "12", "--images-per-class", "4", "--epochs", "3"]
+OPTIONS += ["--limit-train", "150", "--limit-test", "100"]
 
 
 def test_validation_classes_follow_the_seed_and_do_not_train():

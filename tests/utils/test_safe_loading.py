@@ -75,7 +75,7 @@ def run(tmp_path_factory):
 def test_pickle_that_would_run_code_is_refused_everywhere(tmp_path, capsys, run, kind, seal):
     content = traps(tmp_path / "sprung")[seal + kind]
     (tmp_path / "other.pt").write_bytes(content)
-    weights = ["--weights", str(tmp_path / "other.pt"), "--backbone", "resnet18", "--data", "digits"]
+    weights = ["--weights", str(tmp_path / "other.pt"), "--backbone", "convnet-digits", "--data", "digits"]
     capsys.readouterr()
     refused(capsys, ["evaluate", "knn", *weights])
     for name, command in {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -25,6 +27,11 @@ def load(name: str, path: str, **_: object) -> ImageData:
     """
     if path:
         raise UserError(f"{name}:{path}: expected no path, because scikit-learn provides the images; write {name}")
+    return _data()
+
+
+@cache
+def _data() -> ImageData:
     digits = load_digits()
     # Gray levels from 0 to 16 are scaled to 8 bits, in one channel.
     images = torch.from_numpy((digits.images * 255 / 16).round()).to(torch.uint8)[:, None]
