@@ -24,7 +24,7 @@ from selfsup_xbn.report.curves import result_lines
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_config, read_metrics
 from selfsup_xbn.training.run import Run
-from selfsup_xbn.training.state import state_of
+from selfsup_xbn.training.state import restore, state_of
 from tests.robustness.bad_input_target import VALID, Target, seeded
 
 # ------------------------------------------------------------------------------------------------------- run folders
@@ -82,7 +82,7 @@ def write_checkpoint(folder: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> int:
-    small_run().load_state_dict(checkpoint.load(folder))
+    restore(small_run(), checkpoint.load(folder))
     return 1
 
 
