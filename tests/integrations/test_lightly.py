@@ -97,7 +97,7 @@ def test_the_bank_stays_as_it_is_for_queries_without_gradient():
     assert_same_state(before[1], state(other))
 
 
-@pytest.mark.parametrize("batch", [8, 10])
+@pytest.mark.parametrize("batch", [pytest.param(8, marks=pytest.mark.slow), 10])
 def test_moco_program_has_lightlys_loss_until_lightly_drops_rows(batch):
     def curve(criterion):
         return train(MoCo(criterion).double(), range(12), batch, torch.float64)

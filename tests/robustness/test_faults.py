@@ -13,6 +13,7 @@ def check(tmp_path, names, **numbers):
     assert [case for case in cases if not case["equal"]] == []
 
 
+@pytest.mark.slow
 def test_killed_and_damaged_runs_end_as_if_uninterrupted(tmp_path, unchecked):
     check(tmp_path, ["supervise axbn"], kills=2, damaged=1, full=1)
 

@@ -58,6 +58,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path):
     assert 0 < read_metrics(tmp_path / "resumed")[-1]["residual"] < 4
 
 
+@pytest.mark.slow
 def test_a_resumed_run_of_files_equals_uninterrupted_run(tmp_path):
     rng = np.random.default_rng(0)
     for split, count in (("train", 12), ("test", 4)):

@@ -69,7 +69,7 @@ def assert_same_run(a, b):
     ("name", "numbers"),
     [
         ("supervise xbm* after a head epoch", (2,)),
-        ("supervise axbn, queue sharded", (3,)),
+        pytest.param("supervise axbn, queue sharded", (3,), marks=pytest.mark.slow),
         pytest.param("pretrain xbn", (3, 4), marks=pytest.mark.slow),
         pytest.param("pretrain xbn, queue sharded", (4,), marks=pytest.mark.slow),
         pytest.param("pretrain xbn, two micro-batches", (2,), marks=pytest.mark.slow),
@@ -251,6 +251,7 @@ def test_only_the_first_process_needs_the_run_folder(tmp_path):
     assert all(torch.equal(value, second[name]) for name, value in first.items())
 
 
+@pytest.mark.slow
 def test_killed_process_is_restarted_and_ends_bit_for_bit(tmp_path):
     def killed(step, rank):
         attempt = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -273,7 +274,7 @@ def test_restart_does_not_continue_the_run_of_another_launch(tmp_path):
     assert contents(tmp_path / "run") == before
 
 
-@pytest.mark.parametrize("fate", ["killed", "hung"])
+@pytest.mark.parametrize("fate", ["killed", pytest.param("hung", marks=pytest.mark.slow)])
 def test_lost_process_ends_the_other_with_one_line(tmp_path, fate):
     def happens(step, rank):
         if rank == 1 and step == 3:
