@@ -68,7 +68,7 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     lines = {name: series([found.get(f"{name}, B {batch}") for batch in batches], "recall@1") for name in names}
     chart = Chart("", "batch size [images]", "Recall@1 on unseen classes [%]", batches, lines)
     title = f"{results[0]['config']['data']}: {averaged_over(results)}"
-    save_chart(path.with_suffix(".png"), title, [chart], log=True)
+    save_chart(path.with_suffix(".png"), title, [chart], log=True, legend_columns=3)
     return [*table(results, COLUMNS), "", *differences(found, names, batches)]
 
 

@@ -11,6 +11,8 @@ from experiments.pictures import Chart, save_chart
 from experiments.runs import RESULTS
 
 DRAWN = {
+    "beyond-glyphs": "beyond",
+    "beyond-omniglot": "beyond",
     "fig1-small": "fig1_sweeps",
     "fig2-small": "fig2_moco",
     "fig2-paper": "fig2_moco",
