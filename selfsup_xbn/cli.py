@@ -142,7 +142,7 @@ def _add_options(parser: Parser, base: Config, but: str = "") -> None:
             add_option(parser, item, types[item.name], getattr(base, item.name))
     for mode, kind in METHODS.items():
         for item in fields(kind):
-            if (reason := item.metadata["elsewhere"]) and not hasattr(base, item.name):
+            if (reason := item.metadata["elsewhere"]) and item.name not in types:
                 parser.elsewhere[flag_of(item)] = f", an option of {mode}: in {base.mode} {reason}"
 
 

@@ -162,6 +162,8 @@ class Config:
     head_epochs = 0
     head_lr = 0.0
     validation = "0"
+    renew = 0
+    drift_residual = False
 
     def __post_init__(self) -> None:
         """Check the type, the choices and the bounds of each field."""

@@ -26,7 +26,7 @@ SAMPLE = 256
 
 def renews(config: Config) -> bool:
     """Return whether a run embeds images of rows again."""
-    return getattr(config, "renew", 0) > 0 or getattr(config, "drift_residual", False)
+    return config.renew > 0 or config.drift_residual
 
 
 class Renewal:
@@ -54,10 +54,9 @@ class Renewal:
     ) -> None:
         assert method.queue is not None
         self.encoder, self.views, self.batch_size = method.encoder, views, config.batch_size
-        self.rows = RowImages(method.queue, SAMPLE if getattr(config, "drift_residual", False) else 0)
-        renewed = getattr(config, "renew", 0)
-        self.interval = -(-self.batch_size // renewed) if renewed else 0
-        self.count = min(self.interval * renewed, method.queue.size)
+        self.rows = RowImages(method.queue, SAMPLE if config.drift_residual else 0)
+        self.interval = -(-self.batch_size // config.renew) if config.renew else 0
+        self.count = min(self.interval * config.renew, method.queue.size)
 
     def renew(self, epoch: int, step: int, enqueued: int) -> None:
         """Renew rows, if it is time to.
