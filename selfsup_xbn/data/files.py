@@ -139,7 +139,7 @@ class FileTransform:
     def __call__(self, image: Image.Image) -> tuple[UInt8[Tensor, "C S S"], Bool[Tensor, "2 S"] | None]:
         """Return the pixels, and which rows and which columns are those of the box, or ``None`` without ``erase``.
 
-        The box is to be set to 0 after the normalization, where 0 is the mean colour.
+        The box is to be set to 0 after the normalization, where 0 is the mean color.
         """
         pixels = to_bytes(self.augment(image))
         if self.erase is None:
@@ -156,7 +156,7 @@ def file_transform(name: str, data: ImageData) -> FileTransform:
             ``"supervised"`` timm's RandAugment (rand-m9-mstd0.5) with random erasing of probability 0.2, and
             ``"none"`` the evaluation view. The conversion to floating point, the normalization and the erasing, which
             are the last steps of these transforms, are left to ``float_views`` of ``file_views.py``.
-        data: The side of the views, and the mean colour, with which RandAugment fills empty corners.
+        data: The side of the views, and the mean color, with which RandAugment fills empty corners.
 
     Raises:
         UserError: If the family does not exist.

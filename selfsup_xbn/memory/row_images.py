@@ -97,8 +97,8 @@ class RowImages(nn.Module):
             slots: slots of rows.
             embeddings: embeddings of the images of these rows, in the space of the adapted rows.
         """
-        queue = self.queue
-        stored = queue.affine_map().inverse(embeddings.to(queue.affine_map().scale.dtype)).to(queue.rows.dtype)
+        queue, affine_map = self.queue, self.queue.affine_map()
+        stored = affine_map.inverse(embeddings.to(affine_map.scale.dtype)).to(queue.rows.dtype)
         replaced, entering = queue.rows[slots], power_sums(stored, queue.sums.dtype)
         finite = entering.sum() < torch.inf
         if queue.adaptation.moves_queue:
@@ -131,6 +131,8 @@ class RowImages(nn.Module):
     def _note_new(self, slots: Int64[Tensor, "R"], changed: Bool[Tensor, ""]) -> None:
         """Note the age of rows that were just written and, for the sampled ones, their embeddings."""
         self.recorded_at.index_copy_(0, slots, torch.where(changed, self.queue.written, self.recorded_at[slots]))
+        if not len(self.sample):
+            return
         written = torch.zeros_like(self.images, dtype=torch.bool).index_fill_(0, slots, True)  # isin waits for a GPU
         fresh = written[self.sample] & changed
         rows = self.queue.affine_map()(self.queue.rows[self.sample]).to(self.new.dtype)
