@@ -135,9 +135,9 @@ class _WeightedSum:
 
     def __init__(self, anchors: Float[Tensor, "B D"], pairs: Pairs) -> None:
         self.anchors, self.follows, self.temperature = anchors, pairs.following is not None, pairs.temperature
-        kept = 4 if self.follows else 1
-        self.sums = list(anchors.new_zeros(kept, *anchors.shape).unbind())  # of u; over old rows of u, c u * u, c u / n
-        self.inverse = anchors.new_zeros(len(anchors), 1)  # over old rows of 1 / n
+        self.sums = [torch.zeros_like(anchors)]  # of u
+        if self.follows:  # and over old rows of u, c u * u, c u / n and 1 / n
+            self.sums += [*anchors.new_zeros(3, *anchors.shape).unbind(), anchors.new_zeros(len(anchors), 1)]
 
     def cosines(self, logits: Float[Tensor, "B b"]) -> Float[Tensor, "B b"] | None:
         """Return what ``add_`` needs of logits, before they are overwritten."""
@@ -148,23 +148,23 @@ class _WeightedSum:
         self.sums[0].addmm_(weights, rows.unit)
         if cosines is not None and rows.old is not None:
             weights, length = weights * rows.old, rows.length.to(weights.dtype)
-            self.inverse.addmm_(weights, length.reciprocal())
             self.sums[1].addmm_(weights, rows.unit)
+            self.sums[4].addmm_(weights, length.reciprocal())
             weights.mul_(cosines)
             self.sums[2].addmm_(weights, rows.unit.square())
             self.sums[3].addmm_(weights, rows.unit / length)
 
     def mul_(self, factor: Float[Tensor, "B 1"]) -> None:
         """Multiply all sums."""
-        for values in (*self.sums, self.inverse):
+        for values in self.sums:
             values.mul_(factor)
 
     def result(self) -> list[Float[Tensor, "B D"]]:
         """Return the sum of the unit rows and, if rows follow a map, those of dc / dscale and dc / dshift."""
         if not self.follows:
             return self.sums
-        unit, old, squares, slopes = self.sums
-        return [unit, self.anchors * old - squares, self.anchors * self.inverse - slopes]
+        unit, old, squares, slopes, inverse = self.sums
+        return [unit, self.anchors * old - squares, self.anchors * inverse - slopes]
 
 
 class _OnlineSoftmax:
