@@ -92,7 +92,7 @@ def _difference(found: dict[str, Result], name: str, batch: int) -> str:
 SCALES = {
     "glyphs": cells(GLYPHS, more_epochs=3),
     "omniglot": cells(OMNIGLOT, more_epochs=4),
-    "cars196": cells(CARS196, more_epochs=8, batches=(16, 64)),
+    "cars196": cells(CARS196, more_epochs=4, batches=(16, 64)),
     "search": searched(GLYPHS) | searched(OMNIGLOT),
 }
 

@@ -34,7 +34,7 @@ COLUMNS = {
     "recall@1_backbone_untrained": "backbone before training",
 }
 LR = 1e-4
-BASE = recipe("photos", data="cars196", image_size=96, batch_size=64, lr=LR, epochs=6, drift_every=10, workers=0)
+BASE = recipe("photos", data="cars196", image_size=96, batch_size=64, lr=LR, epochs=3, drift_every=20, workers=0)
 SEARCHED = (1e-4, 3e-4, 1e-3)
 BATCHES = (64, 16)
 
