@@ -35,13 +35,18 @@ torch.ones(
 
 def pytest_collection_finish():
     """Spare the garbage collector, and the pages that processes share after a fork, what is there for all tests."""
+    gc.enable()
     gc.collect()
     gc.freeze()
 
 
+# torch.manual_seed keeps a formatted stack of each call until CUDA is initialized.
+SEED = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+
+
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(0)
+    SEED(0)
 
 
 @contextlib.contextmanager

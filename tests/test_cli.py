@@ -206,6 +206,7 @@ assert "torch" not in sys.modules
     assert "--adaptation" in printed
 
 
+@pytest.mark.slow
 def test_encoder_from_a_file_is_evaluated(tmp_path, capsys):
     from torchvision.models import resnet18
 

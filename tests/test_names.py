@@ -61,6 +61,7 @@ def evil_photos(tmp_path):
     return root
 
 
+@pytest.mark.slow
 def test_names_of_files_and_classes_reach_no_output_raw(tmp_path, evil_photos, capsys, pictures, monkeypatch):
     titles, suptitle = [], Figure.suptitle
     monkeypatch.setattr(

@@ -45,6 +45,7 @@ def close(found, wanted):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_resnet18_loads_into_torchvisions_as_it_is(tmp_path, capsys):
     encoder = made_run(tmp_path, backbone="resnet18", bn_splits=8)
     assert main(["export", str(tmp_path), "--format", "torchvision"]) == 0
@@ -60,6 +61,7 @@ def test_resnet18_loads_into_torchvisions_as_it_is(tmp_path, capsys):
 
 
 @torch.no_grad()
+@pytest.mark.slow
 def test_resnet_for_small_images_loads_after_the_printed_change(tmp_path):
     encoder = made_run(tmp_path, channels=1, backbone="resnet18-cifar", bn_splits=2)
     (change,) = [

@@ -15,7 +15,7 @@ from selfsup_xbn.errors import UserError
 from tests.fixtures import without_checks
 
 
-@pytest.fixture(scope="module", params=["glyphs", "glyphs-jittered"])
+@pytest.fixture(scope="module", params=["glyphs", pytest.param("glyphs-jittered", marks=pytest.mark.slow)])
 def data(request):
     with without_checks():  # of 28,000 renderings
         return load_data(request.param)
@@ -72,6 +72,7 @@ def test_digest_is_that_of_images_and_labels(data):
     assert data.digest == digest.hexdigest()
 
 
+@pytest.mark.slow
 def test_both_data_sets_have_the_same_characters():
     upright, jittered = load_data("glyphs"), load_data("glyphs-jittered")
     assert upright.classes == jittered.classes

@@ -60,7 +60,7 @@ def test_xbm_gives_pmls_values_gradients_and_memory(loss, miner, state):
     ("margins", "distance"),
     [(None, None), *itertools.product(((0.5, 1.2), (0.0, 0.3)), (LpDistance(), CosineSimilarity()))],
 )
-@pytest.mark.parametrize("temperature", [0.3, 0.04])
+@pytest.mark.parametrize("temperature", [pytest.param(0.3, marks=pytest.mark.slow), 0.04])
 @pytest.mark.parametrize("loss", BLOCKWISE)
 @pytest.mark.usefixtures("ways_to_read", "unchecked")
 def test_the_blockwise_way_gives_pmls_numbers(loss, temperature, margins, distance):

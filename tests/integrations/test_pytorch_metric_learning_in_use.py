@@ -244,6 +244,7 @@ def test_lightning_checkpoint_contains_the_memory(tmp_path):
     assert torch.equal(resumed.memory.embedding_memory, whole.memory.embedding_memory)
 
 
+@pytest.mark.slow
 def test_pmls_trainer_and_tester_run_with_ours_as_with_pmls():
     program = pytest.importorskip("experiments.dropin.pml_supervised")
     pytest.importorskip("faiss")

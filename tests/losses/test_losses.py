@@ -109,7 +109,7 @@ def expected_loss(name, z, y, queue, temperature=0.1, self_indices=None, miner=N
 
 @pytest.mark.usefixtures("unchecked")
 @pytest.mark.parametrize("rows", [0, 7, 45, 60, 97])
-@pytest.mark.parametrize("temperature", [0.1, 0.02])
+@pytest.mark.parametrize("temperature", [0.1, pytest.param(0.02, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     ("loss", "miner"), [("info_nce", None), *itertools.product(("sup_con", "nt_xent"), (None, PairMargin(0.7, 1.1)))]
 )

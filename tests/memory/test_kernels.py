@@ -38,7 +38,7 @@ def batches(dtype, count=14):
 @pytest.mark.parametrize(
     ("adaptation", "dtype"),
     [
-        ("xbm", torch.float16),
+        pytest.param("xbm", torch.float16, marks=pytest.mark.slow),
         ("axbn", torch.float32),
         pytest.param("xbn", torch.float32, marks=pytest.mark.slow),
         pytest.param("xbn", torch.bfloat16, marks=pytest.mark.slow),

@@ -66,6 +66,7 @@ def test_kernels_equal_pytorch_in_float64(case, layout):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.slow
 def test_half_precision_has_float32_statistics(dtype):
     norm, images, slopes = drawn("odd", dtype, torch.channels_last)
     y, grad_x, *rest = outputs(copy.deepcopy(norm), images, slopes)
@@ -78,6 +79,7 @@ def test_half_precision_has_float32_statistics(dtype):
         assert error(value, reference) < 2e-6
 
 
+@pytest.mark.slow
 def test_large_offset_does_not_cancel():
     norm, images, slopes = drawn("several parts")
     images = images + 1000
@@ -86,7 +88,8 @@ def test_large_offset_does_not_cancel():
         assert error(value, reference) < 2e-4  # float32 rounds 1000 to 6e-5
 
 
-@pytest.mark.parametrize("layout", ["channels last", pytest.param("contiguous", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("layout", ["channels last", "contiguous"])
+@pytest.mark.slow
 def test_kernels_take_other_strides(layout):
     norm, images, slopes = drawn("odd", layout=FORMATS[layout])
     expected = outputs(copy.deepcopy(norm), images, slopes)
@@ -106,6 +109,7 @@ def test_output_and_gradient_keep_the_memory_format(layout):
     assert grad_x.is_contiguous(memory_format=FORMATS[layout])
 
 
+@pytest.mark.slow
 def test_layer_without_parameters_and_without_gradient():
     _, images, slopes = drawn("odd")
     plain, fused = (SplitBatchNorm2d(5, 4, affine=False).to(DEVICE) for _ in "ab")
@@ -125,6 +129,7 @@ def test_nan_stays_in_its_channel_and_split():
     assert norm.running_mean.isnan().nonzero().flatten().tolist() == [2]
 
 
+@pytest.mark.slow
 def test_inplace_relu_after_the_kernels():
     norm, images, slopes = drawn("odd")
     reference = copy.deepcopy(norm)

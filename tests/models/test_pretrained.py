@@ -219,7 +219,12 @@ def test_lines_count_everything_and_cut_long_lists(encoder, resnet, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("source", "target"), [("resnet50", "resnet18"), ("resnet34", "resnet18"), ("resnet18", "resnet34")]
+    ("source", "target"),
+    [
+        ("resnet18", "resnet34"),
+        pytest.param("resnet34", "resnet18", marks=pytest.mark.slow),
+        pytest.param("resnet50", "resnet18", marks=pytest.mark.slow),
+    ],
 )
 def test_network_that_fits_by_half_is_refused(source, target, tmp_path):
     """All tensors of ResNet-18 fit ResNet-34, and the other way round."""

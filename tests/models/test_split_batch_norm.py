@@ -108,6 +108,7 @@ def test_bfloat16_input_is_normalized_with_float32_statistics():
     torch.testing.assert_close(got.float(), expected, rtol=2**-7, atol=2**-7)
 
 
+@pytest.mark.slow
 def test_compiles_as_one_graph_with_the_same_result(unchecked):
     eager, plain = filled(SplitBatchNorm2d(6, 4)), filled(SplitBatchNorm2d(6, 4))
     compiled = torch.compile(plain, backend="aot_eager", fullgraph=True)

@@ -24,6 +24,7 @@ def expected(folder):
     return found
 
 
+@pytest.mark.slow
 def test_resumed_run_has_each_step_once(tmp_path):
     pytest.importorskip("tensorboard")
     with interrupted_at(5):

@@ -47,6 +47,7 @@ def trained(**changes):
         yield run, batch
 
 
+@pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
     options = [*OPTIONS, *BOTH]
     assert main([*options, "--out", str(tmp_path / "uninterrupted")]) == 0
@@ -77,6 +78,7 @@ def test_a_resumed_run_of_files_equals_uninterrupted_run(tmp_path):
     assert differences(tmp_path / "uninterrupted", tmp_path / "resumed") == []
 
 
+@pytest.mark.slow
 def test_the_drift_residual_changes_nothing(tmp_path):
     for name, options in (("with", ["--drift-residual"]), ("without", [])):
         assert main([*OPTIONS, "--out", str(tmp_path / name), *options]) == 0

@@ -67,6 +67,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, adaptation, unchecked):
 
 
 @pytest.mark.usefixtures("unchecked")
+@pytest.mark.slow
 def test_resumed_run_with_workers_equals_uninterrupted_run(tmp_path, image_folder):
     options = ["pretrain", "--data", f"folder:{image_folder}", "--batch-size", "8", "--queue-size", "16"]
     options += ["--epochs", "2", "--image-size", "32", "--backbone", "convnet-digits", "--knn-k", "5"]

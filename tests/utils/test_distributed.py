@@ -93,7 +93,8 @@ def test_several_processes_equal_one_after_twenty_steps(tmp_path, name, numbers)
         assert read_metrics(tmp_path / "one")[0] == read_metrics(tmp_path / f"of {processes}")[0]
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 4])
 def test_split_batch_norm_equals_that_of_one_process(tmp_path, processes):
     options = ["pretrain", "--limit-train", "128", "--batch-size", "32", "--queue-size", "64", "--lr", "0.001"]
     options += ["--recipe", "digits", "--epochs", "1", "--bn-splits", "4", "--symmetric", "--drift-every", "2"]
@@ -106,6 +107,7 @@ def test_split_batch_norm_equals_that_of_one_process(tmp_path, processes):
     assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_signal_to_one_process_stops_all_and_any_number_resumes(tmp_path):
     options = [*PRETRAIN, "--adaptation", "axbn", "--shard-queue"]
     parts = str(tmp_path / "parts")
@@ -147,6 +149,7 @@ def test_three_resumed_processes_equal_uninterrupted_ones(tmp_path):
     assert all(torch.equal(value, parts[name]) for name, value in whole.items())
 
 
+@pytest.mark.slow
 def test_signal_to_the_process_group_spares_the_data_workers(tmp_path):
     root = image_folder(tmp_path / "photos", classes=("a", "b", "c"), images=16)
     Image.new("RGB", (11, 9)).save(root / "train" / "a" / "0.png")  # of another size: read from disk
@@ -223,6 +226,7 @@ def test_processes_that_differ_are_refused(tmp_path):
     assert "got '18 images" in "".join(ended.err)
 
 
+@pytest.mark.slow
 def test_only_the_first_process_needs_the_run_folder(tmp_path):
     options = ["pretrain", "--limit-train", "128", "--batch-size", "64", "--queue-size", "64", "--backbone", "plain"]
     options += ["--recipe", "digits"]
@@ -264,6 +268,7 @@ def test_killed_process_is_restarted_and_ends_bit_for_bit(tmp_path):
     assert differences(tmp_path / "whole", tmp_path / "parts") == []
 
 
+@pytest.mark.slow
 def test_restart_does_not_continue_the_run_of_another_launch(tmp_path):
     run = ["--out", str(tmp_path / "run")]
     assert launch(tmp_path / "a", 2, [*PRETRAIN, *run, "--epochs", "1"]).codes == [0, 0]
