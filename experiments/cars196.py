@@ -35,7 +35,7 @@ COLUMNS = {
 }
 LR = 1e-4
 BASE = recipe("photos", data="cars196", image_size=96, batch_size=64, lr=LR, epochs=3, drift_every=20, workers=0)
-SEARCHED = (1e-4, 3e-4, 1e-3)
+SEARCHED = (3e-5, 1e-4, 3e-4)
 BATCHES = (64, 16)
 
 
