@@ -136,7 +136,7 @@ class _WeightedSum:
     def __init__(self, anchors: Float[Tensor, "B D"], pairs: Pairs) -> None:
         self.anchors, self.follows, self.temperature = anchors, pairs.following is not None, pairs.temperature
         self.sums = [torch.zeros_like(anchors)]  # of u
-        if self.follows:  # and over old rows of u, c u * u, c u / n and 1 / n
+        if self.follows:  # and over constant rows of u, over all others of c u * u, c u / n and 1 / n
             self.sums += [*anchors.new_zeros(3, *anchors.shape).unbind(), anchors.new_zeros(len(anchors), 1)]
 
     def cosines(self, logits: Float[Tensor, "B b"]) -> Float[Tensor, "B b"] | None:
@@ -146,13 +146,16 @@ class _WeightedSum:
     def add_(self, weights: Float[Tensor, "B b"], rows: Rows, cosines: Float[Tensor, "B b"] | None) -> None:
         """Add a block."""
         self.sums[0].addmm_(weights, rows.unit)
-        if cosines is not None and rows.old is not None:
-            weights, length = weights * rows.old, rows.length.to(weights.dtype)
-            self.sums[1].addmm_(weights, rows.unit)
-            self.sums[4].addmm_(weights, length.reciprocal())
-            weights.mul_(cosines)
-            self.sums[2].addmm_(weights, rows.unit.square())
-            self.sums[3].addmm_(weights, rows.unit / length)
+        if cosines is None:
+            return
+        if rows.constant is not None:
+            self.sums[1].addmm_(weights * rows.constant, rows.unit)
+            weights = weights * ~rows.constant
+        inverse = rows.length.to(weights.dtype).reciprocal()
+        self.sums[4].addmm_(weights, inverse)
+        weights = weights * cosines
+        self.sums[2].addmm_(weights, rows.unit.square())
+        self.sums[3].addmm_(weights.mul_(inverse.T), rows.unit)
 
     def mul_(self, factor: Float[Tensor, "B 1"]) -> None:
         """Multiply all sums."""
@@ -163,8 +166,8 @@ class _WeightedSum:
         """Return the sum of the unit rows and, if rows follow a map, those of dc / dscale and dc / dshift."""
         if not self.follows:
             return self.sums
-        unit, old, squares, slopes, inverse = self.sums
-        return [unit, self.anchors * old - squares, self.anchors * inverse - slopes]
+        unit, constant, squares, slopes, inverse = self.sums
+        return [unit, self.anchors * (unit - constant) - squares, self.anchors * inverse - slopes]
 
 
 class _OnlineSoftmax:

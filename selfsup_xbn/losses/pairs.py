@@ -29,7 +29,7 @@ class Rows(NamedTuple):
 
     unit: Float[Tensor, "b D"]
     length: Float[Tensor, "b 1"]  # before they were divided by it
-    old: Bool[Tensor, "b"] | None  # which of them follow the batch; None: no gradient by the memory is computed
+    constant: Bool[Tensor, "b"] | None  # which of them do not follow the batch; None: all do, or it does not matter
 
 
 PairBlock = tuple[Rows, Tensor, Tensor, Tensor]
@@ -148,8 +148,10 @@ class Pairs:
         affine_map = self.queue.affine_map()
         for block in blocks:
             unit, length = unit_embeddings(affine_map(block.rows))
-            old = None if self.following is None else self.following.old(block.slots)
-            rows = Rows(unit.to(anchors.dtype), length, old)
+            constant = None if self.following is None else self.following.constant(block.slots)
+            if constant is not None and can_sync(constant) and not constant.any():
+                constant = None  # most blocks hold no row of the batch
+            rows = Rows(unit.to(anchors.dtype), length, constant)
             yield block, rows, (rows.unit @ scaled.T).T  # a CPU multiplies faster with the rows on the left
 
     def _choose(self, block: Block, logits: Tensor) -> tuple[Bool[Tensor, "B b"], Bool[Tensor, "B b"]]:

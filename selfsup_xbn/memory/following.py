@@ -59,19 +59,19 @@ class Following:
         self.alone = self.before == 1 if len(batch) > 1 else torch.ones_like(self.before, dtype=torch.bool)
         self.map = _identity_through(batch)
 
-    def old(self, slots: slice | Int64[Tensor, "b"]) -> Bool[Tensor, "b"]:
-        """Return which of the rows at these slots follow the batch: those that it moved.
+    def constant(self, slots: slice | Int64[Tensor, "b"]) -> Bool[Tensor, "b"]:
+        """Return which of the rows at these slots do not follow the batch: its own, which it did not move.
 
         Nothing moves for a batch or a queue of one row.
         """
         if isinstance(slots, slice):
             slots = torch.arange(slots.start, slots.stop, device=self.before.device)
         of_batch = (slots - self.before).remainder_(self.size) < self.taken
-        return of_batch.logical_or_(self.alone).logical_not_()
+        return of_batch.logical_or_(self.alone)
 
     def rows(self, rows: Float[Tensor, "b D"], slots: slice | Int64[Tensor, "b"]) -> Float[Tensor, "b D"]:
         """Return the adapted rows at these slots, with their gradient by the batch."""
-        return torch.where(self.old(slots)[:, None], self.map(rows), rows)
+        return torch.where(self.constant(slots)[:, None], rows, self.map(rows))
 
 
 def check_follows(queue: FeatureQueue) -> None:
