@@ -91,6 +91,10 @@ class Pairs:
     ) -> None:
         below, above = (float("inf"), -float("inf")) if miner is None else miner.similarity_bounds()
         self.queue, self.self_indices = queue, self_indices
+        self.own_range: tuple[int, int] | None = None  # lowest and highest own slot, where the host can read them
+        if self_indices is not None and self_indices.numel() and can_sync(self_indices):
+            lowest, highest = self_indices.aminmax()
+            self.own_range = int(lowest), int(highest)
         self.following = None if adapted_to is None or queue is None else Following(queue, adapted_to)
         self.temperature: Any = temperature  # a tensor where all pairs are in one matrix
         self.below: Any = below / self.temperature
@@ -164,11 +168,15 @@ class Pairs:
             positive, negative = positive & ~excluded, negative & ~excluded
         return positive, negative
 
-    def _own_slots(self) -> list[Int64[Tensor, "B"]]:
-        """Return the columns of ``self_indices``."""
+    def _own_slots(self, slots: slice | Tensor) -> list[Int64[Tensor, "B"]]:
+        """Return the columns of ``self_indices``, if any of them may be in the block with these slots."""
         indices = self.self_indices
         if indices is None:
             return []
+        if self.own_range is not None and isinstance(slots, slice):
+            lowest, highest = self.own_range
+            if highest < slots.start or slots.stop <= lowest:  # as in most blocks
+                return []
         return [indices] if indices.ndim == 1 else [*indices.unbind(1)]
 
     def _leave_out_(self, logits: Float[Tensor, "B b"], block: Block) -> None:
@@ -176,7 +184,7 @@ class Pairs:
         assert isinstance(block.slots, slice)
         if block.valid is not None:
             logits.masked_fill_(~block.valid, NOT_COUNTED)
-        for index in self._own_slots():
+        for index in self._own_slots(block.slots):
             column = index[:, None] - block.slots.start
             nearest = column.clamp(0, logits.shape[1] - 1)
             kept = logits.gather(1, nearest).masked_fill_(column == nearest, NOT_COUNTED)
@@ -185,10 +193,8 @@ class Pairs:
     def _excluded(self, block: Block) -> Bool[Tensor, "*B b"] | None:
         """Return which pairs are with an empty slot or with the anchor's own row; None if none is."""
         excluded = None if block.valid is None else ~block.valid
-        indices, slots = self._own_slots(), block.slots
+        indices, slots = self._own_slots(block.slots), block.slots
         if isinstance(slots, slice):
-            if can_sync(block.rows):  # most blocks hold no row of the batch
-                indices = [index for index in indices if ((index >= slots.start) & (index < slots.stop)).any()]
             slots = torch.arange(slots.start, slots.stop, device=block.rows.device)
         for index in indices:
             own = (slots[:, None] == index).T  # lies in memory as the logits do
