@@ -25,12 +25,12 @@ import torch
 from experiments.benchmarks.evaluators import knn_faiss, knn_ours
 from experiments.benchmarks.parts import Part, measure, report
 from experiments.runs import RESULTS
-from selfsup_xbn.evaluation import knn, neighbours
+from selfsup_xbn.evaluation import knn, neighbors
 
 FAISS = "faiss-cpu"
 PARTS = (
     Part(knn, "normalize_features", "queries and bank at unit length"),
-    Part(neighbours, "_products", "products"),
+    Part(neighbors, "_products", "products"),
     Part(knn, "top_k", "the k largest of each query"),
 )
 

@@ -22,7 +22,7 @@ from jaxtyping import Float, Float32, Int, Int64, Shaped
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation.neighbours import normalize_features, similarity_blocks, top_k
+from selfsup_xbn.evaluation.neighbors import normalize_features, similarity_blocks, top_k
 from selfsup_xbn.utils.labels import class_indices
 
 

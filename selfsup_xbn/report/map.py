@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, Float32, Int64
 from torch import Tensor
 
-from selfsup_xbn.evaluation.neighbours import normalize_features
+from selfsup_xbn.evaluation.neighbors import normalize_features
 
 METHOD = "t-SNE"
 

@@ -28,7 +28,7 @@ from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.training.cuda_graph import CaptureError, GraphedStep
 from selfsup_xbn.training.data_parallel import GradientSum
 from selfsup_xbn.training.metrics import MetricAccumulator, add_gaps, queue_record
-from selfsup_xbn.training.optimisation import learning_rate, make_optimizer, set_learning_rate
+from selfsup_xbn.training.optimization import learning_rate, make_optimizer, set_learning_rate
 from selfsup_xbn.training.preflight import check_config, check_memory, check_sizes
 from selfsup_xbn.training.renewal import Renewal, renews
 from selfsup_xbn.utils import distributed

@@ -10,7 +10,7 @@ import torch
 from selfsup_xbn.config.saved import differences, from_resolved
 from selfsup_xbn.config.schema import resolved
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.training.optimisation import load_optimizer_state
+from selfsup_xbn.training.optimization import load_optimizer_state
 from selfsup_xbn.training.run import Run
 
 

@@ -10,8 +10,8 @@ from sklearn.neighbors import KNeighborsClassifier
 from torch.nn.functional import normalize
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation import knn_classify, neighbours
-from selfsup_xbn.evaluation.neighbours import CHUNK
+from selfsup_xbn.evaluation import knn_classify, neighbors
+from selfsup_xbn.evaluation.neighbors import CHUNK
 
 
 def clustered(count, classes, dim, seed, spread=1.5):
@@ -44,7 +44,7 @@ def test_equals_lightly():
 def test_block_size_does_not_change_the_answer(budget, monkeypatch):
     (queries, _), (bank, labels) = clustered(150, 5, 8, 4), clustered(400, 5, 8, 5)
     expected = knn_classify(queries, bank, labels, 5, k=30)
-    monkeypatch.setattr(neighbours, "BLOCK", budget)
+    monkeypatch.setattr(neighbors, "BLOCK", budget)
     assert torch.equal(knn_classify(queries, bank, labels, 5, k=30), expected)
 
 
@@ -57,7 +57,7 @@ def test_votes_equal_a_full_sort_across_chunks(k):
 
 
 def test_exclude_self_equals_leaving_each_row_out_of_the_bank(monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", 700)
+    monkeypatch.setattr(neighbors, "BLOCK", 700)
     bank, labels = clustered(60, 4, 6, 6)
     bank = torch.cat([bank, bank[:10]])  # a duplicate is a neighbor, only the row itself is not
     labels = torch.cat([labels, labels[:10].flip(0)])

@@ -9,8 +9,8 @@ from pytorch_metric_learning.utils.inference import CustomKNN
 from torch.nn.functional import normalize
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation import neighbours, recall_at_k, retrieval_metrics
-from selfsup_xbn.evaluation.neighbours import CHUNK
+from selfsup_xbn.evaluation import neighbors, recall_at_k, retrieval_metrics
+from selfsup_xbn.evaluation.neighbors import CHUNK
 
 KS = (1, 2, 5, 10, 1000)
 
@@ -90,7 +90,7 @@ def test_equals_pytorch_metric_learning(same_set, seed):
 def test_block_size_does_not_change_the_answer(budget, same_set, monkeypatch):
     given = sides(tied, same_set, 5)
     expected = retrieval_metrics(*given, ks=KS)
-    monkeypatch.setattr(neighbours, "BLOCK", budget)
+    monkeypatch.setattr(neighbors, "BLOCK", budget)
     assert retrieval_metrics(*given, ks=KS) == expected
 
 
@@ -100,7 +100,7 @@ def test_block_size_does_not_change_the_answer(budget, same_set, monkeypatch):
 def test_metrics_equal_brute_force_with_ties_across_chunks(make, same_set, chunk, monkeypatch):
     given = sides(make, same_set, 7)
     expected = brute_force(*given)
-    monkeypatch.setattr(neighbours, "CHUNK", chunk)
+    monkeypatch.setattr(neighbors, "CHUNK", chunk)
     assert int(given[1].unique(return_counts=True)[1].max()) > 40  # the largest class spans chunks of 16
     assert retrieval_metrics(*given, ks=KS) == pytest.approx(expected, abs=1e-9)
     assert recall_at_k(*given, ks=KS) == pytest.approx({k: expected[f"recall@{k}"] for k in KS}, abs=1e-9)

@@ -17,7 +17,7 @@ from selfsup_xbn.methods import metric_learning
 from selfsup_xbn.methods.metric_learning import MetricLearning, SupCon, make_loss
 from selfsup_xbn.methods.pml_loss import PmlLoss
 from selfsup_xbn.models.encoder import Encoder
-from selfsup_xbn.training.optimisation import make_optimizer
+from selfsup_xbn.training.optimization import make_optimizer
 
 
 def method_of(loss, size=60):

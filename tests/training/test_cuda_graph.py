@@ -8,7 +8,7 @@ from torch import nn
 
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.training.cuda_graph import CaptureError, GraphedStep
-from selfsup_xbn.training.optimisation import load_optimizer_state, make_optimizer
+from selfsup_xbn.training.optimization import load_optimizer_state, make_optimizer
 from selfsup_xbn.training.run import Run
 
 SMALL = {"device": "cpu", "limit_train": 128, "limit_test": 64, "batch_size": 32, "epochs": 2, "drift_every": 0}

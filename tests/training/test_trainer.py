@@ -18,7 +18,7 @@ from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.errors import Diverged
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
-from selfsup_xbn.training.optimisation import learning_rate
+from selfsup_xbn.training.optimization import learning_rate
 from selfsup_xbn.training.trainer import train
 from tests.command_line import PRETRAIN, each_step, interrupted_at
 from tests.finished_runs import differences

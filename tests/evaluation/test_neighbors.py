@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from selfsup_xbn.errors import UserError
-from selfsup_xbn.evaluation import neighbours
-from selfsup_xbn.evaluation.neighbours import CHUNK, normalize_features, similarity_blocks, top_k
+from selfsup_xbn.evaluation import neighbors
+from selfsup_xbn.evaluation.neighbors import CHUNK, normalize_features, similarity_blocks, top_k
 
 
 @settings(max_examples=200, deadline=None)
@@ -39,7 +39,7 @@ def test_top_k_handles_rows_of_minus_infinity():
 @pytest.mark.parametrize("count", [1, 2, 7, 50])
 @pytest.mark.parametrize("budget", [1, 60, 200, 10_000])
 def test_blocks_cover_the_product_in_order_within_the_budget(count, budget, monkeypatch):
-    monkeypatch.setattr(neighbours, "BLOCK", budget)
+    monkeypatch.setattr(neighbors, "BLOCK", budget)
     queries, gallery = torch.randn(count, 6), torch.randn(20, 6)
     parts = [(rows, block.clone()) for rows, block in similarity_blocks(queries, gallery)]
     assert [i for rows, _ in parts for i in range(rows.start, rows.stop)] == list(range(count))
