@@ -122,23 +122,27 @@ class Run:
             torch.manual_seed(seed_for(self.config.seed, rank(), self.epoch, self.step))
         set_learning_rate(self.optimizer, self.lr)
         views = tuple(view.contiguous(memory_format=self.layout) for view in batch.views)
-        if self.renewal is not None and not self.head_stage:
+        renewal = None if self.head_stage else self.renewal
+        if renewal is not None:
             with self._precision():
-                self.renewal.renew(self.epoch, self.step, self._position[0])
+                renewal.renew(self.epoch, self.step, self._position[0])
         measured = self.config.drift_every > 0 and self.step % self.config.drift_every == 0
         if self.method.queue is not None:
             self.method.queue.recording = measured
         if measured:
             self.drift.update()
         loss = (self._step if measured or self.graphed is None else self._graphed)(views, batch.labels)
-        if self.renewal is not None and not self.head_stage:
-            self.renewal.rows.record(batch.index)
+        if renewal is not None:
+            renewal.rows.record(batch.index)
         self.step += 1
         self.meter.add("loss", loss)
         if self.config.labelled:  # a loss of pairs is 0 if the miner keeps none
             self.meter.add("steps_without_pairs", loss.detach() == 0)
         if measured:
             self._measure()
+        if measured and renewal is not None:
+            with self._precision():
+                renewal.measure(self.meter, self.epoch, self.step)
 
     def _step(self, views: tuple[Tensor, ...], labels: Tensor) -> Tensor:
         """Perform the forward pass, the backward pass and the optimizer step, and return the loss."""
@@ -202,9 +206,6 @@ class Run:
         first = (self.epoch, self.step) == (self.head_epochs, 1)  # of the steps that use the queue, which is empty
         if self.method.queue is not None and not first:
             add_gaps(self.meter, self.method.queue.record)
-        if self.renewal is not None and not self.head_stage:
-            with self._precision():
-                self.renewal.measure(self.meter, self.epoch, self.step)
 
     def start_stage(self) -> None:
         """Create the optimizer of the current stage, the sum over processes of its gradients, and the graph."""
