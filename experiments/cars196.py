@@ -18,9 +18,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.retrieval import recipe, rows, table2_rows
+from experiments.pictures import Chart, save_chart, series
+from experiments.retrieval import METHODS, TABLE1, recipe, rows, table2_rows
 from experiments.runs import Experiment, Result, table
 from selfsup_xbn.config.modes import SuperviseConfig
+from selfsup_xbn.report.comparison import averaged_over
 
 COLUMNS = {
     "recall@1": "Recall@1",
@@ -32,6 +34,12 @@ COLUMNS = {
     "gap_std_before": "gap of deviations",
     "recall@1_untrained": "before training",
     "recall@1_backbone_untrained": "backbone before training",
+}
+CHARTS = {
+    "recall@1": "Recall@1 [%]",
+    "map@r": "MAP@R [%]",
+    "drift": "drift in a step [distance of unit vectors]",
+    "gap_mean_before": "means of queue and batch [std of the batch]",
 }
 LR = 1e-4
 BASE = recipe("photos", data="cars196", image_size=96, batch_size=64, lr=LR, epochs=3, drift_every=20, workers=0)
@@ -66,9 +74,32 @@ def searched(base: SuperviseConfig) -> dict[str, SuperviseConfig]:
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
-    """Return the table of the results, with the columns that any row has."""
+    """Return the table of the results, with the columns that any row has, and save charts of them."""
+    found = {result["label"]: result for result in results}
+    title, path = f"Cars196, unseen classes, {averaged_over(results)}", path.with_suffix(".png")
+    if "search" in path.stem:
+        charts = [_by_learning_rate(found, batch) for batch in BATCHES]
+        save_chart(path, title, charts, log=True, share_y=True)
+    else:
+        save_chart(path, title, [_by_batch_size(found, key) for key in CHARTS], log=True)
     names = {name: title for name, title in COLUMNS.items() if any(name in result["mean"] for result in results)}
     return table(results, names)
+
+
+def _by_learning_rate(found: dict[str, Result], batch: int) -> Chart:
+    """Return the chart of the validation classes' Recall@1 for a batch size."""
+    curves = {
+        name: series([found.get(f"{name}, B {batch}, lr {lr:g}") for lr in SEARCHED], "recall@1_validation")
+        for name in TABLE1[:3]
+    }
+    return Chart(f"batch {batch}", "learning rate", "Recall@1 on validation classes [%]", SEARCHED, curves)
+
+
+def _by_batch_size(found: dict[str, Result], key: str) -> Chart:
+    """Return the chart of a value of all rows for the batch sizes."""
+    batches = sorted(BATCHES)
+    curves = {name: series([found.get(f"{name}, B {batch}") for batch in batches], key) for name in METHODS}
+    return Chart("", "batch size [images]", CHARTS[key], batches, curves)
 
 
 TINY = replace(BASE, limit_train=128, limit_test=100, image_size=32, batch_size=16, epochs=1, drift_every=2)
