@@ -270,5 +270,6 @@ def errors(tmp_path_factory):
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+@pytest.mark.slow
 def test_three_processes(check, errors):
     assert errors[check.__name__] == ""

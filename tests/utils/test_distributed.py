@@ -165,6 +165,7 @@ def test_signal_to_the_process_group_spares_the_data_workers(tmp_path):
     assert checkpoint.load(tmp_path / "run")["step"] == 3
 
 
+@pytest.mark.slow
 def test_first_process_alone_writes_and_prints(tmp_path):
     ended = launch(tmp_path / "a", 2, [*SUPERVISE, "--epochs", "1", "--out", str(tmp_path / "run")])
     assert "epoch 1/1" in ended.out[0]
@@ -181,6 +182,7 @@ def test_first_process_alone_writes_and_prints(tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["environment"]["processes"] == "2"
 
 
+@pytest.mark.slow
 def test_error_of_any_process_is_printed_once(tmp_path):
     run = ["--out", str(tmp_path / "run")]
     ended = launch(tmp_path / "a", 2, [*PRETRAIN, "--queue-size", "999", *run])
