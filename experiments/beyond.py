@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from experiments.cars196 import BASE as CARS196
+from experiments.cars196 import BASES as CARS196
 from experiments.pictures import Chart, save_chart, series
 from experiments.retrieval import recipe
 from experiments.runs import Experiment, Result, table
@@ -92,7 +92,7 @@ def _difference(found: dict[str, Result], name: str, batch: int) -> str:
 SCALES = {
     "glyphs": cells(GLYPHS, more_epochs=3),
     "omniglot": cells(OMNIGLOT, more_epochs=4),
-    "cars196": cells(CARS196, more_epochs=4, batches=(16, 64)),
+    "cars196": cells(CARS196[16], 4, batches=(16,)) | cells(CARS196[64], 4, batches=(64,)),
     "search": searched(GLYPHS) | searched(OMNIGLOT),
 }
 

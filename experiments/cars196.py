@@ -14,7 +14,7 @@ rows are reported on the test classes (scale ``small``). Scale ``tiny`` is a tri
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -41,36 +41,40 @@ CHARTS = {
     "drift": "drift in a step [distance of unit vectors]",
     "gap_mean_before": "means of queue and batch [std of the batch]",
 }
-LR = 1e-4
-BASE = recipe("photos", data="cars196", image_size=96, batch_size=64, lr=LR, epochs=3, drift_every=20, workers=0)
-SEARCHED = (3e-5, 1e-4, 3e-4)
-BATCHES = (64, 16)
+BASE = recipe("photos", data="cars196", image_size=96, epochs=3, drift_every=20, workers=0)
+BASES = {  # with the learning rates that were chosen
+    512: replace(BASE, batch_size=512, images_per_class=8, lr=1e-4),
+    64: replace(BASE, batch_size=64, lr=1e-4),
+    16: replace(BASE, batch_size=16, lr=1e-4),
+}
+SEARCHED = {512: (1e-4, 3e-4, 1e-3), 64: (3e-5, 1e-4, 3e-4), 16: (3e-5, 1e-4, 3e-4)}
 
 
-def cells(base: SuperviseConfig) -> dict[str, SuperviseConfig]:
-    """Return the rows at both batch sizes, and no memory at batch 512 with eight images per class."""
-    largest = rows(replace(base, batch_size=512, images_per_class=8), "no memory", label="{}, B 512")
-    return largest | {
+def cells() -> dict[str, SuperviseConfig]:
+    """Return all rows at the small batch sizes, and no memory at batch 512 with eight images per class."""
+    return {
         label: cell
-        for batch in BATCHES
-        for label, cell in rows(replace(base, batch_size=batch), label=f"{{}}, B {batch}").items()
+        for batch, base in BASES.items()
+        for label, cell in rows(base, *_methods(batch, METHODS), label=f"{{}}, B {batch}").items()
     }
 
 
-def searched(base: SuperviseConfig) -> dict[str, SuperviseConfig]:
-    """Return three rows at both batch sizes for each learning rate, with held-out training classes."""
+def searched() -> dict[str, SuperviseConfig]:
+    """Return three rows for each learning rate, with held-out training classes."""
     return {
         label: cell
-        for batch in BATCHES
-        for lr in SEARCHED
+        for batch, base in BASES.items()
+        for lr in SEARCHED[batch]
         for label, cell in rows(
-            replace(base, validation="20%", batch_size=batch, lr=lr),
-            "no memory",
-            "XBM",
-            "XBN",
+            replace(base, validation="20%", lr=lr),
+            *_methods(batch, TABLE1[:3]),
             label=f"{{}}, B {batch}, lr {lr:g}",
         ).items()
     }
+
+
+def _methods(batch: int, names: Iterable[str]) -> Iterable[str]:
+    return ("no memory",) if batch == 512 else names
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
@@ -78,7 +82,7 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     found = {result["label"]: result for result in results}
     title, path = f"Cars196, unseen classes, {averaged_over(results)}", path.with_suffix(".png")
     if "search" in path.stem:
-        charts = [_by_learning_rate(found, batch) for batch in BATCHES]
+        charts = [_by_learning_rate(found, batch) for batch in (64, 16)]
         save_chart(path, title, charts, log=True, share_y=True)
     else:
         save_chart(path, title, [_by_batch_size(found, key) for key in CHARTS], log=True)
@@ -89,21 +93,21 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
 def _by_learning_rate(found: dict[str, Result], batch: int) -> Chart:
     """Return the chart of the validation classes' Recall@1 for a batch size."""
     curves = {
-        name: series([found.get(f"{name}, B {batch}, lr {lr:g}") for lr in SEARCHED], "recall@1_validation")
+        name: series([found.get(f"{name}, B {batch}, lr {lr:g}") for lr in SEARCHED[batch]], "recall@1_validation")
         for name in TABLE1[:3]
     }
-    return Chart(f"batch {batch}", "learning rate", "Recall@1 on validation classes [%]", SEARCHED, curves)
+    return Chart(f"batch {batch}", "learning rate", "Recall@1 on validation classes [%]", SEARCHED[batch], curves)
 
 
 def _by_batch_size(found: dict[str, Result], key: str) -> Chart:
     """Return the chart of a value of all rows for the batch sizes."""
-    batches = sorted(BATCHES)
+    batches = sorted(BASES)
     curves = {name: series([found.get(f"{name}, B {batch}") for batch in batches], key) for name in METHODS}
     return Chart("", "batch size [images]", CHARTS[key], batches, curves)
 
 
 TINY = replace(BASE, limit_train=128, limit_test=100, image_size=32, batch_size=16, epochs=1, drift_every=2)
-SCALES = {"small": cells(BASE), "search": searched(BASE), "tiny": table2_rows(TINY, large_batch=32)}
+SCALES = {"small": cells(), "search": searched(), "tiny": table2_rows(TINY, large_batch=32)}
 EXPERIMENT = Experiment("cars196", __doc__ or "", SCALES, show)
 
 if __name__ == "__main__":
