@@ -185,11 +185,16 @@ def course(result: Result, key: str) -> tuple[list[int], list[float], list[float
 
 
 def value_text(result: Result, key: str) -> str:
-    """Return "mean ± standard deviation" of a value, or a dash if it is missing.
+    """Return "mean ± standard deviation" of a value, or a dash if it is missing. Means below 0.1 have three decimals.
 
     Example:
         >>> value_text({"mean": {"loss": 2.5}, "std": {"loss": 0.125}}, "loss")
         '2.50 ± 0.12'
+        >>> value_text({"mean": {"drift": 0.0125}, "std": {"drift": 0.001}}, "drift")
+        '0.013 ± 0.001'
     """
     mean, std = result["mean"].get(key), result["std"].get(key)
-    return "-" if mean is None else f"{mean:.2f}" + (f" ± {std:.2f}" if std is not None else "")
+    if mean is None:
+        return "-"
+    digits = 2 if abs(mean) >= 0.1 else 3
+    return f"{mean:.{digits}f}" + (f" ± {std:.{digits}f}" if std is not None else "")
