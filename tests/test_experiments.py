@@ -19,6 +19,7 @@ CELLS = {name: replace(TINY, adaptation=name) for name in ("xbm", "xbn")}
 COMMITTED = {  # results file: its module, and the epoch whose values the module shows (0: the last one of each cell)
     "beyond-glyphs": ("beyond", 0),
     "beyond-omniglot": ("beyond", 0),
+    "cars196-small": ("cars196", 4),
     "digits": ("digits", 40),
     "fig1-small": ("fig1_sweeps", 3),
     "glyphs-supervise": ("glyphs", 2),

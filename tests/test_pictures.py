@@ -13,6 +13,8 @@ from experiments.runs import RESULTS
 DRAWN = {
     "beyond-glyphs": "beyond",
     "beyond-omniglot": "beyond",
+    "cars196-search": "cars196",
+    "cars196-small": "cars196",
     "fig1-small": "fig1_sweeps",
     "fig2-small": "fig2_moco",
     "fig2-paper": "fig2_moco",
