@@ -116,7 +116,6 @@ def _by_batch_size(found: dict[str, Result], key: str, label: str, *, fast: bool
 
 TINY = replace(BASE, limit_train=128, limit_test=100, image_size=32, batch_size=16, epochs=1, drift_every=2)
 SCALES = {"small": cells(), "search": searched(), "tiny": table2_rows(TINY, large_batch=32)}
-EXPERIMENT = Experiment("cars196", __doc__ or "", SCALES, show)
 
 if __name__ == "__main__":
-    EXPERIMENT.main()
+    Experiment("cars196", __doc__ or "", SCALES, show).main()

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.pictures import Chart, save_chart
 from experiments.retrieval import recipe
-from experiments.runs import Experiment, Result
+from experiments.runs import Experiment, Result, table
 from selfsup_xbn.report.comparison import averaged_over
 from selfsup_xbn.runs.results import course
 
@@ -30,7 +30,7 @@ CELLS = {
 
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
-    """Return the residuals of each epoch, and save a chart of each cell."""
+    """Return Recall@1 and the residuals of each epoch, and save a chart of each cell."""
     lines = ["| | epoch | rows as they were enqueued (XBM) | adapted rows (XBN) | change |", "|---|---|---|---|---|"]
     charts = []
     for result in results:
@@ -44,7 +44,7 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
             lines.append(f"| {result['label']} | {epoch} | {' | '.join(texts)} |")
         charts.append(Chart(result["label"], "epoch", "mean squared distance of unit vectors", epochs, curves))
     save_chart(path.with_suffix(".png"), f"Drift residual, {averaged_over(results)}", charts)
-    return lines
+    return [*table(results, {"recall@1": "Recall@1"}), "", *lines]
 
 
 if __name__ == "__main__":
