@@ -15,6 +15,7 @@ DRAWN = {
     "beyond-omniglot": "beyond",
     "cars196-search": "cars196",
     "cars196-small": "cars196",
+    "drift_residual": "drift_residual",
     "fig1-small": "fig1_sweeps",
     "fig2-small": "fig2_moco",
     "fig2-paper": "fig2_moco",
