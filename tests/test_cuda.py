@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from selfsup_xbn.losses import PairMargin, info_nce, nt_xent, sup_con
 from selfsup_xbn.memory.row_images import RowImages
 from selfsup_xbn.models.split_batch_norm import SplitBatchNorm2d
 from selfsup_xbn.training.run import Run
+from selfsup_xbn.training.state import restore, state_of
 from selfsup_xbn.training.trainer import train
 
 pytestmark = [
@@ -36,7 +38,9 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
-def relative_error(value: torch.Tensor, reference: torch.Tensor) -> float:
+def relative_error(value: torch.Tensor | None, reference: torch.Tensor | None) -> float:
+    assert value is not None
+    assert reference is not None
     reference = reference.double().cpu()
     return ((value.double().cpu() - reference).norm() / reference.norm()).item()
 
@@ -56,6 +60,8 @@ def test_queue_equals_cpu_queue_over_300_steps(adaptation: str, batch_size: int)
             slots.append(queue.enqueue(batch.to(device), labels.to(device)).cpu())
         assert torch.equal(*slots)
     on_cpu, on_gpu = queues
+    assert on_cpu.labels is not None
+    assert on_gpu.labels is not None
     assert torch.equal(on_cpu.labels, on_gpu.labels.cpu())
     assert len(on_cpu) == len(on_gpu)
     assert int(on_cpu.skipped) == int(on_gpu.skipped) == 4
@@ -111,7 +117,7 @@ def test_info_nce_equals_float64(B: int, M: int, D: int, temperature: float) -> 
 @pytest.mark.parametrize("loss", [sup_con, nt_xent])
 @pytest.mark.parametrize("miner", [None, PairMargin(0.2, 1.4)])
 @pytest.mark.parametrize("moment_gradient", [False, True])
-def test_class_losses_equal_the_cpu(loss, miner: PairMargin | None, moment_gradient: bool) -> None:
+def test_class_losses_equal_the_cpu(loss: Any, miner: PairMargin | None, moment_gradient: bool) -> None:
     values, grads = [], []
     for device in ("cpu", CUDA):
         queue = FeatureQueue(500, 24, "xbn", labels=True, device=device)
@@ -233,10 +239,19 @@ def test_evaluators_equal_the_cpu() -> None:
         assert recalls[1][k] == pytest.approx(value, abs=0.2)
 
 
-def digits(**changes: object) -> PretrainConfig:
+def digits(**changes: Any) -> PretrainConfig:
     config = replace(RECIPES["digits"], device=CUDA, precision="fp32", drift_every=0, **changes)
     assert isinstance(config, PretrainConfig)
     return config
+
+
+def queue_of(run: Run) -> FeatureQueue:
+    assert run.method.queue is not None
+    return run.method.queue
+
+
+def weights_of(method: Any, encoder: str) -> list[torch.Tensor]:
+    return list(getattr(method, encoder).parameters())
 
 
 def steps_of(config: Config, count: int) -> tuple[Run, list[float]]:
@@ -262,7 +277,7 @@ def steps_of(config: Config, count: int) -> tuple[Run, list[float]]:
     ],
     ids=str,
 )
-def test_graph_equals_eager(changes: dict[str, object]) -> None:
+def test_graph_equals_eager(changes: dict[str, Any]) -> None:
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         eager, expected = steps_of(digits(**changes, cuda_graph=False), 8)
         graph, losses = steps_of(digits(**changes), 8)
@@ -270,12 +285,12 @@ def test_graph_equals_eager(changes: dict[str, object]) -> None:
     assert graph.graphed.graph is not None
     # Keys are shuffled by random numbers that a graph draws at other offsets; only BatchNorm's rounding sees the order.
     assert losses == pytest.approx(expected, rel=2e-3)
-    assert torch.equal(graph.method.queue.pointer, eager.method.queue.pointer)
-    for a, b in zip(graph.method.encoder_k.parameters(), eager.method.encoder_k.parameters(), strict=True):
+    assert torch.equal(queue_of(graph).pointer, queue_of(eager).pointer)
+    for a, b in zip(weights_of(graph.method, "encoder_k"), weights_of(eager.method, "encoder_k"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
-def retrieval(**changes: object) -> SuperviseConfig:
+def retrieval(**changes: Any) -> SuperviseConfig:
     config = replace(RECIPES["digits-disjoint"], device=CUDA, precision="fp32", drift_every=0, **changes)
     assert isinstance(config, SuperviseConfig)
     return config
@@ -291,7 +306,7 @@ def retrieval(**changes: object) -> SuperviseConfig:
     ],
     ids=str,
 )
-def test_supervised_graph_equals_eager(changes: dict[str, object]) -> None:
+def test_supervised_graph_equals_eager(changes: dict[str, Any]) -> None:
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         _, expected = steps_of(retrieval(**changes, cuda_graph=False), 8)
         graph, losses = steps_of(retrieval(**changes), 8)
@@ -313,23 +328,22 @@ def test_graph_begins_after_the_head_epochs() -> None:
 
 @pytest.mark.parametrize(("optimizer", "lr"), [("sgd", 0.1), ("adamw", 0.01)])
 def test_resumed_graph_has_the_learning_rates_of_an_uninterrupted_one(optimizer: str, lr: float) -> None:
-    config = digits(optimizer=optimizer, warmup_epochs=1, lr=lr)
+    config = digits(optimizer=optimizer, warmup_epochs=1.0, lr=lr)
     with torch.backends.cudnn.flags(deterministic=True, allow_tf32=False):
         whole, expected = steps_of(config, 14)
         first, _ = steps_of(config, 6)
-        state = {**first.state_dict(), "optimizer": to_cpu(first.optimizer.state_dict())}
         rest = Run(config)
-        rest.load_state_dict(state)
+        restore(rest, to_cpu(state_of(first)))
         for batch in islice(rest.batches.epoch(0, start=6), 8):
             rest.train_step(batch)
     assert rest.graphed is not None
     assert rest.graphed.graph is not None
     assert rest.meter.mean("loss") == pytest.approx(sum(expected) / 14, rel=1e-2)
-    for a, b in zip(rest.method.encoder_q.parameters(), whole.method.encoder_q.parameters(), strict=True):
+    for a, b in zip(weights_of(rest.method, "encoder_q"), weights_of(whole.method, "encoder_q"), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-2, atol=2e-3)
 
 
-def to_cpu(value: object) -> object:
+def to_cpu(value: Any) -> Any:
     """Return a nested state with its tensors on the CPU, as in a checkpoint that was loaded."""
     if isinstance(value, dict):
         return {name: to_cpu(item) for name, item in value.items()}
@@ -340,11 +354,11 @@ def to_cpu(value: object) -> object:
 
 def test_queue_is_refreshed_once_a_pass_under_a_graph() -> None:
     run = Run(digits(queue_size="256"))
-    batches = run.batches.epoch(0)
+    batches, queue = run.batches.epoch(0), queue_of(run)
     for _ in range(20):
         run.train_step(next(batches))
-        assert int(run.method.queue.offered) <= 2 * run.method.queue.size
-    assert int(run.method.queue.written) == 20 * run.config.batch_size
+        assert int(queue.offered) <= 2 * queue.size
+    assert int(queue.written) == 20 * run.config.batch_size
 
 
 @pytest.mark.parametrize(
@@ -357,7 +371,7 @@ def test_queue_is_refreshed_once_a_pass_under_a_graph() -> None:
     ],
     ids=str,
 )
-def test_step_waits_for_nothing(changes: dict[str, object]) -> None:
+def test_step_waits_for_nothing(changes: dict[str, Any]) -> None:
     run = Run(replace(digits(**changes), drift_every=1, cuda_graph=False))
     batches = run.batches.epoch(0)
     for _ in range(3):

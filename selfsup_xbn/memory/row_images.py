@@ -77,7 +77,8 @@ class RowImages(nn.Module):
 
         Renewed, a row is as much younger as it is old, until it is overwritten. That is age times remaining life. In a
         queue that is not full no row is overwritten soon, and the oldest rows come first. In a full queue the oldest
-        rows are overwritten next, and rows of half the age come first.
+        rows are overwritten next, and rows of half the age come first. Of equal ones the first slots are taken, so that
+        all devices choose the same.
 
         Args:
             count: number of slots R, at most the number of filled rows.
@@ -85,7 +86,7 @@ class RowImages(nn.Module):
         slots = torch.arange(self.queue.size, device=self.images.device)
         life = (slots - self.queue.written).remainder_(self.queue.size)
         gain = torch.where(self.images >= 0, (self.queue.written - self.recorded_at) * life, -1)
-        return gain.topk(count).indices.sort().values
+        return gain.sort(descending=True, stable=True).indices[:count].sort().values
 
     @torch.no_grad()
     def renew(self, slots: Int64[Tensor, "R"], embeddings: Float[Tensor, "R D"]) -> None:

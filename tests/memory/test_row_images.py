@@ -57,8 +57,8 @@ def test_stalest_rows_have_the_largest_gain():
             if time  # rows of age 0 gain nothing
         }
         chosen = images.stalest(3).tolist()
-        assert chosen == sorted(set(chosen))
-        assert sorted(gains[slot] for slot in chosen) == sorted(gains.values())[-3:]
+        expected = sorted(gains, key=lambda slot: (-gains[slot], slot))[:3]  # of equal ones the first, on any device
+        assert chosen == sorted(expected)
 
 
 def test_renewed_rows_are_the_embeddings_and_moments_stay_exact():

