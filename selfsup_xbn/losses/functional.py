@@ -28,7 +28,7 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.losses import blockwise, dense
 from selfsup_xbn.losses.pairs import PairMargin, Pairs
 from selfsup_xbn.losses.sharded import AcrossShards
-from selfsup_xbn.memory.device import can_sync, has_kernels, has_triton
+from selfsup_xbn.memory.device import has_kernels, has_triton
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.sharding import ShardedQueue
 
@@ -237,7 +237,7 @@ def _zero_or_nan(anchors: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 
 
 def _check(batch: Tensor, queue: FeatureQueue | None, temperature: float | Tensor, **beside: Tensor | None) -> None:
-    """Check shapes, temperature and, on a CPU, slots; ``beside`` are tensors with a row for each embedding."""
+    """Check shapes and temperature; ``beside`` are tensors with a row for each embedding."""
     check_temperature(temperature)
     if batch.ndim != 2 or (queue is not None and batch.shape[1] != queue.dim):
         raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*batch.shape]}")
@@ -248,10 +248,6 @@ def _check(batch: Tensor, queue: FeatureQueue | None, temperature: float | Tenso
     indices = beside.get("self_indices")
     if indices is not None and indices.dtype != torch.int64:
         raise ValueError(f"expected self_indices of dtype torch.int64, got {indices.dtype}")
-    if indices is not None and queue is not None and indices.numel() and can_sync(indices):
-        lowest, highest = indices.aminmax()
-        if lowest < -1 or highest >= queue.size:
-            raise ValueError(f"expected self_indices in [-1, {queue.size}), got {lowest} to {highest}")
 
 
 def _sums(implementation: str, temperature: float | Tensor, queue: FeatureQueue | None) -> ModuleType | AcrossShards:

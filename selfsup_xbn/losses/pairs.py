@@ -78,6 +78,9 @@ class Pairs:
         miner: margins; None counts every pair.
         adapted_to: batch that the queue was adapted to, and that it took, last; rows of the memory then have a gradient
             by its moments.
+
+    Raises:
+        UserError, ValueError: the miner's distance, the queue's labels, or, on a CPU, the slots are wrong.
     """
 
     def __init__(
@@ -93,8 +96,10 @@ class Pairs:
         self.queue, self.self_indices = queue, self_indices
         self.own_range: tuple[int, int] | None = None  # lowest and highest own slot, where the host can read them
         if self_indices is not None and self_indices.numel() and can_sync(self_indices):
-            lowest, highest = self_indices.aminmax()
-            self.own_range = int(lowest), int(highest)
+            lowest, highest = (int(slot) for slot in self_indices.aminmax())
+            self.own_range = lowest, highest
+            if queue is not None and (lowest < -1 or highest >= queue.size):
+                raise ValueError(f"expected self_indices in [-1, {queue.size}), got {lowest} to {highest}")
         self.following = None if adapted_to is None or queue is None else Following(queue, adapted_to)
         self.temperature: Any = temperature  # a tensor where all pairs are in one matrix
         self.below: Any = below / self.temperature
