@@ -228,7 +228,8 @@ def check_temperature(temperature: float | Tensor) -> None:
 def unit_rows(embeddings: Float[Tensor, "B D"]) -> Float[Tensor, "B D"]:
     """Return the rows divided by their length, in float32 or float64. The gradient of a row of zeros is 0."""
     rows = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
-    return F.normalize(rows.masked_fill((rows == 0).all(1, keepdim=True), 0), dim=1)
+    length = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
+    return rows / length.clamp(min=1e-12).masked_fill(length == 0, torch.inf)
 
 
 def _zero_or_nan(anchors: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
