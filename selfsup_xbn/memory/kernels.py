@@ -69,13 +69,13 @@ def _adapt(
     """Compose Eq. 6 onto scale and shift of BD dimensions."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     dm = d < D
-    bad = tl.zeros([RP, DP], tl.int32)
+    bad = tl.zeros([RP], tl.int32)
     e = tl.arange(0, DP)
     for first in range(0, B, RP):
         b = first + tl.arange(0, RP)
         x = tl.load(batch + b[:, None] * D + e[None, :], mask=(b < B)[:, None] & (e < D)[None, :], other=0.0)
-        bad += ((tl.abs(x.to(tl.float32)) < float("inf")) == 0).to(tl.int32)
-    finite = tl.sum(tl.sum(bad, 1), 0) == 0
+        bad += tl.sum(((tl.abs(x.to(tl.float32)) < float("inf")) == 0).to(tl.int32), 1)
+    finite = tl.sum(bad, 0) == 0
     total = tl.zeros([BB, BD], tl.float64)
     for first in range(0, B, BB):
         b = first + tl.arange(0, BB)
@@ -153,7 +153,7 @@ def _enqueue(
     """Write BD dimensions of the batch over the oldest rows, and update their power sums."""
     d = tl.program_id(0) * BD + tl.arange(0, BD)
     dm = d < D
-    bad = tl.zeros([RP, DP], tl.int32)
+    bad = tl.zeros([RP], tl.int32)
     e = tl.arange(0, DP)
     all_shift = tl.load(shift + e, mask=e < D, other=0.0).to(tl.float32)
     all_inverse = 1.000001 / tl.load(scale + e, mask=e < D, other=1.0).to(tl.float32)  # above what rounding does
@@ -162,8 +162,8 @@ def _enqueue(
         inside = (b < B)[:, None] & (e < D)[None, :]
         x = tl.load(batch + b[:, None] * D + e[None, :], mask=inside, other=0.0).to(tl.float32)
         x = ((x - all_shift[None, :]) * all_inverse[None, :]).to(rows.dtype.element_ty).to(tl.float32)
-        bad += (((tl.abs(x) < float("inf")) == 0) & inside).to(tl.int32)
-    finite = tl.sum(tl.sum(bad, 1), 0) == 0
+        bad += tl.sum((((tl.abs(x) < float("inf")) == 0) & inside).to(tl.int32), 1)
+    finite = tl.sum(bad, 0) == 0
     w = tl.load(written)
     kept = tl.minimum(B, M)
     lost = B - kept
@@ -268,7 +268,10 @@ def enqueue(
 
 
 def _tiles(batch: int, dim: int) -> dict[str, int]:
-    """Return the sizes of a program: rows and dimensions at a time, and those at a time where it reads all."""
+    """Return the sizes of a program: rows and dimensions at a time, and those at a time where it reads all.
+
+    With 1,024 threads each of them has its share of ``AT_A_TIME`` numbers in flight at once, in four loads.
+    """
     padded, rows = triton.next_power_of_2(dim), triton.next_power_of_2(batch)
     whole = max(1, min(rows, AT_A_TIME // padded))
-    return {"BB": min(rows, 256), "BD": BD, "DP": padded, "RP": whole, "num_warps": 8}
+    return {"BB": min(rows, 256), "BD": BD, "DP": padded, "RP": whole, "num_warps": 32}
