@@ -227,7 +227,7 @@ def _add_evaluate(parser: Parser) -> None:
         evaluation = commands.add_parser(kind, help=entry.help, description=entry.help)
         evaluation.add_argument("--run", metavar="DIR", help="run folder, which sets the defaults of the options")
         evaluation.add_argument(
-            "--best", action="store_true", help="use the best model by Recall@1 instead of the last one"
+            "--best", action="store_true", help="use the best model, best.pt, instead of the last one"
         )
         evaluation.add_argument(
             "--weights",
@@ -286,7 +286,7 @@ def _add_export(parser: Parser) -> None:
     parser.add_argument(
         "--out", metavar="FILE", help=f"output file (default: {', '.join(EXPORTS.values())} in the run folder)"
     )
-    parser.add_argument("--best", action="store_true", help="use the best model by Recall@1 instead of the last one")
+    parser.add_argument("--best", action="store_true", help="use the best model, best.pt, instead of the last one")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     parser.set_defaults(parser=parser, command=_export)
 

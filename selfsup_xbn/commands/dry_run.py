@@ -7,9 +7,11 @@ import torch
 from selfsup_xbn.config.parsing import parse_share
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import data_of
+from selfsup_xbn.data.loader import sampler_of
 from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.methods.base import method_class
+from selfsup_xbn.models.backbones import LITE0
 from selfsup_xbn.models.encoder import random_encoder
 from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.training.preflight import check_config, check_sizes
@@ -26,12 +28,14 @@ def cost_lines(config: Config) -> list[str]:
     """
     check_config(config, download=False)
     size, channels, images, classes = config.image_size or 32, 3, DOWNLOADED.get(config.data), 2
-    parts: list[str] = []
+    parts, notes = list[str](), tuple[str, ...]()
     if images is None or parse_share(config.validation, "--validation"):
         data = data_of(config)
         size, channels, images = data.image_size, data.channels, len(data.train)
-        classes = 1 + int(data.train.labels.max())
-        parts = [*data.notes, *part_lines(data)]
+        classes, notes = 1 + int(data.train.labels.max()), data.notes
+        parts = [*notes, *part_lines(data, retrieval=config.evaluator == "retrieval")]
+        check_sizes(config, images, notes)
+        sampler_of(config, data.train.labels)
     images = min(images, config.limit_train or images)
     check_sizes(config, images)
     with torch.device("meta"):
@@ -54,8 +58,8 @@ def _weight_lines(config: Config, channels: int, size: int) -> list[str]:
     """Return lines on the initial weights. ImageNet weights are not downloaded."""
     if not config.weights:
         return [f"{'weights':<19}random"]
-    if config.weights == "imagenet":
-        return [f"{'weights':<19}of ImageNet; random head"]
+    if config.weights == "imagenet" and config.backbone != LITE0:
+        return [f"{'weights':<19}of ImageNet, downloaded by the run if needed; random head"]
     return [f"{'weights':<19}{line}" for line in initial_encoder(config, channels, size)[1]]
 
 

@@ -17,7 +17,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from selfsup_xbn.config.registry import EXPORTS
-from selfsup_xbn.data import ImageData, data_of
+from selfsup_xbn.data import data_of, normalization
 from selfsup_xbn.errors import UserError, require_package
 from selfsup_xbn.models.backbones import CIFAR, SMALL_BACKBONES, TIMM, library_name
 from selfsup_xbn.models.encoder import Encoder
@@ -35,7 +35,7 @@ def export_run(
         folder: Run folder.
         kind: Export format, a key of ``EXPORTS``: ``"csv"``, ``"torchvision"``, ``"safetensors"`` or ``"onnx"``.
         out: Output file, by default the file of ``EXPORTS`` in the run folder. Missing directories are created.
-        best: Whether to export the best model by Recall@1 instead of the last one.
+        best: Whether to export the best model, ``best.pt``, instead of the last one.
         overwrite: Whether to replace an existing file.
 
     Raises:
@@ -129,13 +129,13 @@ def write_safetensors(run: TrainedRun, file: BinaryIO) -> list[str]:
 
     settings = {name: str(getattr(run.config, name)) for name in ("backbone", "head", "dim")}
     settings |= {"channels": str(run.channels), "image_size": str(run.image_size)}
-    if (data := _available_data(run)) is not None:
-        settings |= {"mean": _formatted(data.mean), "std": _formatted(data.std)}
+    if (statistics := _statistics(run)) is not None:
+        settings |= {name: _formatted(values) for name, values in zip(("mean", "std"), statistics, strict=True)}
     lines = []
     if (name := library_name(run.config.backbone)).startswith(TIMM):
         model = f'timm.create_model("{name.removeprefix(TIMM)}", num_classes=0, in_chans={run.channels})'
         state = '{k[9:]: v for k, v in safetensors.torch.load_file(FILE).items() if k.startswith("backbone.")}'
-        lines = [f"{model}.load_state_dict({state})"]
+        lines = [f"model = {model}; model.load_state_dict({state})"]
         settings["load"] = lines[0]
     tensors = _tensors(run.trained)
     file.write(save(tensors, {"format": "pt", **settings}))
@@ -202,19 +202,25 @@ def _tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _input_line(run: TrainedRun) -> str:
-    """Return a line on the input of the encoder. The statistics are omitted if the data set is not available."""
-    data = _available_data(run)
+    """Return a line on the input of the encoder. Statistics of a data set that is not available are omitted."""
+    statistics = _statistics(run)
     shape = f"input: float32 [B, {run.channels}, {run.image_size}, {run.image_size}]"
-    if data is None:
+    if statistics is None:
         return f"{shape}, normalized as in {run.config.data}, which is not available here"
-    return f"{shape}, (pixel / 255 - {_formatted(data.mean)}) / {_formatted(data.std)} for each channel"
+    mean, std = map(_formatted, statistics)
+    return f"{shape}, (pixel / 255 - {mean}) / {std} for each channel"
 
 
-def _available_data(run: TrainedRun) -> ImageData | None:
+def _statistics(run: TrainedRun) -> tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return mean and standard deviation of the channels, or ``None`` if they are those of an unavailable data set."""
+    mean, std = normalization(run.config, run.channels)
+    if mean is not None and std is not None:
+        return mean, std
     try:
-        return data_of(replace(run.config, limit_train=0))
+        data = data_of(replace(run.config, limit_train=0))
     except (UserError, OSError):
         return None
+    return data.mean, data.std
 
 
 def _formatted(values: tuple[float, ...]) -> str:

@@ -52,7 +52,12 @@ def parse_share(text: str, flag: str) -> float:
     with contextlib.suppress(ValueError):
         if text == "0" or (text.endswith("%") and _percent(text) < 100):
             return 0.0 if text == "0" else _percent(text) / 100
-    raise UserError(f"{flag}: expected 0 or a percentage below 100% of the training classes, got {text!r}")
+    hint = ""
+    with contextlib.suppress(ValueError):
+        number = float(text)
+        percent = 100 * number if number < 1 else number
+        hint = f"; write {percent:g}%" if 0 < percent < 100 else ""
+    raise UserError(f"{flag}: expected 0 or a percentage below 100% of the training classes, got {text!r}{hint}")
 
 
 def parse_channels(text: str, flag: str, channels: int = 0) -> tuple[float, ...]:

@@ -109,7 +109,7 @@ class Config:
     # Evaluation
     eval_every: int = option(1, "number of epochs between evaluations; 0 evaluates after the last epoch", minimum=0)
     knn_k: int = option(200, "k-NN: number of neighbors", minimum=1)
-    recall_ks: str = option("1,10", "retrieval: values of K for Recall@K, separated by commas")
+    recall_ks: str = option("1,10", "retrieval: values of K for Recall@K, separated by commas; 1 is always measured")
     knn_temperature: float = option(0.1, "k-NN: temperature of the vote weights", minimum=1e-6)
     drift_every: int = option(
         50, "number of steps between measurements of the feature drift; 0 disables them", minimum=0
@@ -153,7 +153,8 @@ class Config:
     labelled: ClassVar[bool] = False
     """Whether the queue stores labels."""
     keeps_best: ClassVar[bool] = False
-    """Whether the best model of a run is saved to ``best.pt`` in addition to the last one."""
+    """Whether the best model of a run is saved to ``best.pt`` in addition to the last one, also if there are no
+    validation images to choose it by."""
 
     # Values of the options that exist in some modes only, for the modes without them
     bn_splits = 1

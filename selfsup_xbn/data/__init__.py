@@ -10,7 +10,7 @@ from selfsup_xbn.config.registry import DATA_SETS
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data.base import ImageData, Split, hold_out_classes, limit
 from selfsup_xbn.data.loader import Batch, Batches, eval_batches, raw_pixels
-from selfsup_xbn.data.parts import limit_test, split_classes
+from selfsup_xbn.data.parts import check_matches, limit_test, split_classes
 from selfsup_xbn.data.sampler import ClassBalancedBatches, RandomBatches, seed_for
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.models.statistics import statistics_of
@@ -94,7 +94,8 @@ def data_of(config: Config) -> ImageData:
     if share := parse_share(config.split_classes, "--split-classes"):
         data = split_classes(data, share)
     if config.labelled and not data.labelled:
-        raise UserError(f"mode {config.mode} requires classes: put the images of {data.name} into a folder per class")
+        remedy = "add a column label" if data.name.startswith("list:") else "put the images into a folder per class"
+        raise UserError(f"mode {config.mode} requires classes, {data.name} has none: {remedy}")
     if config.labelled and not len(data.test):
         raise UserError(f"mode {config.mode} requires test images, {data.name} has none: try --split-classes 50%")
     if config.limit_train:
@@ -106,11 +107,21 @@ def data_of(config: Config) -> ImageData:
             raise UserError(f"--validation: expected 0, because {data.name} has validation images; remove the option")
         train, validation = hold_out_classes(data.train, share, config.seed)
         data = replace(data, train=train, validation=validation)
-    own = statistics_of(config.backbone) if config.weights and data.channels == 3 else None
-    mean, std = own or (data.mean, data.std)
-    return replace(
-        data,
-        image_size=config.image_size or data.image_size,
-        mean=parse_channels(config.mean, "--mean", data.channels) or mean,
-        std=parse_channels(config.std, "--std", data.channels) or std,
-    )
+    if config.evaluator == "retrieval":
+        check_matches(data)
+    mean, std = normalization(config, data.channels)
+    return replace(data, image_size=config.image_size or data.image_size, mean=mean or data.mean, std=std or data.std)
+
+
+def normalization(config: Config, channels: int) -> tuple[tuple[float, ...] | None, tuple[float, ...] | None]:
+    """Return mean and standard deviation of each channel, each ``None`` if it is that of the data set.
+
+    They are those of the options ``mean`` and ``std``, or those of a network that has initial weights.
+
+    Args:
+        config: The settings of the run.
+        channels: The number of channels of the images.
+    """
+    own = statistics_of(config.backbone) if config.weights and channels == 3 else None
+    mean, std = own or (None, None)
+    return parse_channels(config.mean, "--mean", channels) or mean, parse_channels(config.std, "--std", channels) or std

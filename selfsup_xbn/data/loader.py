@@ -122,15 +122,12 @@ class Batches:
         Raises:
             UserError: If the batch size does not fit the data set, or the augmentation does not exist.
         """
-        sampler: Sampler = RandomBatches(len(data.train), config.batch_size)
-        if config.images_per_class:
-            sampler = ClassBalancedBatches(data.train.labels, config.batch_size, config.images_per_class)
         return cls(
             data.train,
             config.augmentation or data.augmentation,
             data=data,
             views=config.views,
-            sampler=sampler,
+            sampler=sampler_of(config, data.train.labels),
             device=device,
             seed=config.seed,
             workers=config.workers,
@@ -198,6 +195,21 @@ class _MemoryViews:
         """Draw the random numbers of the whole batch, so that they do not depend on the shards; return the shard's."""
         shape = self.views, self.batch_size, self.numbers
         return torch.rand(shape, generator=generator, device=generator.device)[:, self.shard].flatten(0, 1)
+
+
+def sampler_of(config: Config, labels: Int64[Tensor, "N"]) -> Sampler:
+    """Return the sampler of the batches of a run.
+
+    Args:
+        config: The settings of the run.
+        labels: The class of each training image.
+
+    Raises:
+        UserError: If the batch size does not fit the number of images or of classes.
+    """
+    if config.images_per_class:
+        return ClassBalancedBatches(labels, config.batch_size, config.images_per_class)
+    return RandomBatches(len(labels), config.batch_size)
 
 
 def eval_batches(

@@ -67,8 +67,41 @@ def _of_classes(split: Split, classes: Int64[Tensor, "C"]) -> Split:
     return split.subset(torch.isin(split.labels, classes).nonzero().flatten())
 
 
-def part_lines(data: ImageData) -> list[str]:
+def unmatched(queries: Split, gallery: Split | None) -> int:
+    """Return the number of queries without another image of their class, which retrieval metrics do not count.
+
+    Args:
+        queries: The queries.
+        gallery: The images to retrieve from. ``None`` if each query is ranked against the other queries.
+
+    Example:
+        >>> unmatched(Split(torch.tensor([0, 0, 1]), paths=["a", "b", "c"]), None)
+        1
+    """
+    if gallery is not None:
+        return int((~torch.isin(queries.labels, gallery.labels)).sum())
+    return int((queries.labels.unique(return_counts=True)[1] == 1).sum())
+
+
+def check_matches(data: ImageData) -> None:
+    """Check that retrieval has something to find.
+
+    Raises:
+        UserError: If no test image, or no validation image, has another image of its class.
+    """
+    for name, queries, gallery in (("test", data.test, data.gallery), ("validation", data.validation, None)):
+        if queries is not None and 0 < len(queries) == unmatched(queries, gallery):
+            raise UserError(
+                f"{data.name}: expected at least one {name} image with another image of its class to retrieve, got none"
+            )
+
+
+def part_lines(data: ImageData, *, retrieval: bool = False) -> list[str]:
     r"""Return lines with the images and classes of each part, and the classes that training and test set share.
+
+    Args:
+        data: The data set.
+        retrieval: Whether the test images are evaluated by retrieval. If not, they are evaluated by k-NN.
 
     Example:
         >>> from selfsup_xbn.data import load_data
@@ -84,7 +117,15 @@ def part_lines(data: ImageData) -> list[str]:
         "gallery images": data.gallery,
     }
     lines = [f"{name:<19}{_counts(split, data)}" for name, split in parts.items() if split is not None]
-    return [*lines, f"{'classes':<19}{_common_classes(data)}"] if len(data.test) and data.labelled else lines
+    if not len(data.test) or not data.labelled:
+        return lines
+    lines.append(f"{'classes':<19}{_common_classes(data, retrieval)}")
+    if retrieval and (count := unmatched(data.test, data.gallery)):
+        where = "among the test images" if data.gallery is None else "in the gallery"
+        lines.append(
+            f"{'not counted':<19}{count:,} of {len(data.test):,} queries, which have no image of their class {where}"
+        )
+    return lines
 
 
 def _counts(split: Split, data: ImageData) -> str:
@@ -94,14 +135,13 @@ def _counts(split: Split, data: ImageData) -> str:
     return f"{len(split):,} {classes}"
 
 
-def _common_classes(data: ImageData) -> str:
+def _common_classes(data: ImageData, retrieval: bool) -> str:
     test = data.test.labels.unique()
     common = int(torch.isin(test, data.train.labels).sum())
     if not common:
         return "no test class is a training class (disjoint)"
     if common == len(test):
         return f"all {common:,} test classes are training classes"
-    return (
-        f"warning: {common:,} of {len(test):,} test classes are training classes: "
-        f"k-NN counts the images of the other {len(test) - common:,} as wrong"
-    )
+    text = f"{common:,} of {len(test):,} test classes are training classes"
+    wrong = f"k-NN counts the images of the other {len(test) - common:,} as wrong"
+    return text if retrieval else f"warning: {text}: {wrong}"

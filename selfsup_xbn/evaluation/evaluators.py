@@ -250,8 +250,8 @@ class RetrievalEvaluator(FeatureEvaluator):
 
     @classmethod
     def from_config(cls, config: Config, data: ImageData, device: torch.device) -> RetrievalEvaluator:
-        """Return the evaluator of a run, with ``recall_ks`` of the config."""
-        ks = parse_numbers(config.recall_ks, "--recall-ks")
+        """Return the evaluator of a run, with ``recall_ks`` of the config and 1, by which models are compared."""
+        ks = sorted({1, *parse_numbers(config.recall_ks, "--recall-ks")})
         return cls(data, ks, device=device, workers=config.workers)
 
     @classmethod

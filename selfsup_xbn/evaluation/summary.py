@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -122,6 +123,8 @@ def comparison_table(record: Mapping[str, Any]) -> list[str]:
         trained encoder                  75.00
     """
     titles = {name: title for name, title in columns().items() if name in record}
+    others = [name for name in record if name not in titles and re.fullmatch(r"recall@\d+", name)]
+    titles |= {name: name.title() for name in others}  # values of K that a user chose
     if not titles:
         return []
     widths = [max(18, len(title) + 2) for title in titles.values()]

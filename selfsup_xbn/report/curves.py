@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import printable
-from selfsup_xbn.evaluation.summary import comparison_table, latest, panels
+from selfsup_xbn.evaluation.summary import columns, comparison_table, latest, panels
+from selfsup_xbn.runs.checkpoint import BEST
 from selfsup_xbn.runs.folder import read_config, read_metrics
 from selfsup_xbn.utils.atomic import replacing
 
@@ -107,5 +108,19 @@ def result_lines(folder: Path) -> list[str]:
     Raises:
         UserError: The metrics are damaged.
     """
-    files = ", ".join(sorted(path.name for path in folder.iterdir() if path.is_file()))
-    return ["", *comparison_table(latest(read_metrics(folder))), "", f"run folder: {folder}  ({files})"]
+    files, records = sorted(path.name for path in folder.iterdir() if path.is_file()), read_metrics(folder)
+    lines = ["", *comparison_table(latest(records)), *(_best_lines(records) if BEST in files else [])]
+    return [*lines, "", f"run folder: {folder}  ({', '.join(files)})"]
+
+
+def _best_lines(records: Records) -> list[str]:
+    """Return a line on the epoch of the best model: the first one with the largest value of the main metric."""
+    for name in ("recall@1", "knn_top1"):
+        trained = [record for record in records if record["epoch"] > 0]
+        test, validation = (dict(points_of(trained, key)) for key in (name, f"{name}_validation"))
+        if values := validation or test:
+            epoch = max(values, key=lambda epoch: values[epoch])
+            line = f"{BEST} is of epoch {epoch:.0f}, with the best {columns()[name]} of the "
+            others = f", {test[epoch]:.2f} % of the test images" if validation and epoch in test else ""
+            return [line + f"{'validation' if validation else 'test'} images: {values[epoch]:.2f} %{others}"]
+    return []

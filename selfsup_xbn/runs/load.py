@@ -36,7 +36,7 @@ def load_run(folder: Path, best: bool = False) -> TrainedRun:
 
     Args:
         folder: Run folder.
-        best: Whether to load the best model by Recall@1 instead of the last one.
+        best: Whether to load the best model, ``best.pt``, instead of the last one.
 
     Raises:
         UserError: The folder has no run, or the checkpoint cannot be read.

@@ -6,6 +6,7 @@ Axis legend: M queue rows, D embedding dimension, N training images, B batch.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 
@@ -43,16 +44,24 @@ def check_config(config: Config, *, download: bool = True) -> None:
             )
 
 
-def check_sizes(config: Config, images: int) -> None:
+def check_sizes(config: Config, images: int, notes: Sequence[str] = ()) -> None:
     """Check that batch and queue fit the training set, and that a batch can be split over the processes.
 
     Args:
         config: Configuration of the run.
         images: Number of training images.
+        notes: Notes of the data set, such as on files that were skipped, which the message of an error repeats.
 
     Raises:
         UserError: A size is invalid. The message states the option, its value and the limit.
     """
+    try:
+        _check_sizes(config, images)
+    except UserError as error:
+        raise UserError(f"{error} ({'; '.join(notes)})") if notes else error from None
+
+
+def _check_sizes(config: Config, images: int) -> None:
     if config.batch_size % (config.accumulate * max(config.images_per_class, 1)):
         raise UserError(
             f"--accumulate {config.accumulate}: expected a divisor of --batch-size {config.batch_size} that leaves "
@@ -144,7 +153,7 @@ def queue_note(config: Config, images: int) -> str:
         images: Number of training images N.
     """
     rows = queue_rows(config, images)
-    if rows <= images - config.batch_size:
+    if rows <= images - config.batch_size or config.epochs == 1:
         return ""
     share = self_match_fraction(rows, images, config.batch_size)
     role = "positive" if config.labelled else "negative"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
+from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, UserError
 from selfsup_xbn.evaluation.collapse import embedding_std
@@ -60,7 +61,7 @@ class Run:
         with distributed.main_process_first():
             check_config(config)
             self.data = data_of(config)
-        check_sizes(config, len(self.data.train))
+        check_sizes(config, len(self.data.train), self.data.notes)
         check_memory(config, len(self.data.train), self.device)
         torch.manual_seed(config.seed)
         encoder, self.weight_lines = initial_encoder(config, self.data.channels, self.data.image_size)
@@ -89,6 +90,11 @@ class Run:
         if config.compile:
             for module in (child for child in self.method.children() if isinstance(child, Encoder)):
                 module.compile()
+
+    @property
+    def part_lines(self) -> list[str]:
+        """Lines with the images and classes of each part of the data set."""
+        return part_lines(self.data, retrieval=self.config.evaluator == "retrieval")
 
     @property
     def head_stage(self) -> bool:

@@ -14,7 +14,6 @@ import torch
 
 from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.schema import Config
-from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.evaluation.plan import evaluated_epochs
@@ -93,7 +92,7 @@ def _train(
         on_first(partial(check_data, folder, run.data.digest))
         restore(run, state)
     notes = [queue_note(config, len(run.data.train)), empty_queue_note(config), accumulation_note(config, run.method)]
-    show(filter(None, [*run.data.notes, *part_lines(run.data), *run.weight_lines, *notes, *run.method.notes()]))
+    show(filter(None, [*run.data.notes, *run.part_lines, *run.weight_lines, *notes, *run.method.notes()]))
     if not state and len(run.data.test):
         show(["evaluating raw pixels and the encoder before training ..."])
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
@@ -150,7 +149,8 @@ def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | Non
                 evaluations = sum(epoch > run.epoch for epoch in evaluated_epochs(config))
                 progress.epoch(run.epoch, run.epochs, record, evaluations * run.evaluation_seconds)
                 _warn(run, record)
-            if from_first(torch.tensor(run.is_best(record))) and config.keeps_best:
+            keeps_best = config.keeps_best or run.validator is not None
+            if from_first(torch.tensor(run.is_best(record))) and keeps_best:
                 _save(run, log, best=True)
             if run.epoch == run.epochs or (save_epochs and run.epoch % save_epochs == 0):
                 _save(run, log)

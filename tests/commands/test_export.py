@@ -106,17 +106,24 @@ def test_printed_line_loads_the_file_into_timm(tmp_path):
 
     encoder = made_run(tmp_path, backbone="efficientnet-lite0", weights="imagenet", mean="0.25")
     lines = export_run(tmp_path, "safetensors")
-    (line,) = [line for line in lines if line.startswith("timm.create_model")]
+    (line,) = [line for line in lines if "timm.create_model" in line]
     with safetensors.safe_open(tmp_path / "encoder.safetensors", "pt") as file:
         metadata = file.metadata()
     assert metadata["load"] == line
-    assert metadata["mean"] == "[0.25]"  # digits have one channel
+    assert metadata["mean"] == "[0.25, 0.25, 0.25]"
     names = {"timm": timm, "safetensors": safetensors, "FILE": tmp_path / "encoder.safetensors"}
-    call, _, state = line.partition(".load_state_dict(")
-    model = eval(call, names)
-    model.load_state_dict(eval(state.removesuffix(")"), names))
+    exec(line, names)
     images = torch.randn(2, 3, 32, 32)
-    close(model.eval()(images), encoder.features(images))
+    close(names["model"].eval()(images), encoder.features(images))
+
+
+def test_statistics_of_the_network_are_exported_without_the_photographs(tmp_path):
+    import safetensors
+
+    made_run(tmp_path, backbone="efficientnet-lite0", weights="imagenet", data="folder:elsewhere")
+    assert "(pixel / 255 - [0.5, 0.5, 0.5]) / [0.5, 0.5, 0.5]" in export_run(tmp_path, "safetensors")[-1]
+    with safetensors.safe_open(tmp_path / "encoder.safetensors", "pt") as file:
+        assert file.metadata()["std"] == "[0.5, 0.5, 0.5]"
 
 
 @pytest.mark.slow

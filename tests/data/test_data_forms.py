@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from selfsup_xbn.cli import main
 from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.data import data_of, load_data
-from selfsup_xbn.data.parts import limit_test, part_lines
+from selfsup_xbn.data.parts import limit_test, part_lines, unmatched
 from selfsup_xbn.errors import UserError
 from tests.command_line import refused
 from tests.data.test_annotation_faults import edit
@@ -43,6 +44,17 @@ def test_validation_folder_without_test_is_the_test_set(tree):
     data = load_data(f"folder:{tree(train={'a': [SMALL]}, val={'a': [SMALL] * 2})}", workers=0)
     assert (len(data.test), data.validation) == (2, None)
     assert "the validation images are the test images" in data.notes[0]
+
+
+def test_parts_are_found_whatever_their_case(tree):
+    root = tree(Train={"a": [SMALL] * 2}, TEST={"x": [SMALL] * 3}, Val={"v": [SMALL]})
+    data = load_data(f"folder:{root}", workers=0)
+    assert [len(data.train), len(data.test), len(data.validation)] == [2, 3, 1]
+    assert data.classes == ["a", "v", "x"]
+    (root / "train").mkdir(exist_ok=True)
+    if len(list(root.iterdir())) == 4:  # the file system tells case
+        with pytest.raises(UserError, match="names differ by more than case, got TEST, Train, Val, train"):
+            load_data(f"folder:{root}", workers=0)
 
 
 def test_query_and_gallery_folders(tree):
@@ -226,6 +238,61 @@ def test_parts_are_described_with_their_common_classes(tree, test, text):
     lines = part_lines(load_data(f"folder:{root}", workers=0))
     assert lines[:2] == ["training images    3 of 2 classes", "test images        2 of 2 classes"]
     assert text in lines[2]
+
+
+def test_queries_without_a_match_are_counted_and_stated(tree):
+    root = tree(train={"a": [SMALL] * 2}, test={"x": [SMALL], "y": [SMALL] * 2, "z": [SMALL]})
+    data = load_data(f"folder:{root}", workers=0)
+    assert unmatched(data.test, None) == 2
+    expected = "not counted        2 of 4 queries, which have no image of their class among the test images"
+    assert part_lines(data, retrieval=True)[-1] == expected
+    assert not any("not counted" in line for line in part_lines(data))
+    data = replace(data, gallery=data.test.subset(torch.tensor([0])))
+    assert unmatched(data.test, data.gallery) == 3
+    assert part_lines(data, retrieval=True)[-1].endswith("no image of their class in the gallery")
+
+
+@pytest.mark.parametrize("part", ["test", "validation"])
+def test_parts_without_any_match_are_refused_for_retrieval(tree, part):
+    classes = {"train": {"a": [SMALL] * 2}, "test": {"x": [SMALL] * 2}} | {part: {"x": [SMALL], "y": [SMALL]}}
+    root = tree(**classes)
+    with pytest.raises(UserError, match=f"expected at least one {part} image with another image of its class"):
+        data_of(replace(PHOTOS, data=f"folder:{root}"))
+    assert len(data_of(config(f"folder:{root}")).test) == 2
+
+
+def test_dry_run_refuses_what_the_run_refuses(tree, capsys):
+    root = tree(train={name: [SMALL] * 8 for name in "abcde"}, test={"x": [SMALL] * 2})
+    command = ["supervise", "--data", f"folder:{root}", "--weights=", "--backbone", "convnet4", "--dry-run"]
+    assert "batch size 32 with 4 images per class needs 8 classes, but the data set has 5" in refused(capsys, command)
+    assert main([*command, "--batch-size", "20"]) == 0
+    capsys.readouterr()
+
+
+def test_error_of_a_size_repeats_what_was_skipped(tree, capsys):
+    root = tree(train={"a": [SMALL] * 3})
+    shutil.copy(root / "train/a/000.png", root / "train/stray.png")
+    message = refused(capsys, ["pretrain", "--data", f"folder:{root}", "--backbone", "convnet4", "--dry-run"])
+    assert "the number of training images, 3, got 64 (warning: skipped, because outside of a class folder: 1" in message
+
+
+def test_lists_are_answered_with_the_remedy(tree, tmp_path, capsys):
+    image = tree(train={"a": [SMALL]}) / "train/a/000.png"
+    for header, rows, remedy in (
+        ("path;label", "", "separate them by commas or tabs"),
+        ("path,label", "", "expected a line per image below the header, got none"),
+        ("path", str(image), "requires classes, list:{} has none: add a column label"),
+    ):
+        (tmp_path / "list.csv").write_text(f"{header}\n{rows}")
+        command = ["supervise", "--data", f"list:{tmp_path}/list.csv", "--weights=", "--backbone", "convnet4"]
+        assert remedy.format(tmp_path / "list.csv") in refused(capsys, [*command, "--dry-run"])
+    message = refused(capsys, ["pretrain", "--data", f"folder:{tmp_path}/list.csv", "--dry-run"])
+    assert f"write list:{tmp_path}/list.csv" in message
+
+
+@pytest.mark.parametrize(("share", "spelling"), [("50", "50%"), ("0.25", "25%")])
+def test_share_without_percent_is_answered_with_the_spelling(capsys, share, spelling):
+    assert f"got '{share}'; write {spelling}\n" in refused(capsys, ["supervise", "--split-classes", share])
 
 
 def test_paths_without_a_prefix_are_answered_with_the_spelling(tmp_path, capsys):

@@ -1,5 +1,6 @@
 """The best model is chosen on held-out training classes, which then do not train."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -14,7 +15,7 @@ from selfsup_xbn.errors import UserError
 from selfsup_xbn.runs import checkpoint
 from selfsup_xbn.runs.folder import read_metrics
 from selfsup_xbn.training.trainer import Run
-from tests.command_line import SUPERVISE
+from tests.command_line import SUPERVISE, image_folder
 
 HALF = SuperviseConfig(validation="40%", batch_size=12, images_per_class=4, seed=3)
 OPTIONS = [*SUPERVISE, "--validation", "40%", "--batch-size", "12", "--images-per-class", "4", "--epochs", "3"]
@@ -51,6 +52,31 @@ def test_the_best_model_is_the_best_on_held_out_classes(tmp_path, monkeypatch):
     assert [record["recall@1_validation"] for record in records] == [10.0, 50.0, 90.0, 30.0]
     assert checkpoint.load(tmp_path, checkpoint.BEST)["epoch"] == 2
     assert len(trained) == 3
+
+
+def test_other_values_of_k_are_shown_and_the_best_model_is_chosen_all_the_same(tmp_path, capsys):
+    assert main([*OPTIONS, "--epochs", "1", "--recall-ks", "3,10", "--out", str(tmp_path)]) == 0
+    header, last = read_metrics(tmp_path)[0], read_metrics(tmp_path)[-1]
+    assert {"recall@1", "recall@3", "recall@10"} <= last.keys()
+    assert header["recall@3_raw_pixels"] >= header["recall@1_raw_pixels"]
+    assert (tmp_path / checkpoint.BEST).exists()
+    out = capsys.readouterr().out
+    assert "Recall@3" in out
+    assert f"{last['recall@3']:.2f}" in out
+
+
+def test_pretraining_keeps_the_best_model_if_there_are_validation_images(tmp_path, monkeypatch, capsys):
+    photos = image_folder(tmp_path / "photos", images=4)
+    shutil.copytree(photos / "test", photos / "val")
+    values = iter([10.0, 50.0, 90.0, 30.0])
+    monkeypatch.setattr(Run, "_validate", lambda run: {"knn_top1_validation": next(values)})
+    options = ["--data", f"folder:{photos}", "--backbone", "convnet-digits", "--batch-size", "4"]
+    sizes = ["--queue-size", "4", "--epochs", "3", "--bn-splits", "1", "--knn-k", "2"]
+    assert main(["pretrain", *options, *sizes, "--out", str(tmp_path / "run")]) == 0
+    assert checkpoint.load(tmp_path / "run", checkpoint.BEST)["epoch"] == 2
+    tested = read_metrics(tmp_path / "run")[2]["knn_top1"]
+    line = f"best.pt is of epoch 2, with the best k-NN, projection of the validation images: 90.00 %, {tested:.2f} % of"
+    assert line in capsys.readouterr().out
 
 
 def test_the_validation_is_measured_and_a_run_can_be_resumed(tmp_path, capsys):

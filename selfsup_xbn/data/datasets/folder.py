@@ -8,6 +8,8 @@ Layouts, where a class is a folder that contains images, at any depth (``fruit/a
 - ``PATH/train/CLASS`` alone or ``PATH/CLASS``: all images train, until ``--split-classes`` divides the classes.
 - ``PATH/*.jpg`` or ``PATH/train/*.jpg``: images without classes, for pretraining.
 
+``Train`` or ``TRAIN`` is ``train``, and likewise for the other parts.
+
 All files are opened when the data set is loaded. They are decoded if they have the same size and fit in memory;
 otherwise only their headers are read.
 
@@ -71,17 +73,22 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
         raise UserError("folder: expected a path, got none; write folder:PATH")
     folder = Path(path).expanduser()
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; expected image folders train/CLASS/ and test/CLASS/, or CLASS/")
+        remedy = f"write list:{path}" if folder.is_file() else "expected image folders train/CLASS/ and test/CLASS/"
+        where = f"{folder}" if folder.is_absolute() else f"{folder} in {Path.cwd()}"
+        raise UserError(f"{where} is not a folder; {remedy}")
     folders = _folders(folder)
-    names = [name for name in PARTS if name in folders]
+    found = {name.lower(): name for name in folders if name.lower() in PARTS}
+    if len(found) < sum(name.lower() in PARTS for name in folders):
+        raise UserError(f"{folder}: expected folders whose names differ by more than case, got {', '.join(folders)}")
+    names = [name for name in PARTS if name in found]
     if names:
         check_parts(names, str(folder))
     read = class_files if len(names) > 1 else _classes_or_images
-    paths = [folder / name for name in names] or [folder]
+    paths = [folder / found[name] for name in names] or [folder]
     trees = [ImageTree(paths) for _ in paths]
     classes = [read(part, tree) for part, tree in zip(paths, trees, strict=True)]
     parts = {PARTS[name]: files for name, files in zip(names or ["train"], classes, strict=True)}
-    unused = [name for name in folders if names and name not in PARTS]
+    unused = [name for name in folders if names and name.lower() not in PARTS]
     notes = [f"note: not used: {', '.join(unused)} in {folder}"] if unused else []
     notes += [note for tree in trees for note in tree.notes()]
     return image_data(f"{name}:{path}", parts, cache_bytes, workers, notes)

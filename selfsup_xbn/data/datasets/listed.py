@@ -40,6 +40,8 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
     parts: dict[str, Classes] = {}
     for split, label, image in _rows(file):
         parts.setdefault(split, {}).setdefault(label, []).append(image)
+    if not parts:
+        raise UserError(f"{file}: expected a line per image below the header, got none")
     check_parts(list(parts), str(file))
     ordered = {PARTS[split]: dict(sorted(files.items(), key=_order)) for split, files in parts.items()}
     return image_data(f"{name}:{path}", ordered, cache_bytes, workers)
@@ -79,7 +81,7 @@ def _columns(file: Path, names: Sequence[str]) -> Sequence[str]:
     if "path" not in names or len(set(names)) < len(names):
         raise UserError(
             f"{file}:1: expected a header with the columns path, label and, if wanted, split, each once, "
-            f"got {quoted(','.join(names))}"
+            f"got {quoted(','.join(names))}" + "; separate them by commas or tabs" * (";" in names[0])
         )
     return names
 
