@@ -33,7 +33,10 @@ class Config:
         0, "number of training images to use, a random subset given by the seed; 0 uses all images", minimum=0
     )
     limit_test: int = option(
-        0, "number of test images to use, a random subset; 0 uses all images", minimum=0, added_later=True
+        0,
+        "number of test images to use, a random subset, of whole classes if they do not train; 0 uses all images",
+        minimum=0,
+        added_later=True,
     )
     split_classes: str = option(
         "0",
