@@ -29,14 +29,14 @@ def evaluate_run(
 ) -> list[str]:
     """Evaluate the encoder of a run and return the lines of the report.
 
-    The untrained encoder of the comparison has the initial weights of the run.
+    The initial encoder of the comparison has the initial weights of the run.
 
     Args:
         kind: Name of the evaluator in ``EVALUATORS``.
         folder: Run folder.
         overrides: Options that replace those of the run.
         best: Whether to evaluate the best model, ``best.pt``, instead of the last one.
-        compare: Whether to evaluate raw pixels and the untrained encoder too.
+        compare: Whether to evaluate raw pixels and the initial encoder too.
 
     Raises:
         UserError: The folder has no readable run, or the data set does not fit the encoder.
@@ -73,7 +73,7 @@ def evaluate_weights(
         weights: Path of the file, or ``"imagenet"``.
         backbone: Name of the backbone.
         overrides: Options that replace those of ``PretrainConfig``.
-        compare: Whether to evaluate raw pixels and the untrained encoder too.
+        compare: Whether to evaluate raw pixels and the initial encoder too.
 
     Raises:
         UserError: The backbone or the data set is unknown, or the weights do not fit the backbone.

@@ -153,12 +153,12 @@ EVALUATORS = Registry(
     {
         "knn": Entry(
             "selfsup_xbn.evaluation.evaluators:KnnEvaluator",
-            "weighted k-NN accuracy of an encoder, compared with raw pixels and an untrained encoder",
+            "weighted k-NN accuracy of an encoder, compared with raw pixels and the initial encoder",
             ("knn_k", "knn_temperature"),
         ),
         "retrieval": Entry(
             "selfsup_xbn.evaluation.evaluators:RetrievalEvaluator",
-            "Recall@K, R-precision and MAP@R of an encoder, compared with raw pixels and an untrained encoder",
+            "Recall@K, R-precision and MAP@R of an encoder, compared with raw pixels and the initial encoder",
             ("recall_ks",),
         ),
     },

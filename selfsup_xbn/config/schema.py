@@ -44,7 +44,10 @@ class Config:
         added_later=True,
     )
     image_size: int = option(
-        0, "height and width in pixels of the images passed to the network; 0 uses the data set's size", minimum=0
+        0,
+        "height and width in pixels of the images passed to the network: random crops in training, the resized center "
+        "in evaluation; 0 uses the data set's size",
+        minimum=0,
     )
 
     # Network
@@ -71,7 +74,9 @@ class Config:
     )
     std: str = option("", "standard deviation of each channel, as --mean", added_later=True)
     freeze_bn: bool = option(
-        False, "keep statistics, scale and shift of the backbone's BatchNorm layers", added_later=True
+        False,
+        "keep statistics, scale and shift of the backbone's BatchNorm layers, if it has initial weights",
+        added_later=True,
     )
 
     # Memory

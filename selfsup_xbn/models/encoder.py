@@ -144,7 +144,7 @@ def random_encoder(
         head=config.head,
         bn_splits=max(1, config.bn_splits // world()),
         weights=weights,
-        freeze_bn=config.freeze_bn,
+        freeze_bn=config.freeze_bn and config.weights != "",  # those of random weights have no statistics to keep
     )
 
 

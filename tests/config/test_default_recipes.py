@@ -50,7 +50,7 @@ def test_help_shows_the_defaults_that_hold(words, recipe, capsys):
     for name, value in (("backbone", chosen.backbone), ("lr", chosen.lr), ("batch_size", chosen.batch_size)):
         option = text.split(f" --{name.replace('_', '-')} ")[-1]
         assert option.split("(default: ")[1].startswith(f"{value!r})")
-    assert f"BatchNorm layers (default: {'yes' if chosen.freeze_bn else 'no'})" in text
+    assert f"if it has initial weights (default: {'yes' if chosen.freeze_bn else 'no'})" in text
 
 
 def test_recipes_for_photographs_accept_small_folders():

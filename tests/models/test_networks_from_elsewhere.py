@@ -21,6 +21,7 @@ from selfsup_xbn.evaluation.features import evaluating
 from selfsup_xbn.methods.metric_learning import MetricLearning
 from selfsup_xbn.models.backbones import build_backbone
 from selfsup_xbn.models.encoder import build_encoder
+from selfsup_xbn.models.pretrained import initial_encoder
 from selfsup_xbn.models.statistics import statistics_of
 from selfsup_xbn.training.run import Run
 from tests.command_line import image_folder, refused
@@ -183,3 +184,9 @@ def test_recall_of_frozen_features_equals_a_direct_computation(tmp_path):
     found = cosines.masked_fill(~same, -2).amax(1) > cosines.masked_fill(same, -2).amax(1) + 1e-9  # equal ones miss
     assert 30 < 100 * found.double().mean() < 90
     assert values["recall@1_backbone_untrained"] == pytest.approx(100 * found.double().mean().item())
+
+
+def test_batch_norm_of_random_weights_is_trained():
+    config = replace(RECIPES["photos"], backbone="resnet18", weights="")
+    encoder, _ = initial_encoder(config, 3, 64)
+    assert all(norm.training for norm in encoder.train().modules() if isinstance(norm, nn.BatchNorm2d))
