@@ -17,6 +17,7 @@ from selfsup_xbn.runs.results import settings
 TINY = replace(RECIPES["digits"], limit_train=128, epochs=2, batch_size=32, queue_size="64", dim=16, drift_every=0)
 CELLS = {name: replace(TINY, adaptation=name) for name in ("xbm", "xbn")}
 COMMITTED = {  # results file: its module, and the epoch whose values the module shows (0: the last one of each cell)
+    "beyond-cars196": ("beyond", 0),
     "beyond-glyphs": ("beyond", 0),
     "beyond-omniglot": ("beyond", 0),
     "cars196-small": ("cars196", 4),

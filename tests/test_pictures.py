@@ -11,6 +11,7 @@ from experiments.pictures import Chart, save_chart
 from experiments.runs import RESULTS
 
 DRAWN = {
+    "beyond-cars196": "beyond",
     "beyond-glyphs": "beyond",
     "beyond-omniglot": "beyond",
     "cars196-search": "cars196",

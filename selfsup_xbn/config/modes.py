@@ -82,7 +82,7 @@ class SuperviseConfig(Config):
     )
     moment_gradient: bool = option(
         False,
-        "xbn: add the gradient by the moments of the batch, with which the rows of the memory move",
+        "xbn, small batches: add the gradient by the moments of the batch, with which the rows of the memory move",
         added_later=True,
         elsewhere="the moments are those of keys, which have no gradient",
     )
