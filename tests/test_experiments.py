@@ -126,7 +126,7 @@ def test_committed_results_are_consistent_and_shown(name, tmp_path, pictures):
     printed = "\n".join(module.show(cells, tmp_path / f"{name}.json"))
     key = "knn_top1" if "knn_top1" in cells[0]["mean"] else "recall@1"
     for cell in cells:
-        shown = str(epoch or cell["config"]["epochs"])
+        shown = str(epoch or cell["config"].get("head_epochs", 0) + cell["config"]["epochs"])
         values = [history[key][shown] for history in cell["history"].values()]
         assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in printed
 
