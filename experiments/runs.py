@@ -54,6 +54,8 @@ class Experiment:
                 command = command_of(replace(cell, data=_spec(options, cell)))
                 print(f"# {label}", shlex.join(command), sep="\n")
             return
+        if not any(options.only in label for label in self.scales[scale]):
+            parser.error(f"--only: expected a part of a label out of {list(self.scales[scale])}, got {options.only!r}")
         try:
             if options.collect:
                 collect(self.scales[scale], options, path)

@@ -131,6 +131,12 @@ def test_committed_results_are_consistent_and_shown(name, tmp_path, pictures):
         assert f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}" in printed
 
 
+def test_only_without_a_matching_cell_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        Experiment("tiny", "", {"": CELLS}, lambda results, path: []).main(["--only", "XBN"])
+    assert "expected a part of a label out of ['xbm', 'xbn'], got 'XBN'" in capsys.readouterr().err
+
+
 def test_printed_commands_name_the_given_data(capsys):
     experiment = Experiment("tiny", "", {"": CELLS}, lambda results, path: [])
     experiment.main(["--commands", "--data", f"{CELLS['xbn'].data}=folder:/a b"])
