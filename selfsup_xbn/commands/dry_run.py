@@ -28,16 +28,17 @@ def cost_lines(config: Config) -> list[str]:
     """
     check_config(config, download=False)
     size, channels, images, classes = config.image_size or 32, 3, DOWNLOADED.get(config.data), 2
-    parts, notes = list[str](), tuple[str, ...]()
+    parts, notes, labels = list[str](), tuple[str, ...](), None
     if images is None or parse_share(config.validation, "--validation"):
         data = data_of(config)
         size, channels, images = data.image_size, data.channels, len(data.train)
         classes, notes = 1 + int(data.train.labels.max()), data.notes
         parts = [*notes, *part_lines(data, retrieval=config.evaluator == "retrieval")]
-        check_sizes(config, images, notes)
-        sampler_of(config, data.train.labels)
+        labels = data.train.labels
     images = min(images, config.limit_train or images)
-    check_sizes(config, images)
+    check_sizes(config, images, notes)
+    if labels is not None:
+        sampler_of(config, labels)  # raises if the batch size does not fit the classes
     with torch.device("meta"):
         method = method_class(config).from_config(config, random_encoder(config, channels, size), images)
     method.try_loss(classes)

@@ -77,14 +77,14 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
         where = f"{folder}" if folder.is_absolute() else f"{folder} in {Path.cwd()}"
         raise UserError(f"{where} is not a folder; {remedy}")
     folders = _folders(folder)
-    found = {name.lower(): name for name in folders if name.lower() in PARTS}
-    if len(found) < sum(name.lower() in PARTS for name in folders):
+    actual = {name.lower(): name for name in folders if name.lower() in PARTS}
+    if len(actual) < sum(name.lower() in PARTS for name in folders):
         raise UserError(f"{folder}: expected folders whose names differ by more than case, got {', '.join(folders)}")
-    names = [name for name in PARTS if name in found]
+    names = [name for name in PARTS if name in actual]
     if names:
         check_parts(names, str(folder))
     read = class_files if len(names) > 1 else _classes_or_images
-    paths = [folder / found[name] for name in names] or [folder]
+    paths = [folder / actual[name] for name in names] or [folder]
     trees = [ImageTree(paths) for _ in paths]
     classes = [read(part, tree) for part, tree in zip(paths, trees, strict=True)]
     parts = {PARTS[name]: files for name, files in zip(names or ["train"], classes, strict=True)}
