@@ -280,6 +280,7 @@ def test_lists_are_answered_with_the_remedy(tree, tmp_path, capsys):
     image = tree(train={"a": [SMALL]}) / "train/a/000.png"
     for header, rows, remedy in (
         ("path;label", "", "separate them by commas or tabs"),
+        ("", "path,label", "expected a header with the columns path, label and, if wanted, split, each once, got ''"),
         ("path,label", "", "expected a line per image below the header, got none"),
         ("path", str(image), "requires classes, list:{} has none: add a column label"),
     ):

@@ -79,9 +79,10 @@ def _rows(file: Path) -> Iterator[tuple[str, str, str]]:
 
 def _columns(file: Path, names: Sequence[str]) -> Sequence[str]:
     if "path" not in names or len(set(names)) < len(names):
+        header = ",".join(names)
         raise UserError(
             f"{file}:1: expected a header with the columns path, label and, if wanted, split, each once, "
-            f"got {quoted(','.join(names))}" + "; separate them by commas or tabs" * (";" in names[0])
+            f"got {quoted(header)}" + "; separate them by commas or tabs" * (";" in header)
         )
     return names
 
