@@ -33,7 +33,7 @@ def cost_lines(config: Config) -> list[str]:
         data = data_of(config)
         size, channels, images = data.image_size, data.channels, len(data.train)
         classes, notes = 1 + int(data.train.labels.max()), data.notes
-        parts = [*notes, *part_lines(data, retrieval=config.evaluator == "retrieval")]
+        parts = [*notes, *part_lines(data, config.evaluator)]
         labels = data.train.labels
     images = min(images, config.limit_train or images)
     check_sizes(config, images, notes)

@@ -58,7 +58,7 @@ def evaluate_run(
         untrained, _ = initial_encoder(config, run.channels, run.image_size)
     title = f"{EVALUATORS.find(kind).title(config)}, encoder of {folder}"
     values = _compare(kind, config, data, run.trained, untrained)
-    return [*data.notes, *part_lines(data, retrieval=kind == "retrieval"), title, *comparison_table(values)]
+    return [*data.notes, *part_lines(data, kind), title, *comparison_table(values)]
 
 
 def evaluate_weights(
@@ -92,8 +92,7 @@ def evaluate_weights(
     values = _compare(kind, config, data, trained, untrained if compare else None)
     shown = {name: value for name, value in values.items() if "_backbone" not in name}  # there is no head
     title = f"{EVALUATORS.find(kind).title(config)}, features of {backbone} from {weights}"
-    parts = part_lines(data, retrieval=kind == "retrieval")
-    return [*data.notes, *parts, *lines, title, *comparison_table(shown)]
+    return [*data.notes, *part_lines(data, kind), *lines, title, *comparison_table(shown)]
 
 
 def _without_head(encoder: Encoder) -> Encoder:

@@ -96,12 +96,12 @@ def check_matches(data: ImageData) -> None:
             )
 
 
-def part_lines(data: ImageData, *, retrieval: bool = False) -> list[str]:
+def part_lines(data: ImageData, evaluator: str = "knn") -> list[str]:
     r"""Return lines with the images and classes of each part, and the classes that training and test set share.
 
     Args:
         data: The data set.
-        retrieval: Whether the test images are evaluated by retrieval. If not, they are evaluated by k-NN.
+        evaluator: The name of the evaluator of the test images. ``"retrieval"`` does not count queries without a match.
 
     Example:
         >>> from selfsup_xbn.data import load_data
@@ -119,6 +119,7 @@ def part_lines(data: ImageData, *, retrieval: bool = False) -> list[str]:
     lines = [f"{name:<19}{_counts(split, data)}" for name, split in parts.items() if split is not None]
     if not len(data.test) or not data.labelled:
         return lines
+    retrieval = evaluator == "retrieval"
     lines.append(f"{'classes':<19}{_common_classes(data, retrieval)}")
     if retrieval and (count := unmatched(data.test, data.gallery)):
         where = "among the test images" if data.gallery is None else "in the gallery"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import Batch, Batches, data_of, eval_batches, limit
-from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.data.sampler import seed_for
 from selfsup_xbn.errors import Diverged, UserError
 from selfsup_xbn.evaluation.collapse import embedding_std
@@ -90,11 +89,6 @@ class Run:
         if config.compile:
             for module in (child for child in self.method.children() if isinstance(child, Encoder)):
                 module.compile()
-
-    @property
-    def part_lines(self) -> list[str]:
-        """Lines with the images and classes of each part of the data set."""
-        return part_lines(self.data, retrieval=self.config.evaluator == "retrieval")
 
     @property
     def head_stage(self) -> bool:

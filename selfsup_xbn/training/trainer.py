@@ -14,6 +14,7 @@ import torch
 
 from selfsup_xbn.config.parsing import parse_save_interval
 from selfsup_xbn.config.schema import Config
+from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.evaluation.plan import evaluated_epochs
@@ -92,7 +93,8 @@ def _train(
         on_first(partial(check_data, folder, run.data.digest))
         restore(run, state)
     notes = [queue_note(config, len(run.data.train)), empty_queue_note(config), accumulation_note(config, run.method)]
-    show(filter(None, [*run.data.notes, *run.part_lines, *run.weight_lines, *notes, *run.method.notes()]))
+    parts = [*run.data.notes, *part_lines(run.data, config.evaluator)]
+    show(filter(None, [*parts, *run.weight_lines, *notes, *run.method.notes()]))
     if not state and len(run.data.test):
         show(["evaluating raw pixels and the encoder before training ..."])
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced

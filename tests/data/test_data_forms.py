@@ -245,11 +245,11 @@ def test_queries_without_a_match_are_counted_and_stated(tree):
     data = load_data(f"folder:{root}", workers=0)
     assert unmatched(data.test, None) == 2
     expected = "not counted        2 of 4 queries, which have no image of their class among the test images"
-    assert part_lines(data, retrieval=True)[-1] == expected
+    assert part_lines(data, "retrieval")[-1] == expected
     assert not any("not counted" in line for line in part_lines(data))
     data = replace(data, gallery=data.test.subset(torch.tensor([0])))
     assert unmatched(data.test, data.gallery) == 3
-    assert part_lines(data, retrieval=True)[-1].endswith("no image of their class in the gallery")
+    assert part_lines(data, "retrieval")[-1].endswith("no image of their class in the gallery")
 
 
 @pytest.mark.parametrize("part", ["test", "validation"])
