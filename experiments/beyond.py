@@ -3,8 +3,8 @@
 Recall@1 on classes that training never saw, with batches of 16, 32 and 64 (Cars196: 16 and 64). ``--renew`` embeds as
 many images again as a batch has, which costs their forward passes, a third of a step. "XBN, more steps" has at least
 the same cost: a third more epochs than XBN, half more on glyphs. The number of renewed rows was chosen on a fifth of
-the training classes (scale ``search``). A gain counts if the mean of the paired differences from XBN exceeds twice its
-standard error.
+the training classes (scale ``search``, which also has the gradient with two learning rates on Cars196). A gain counts
+if the mean of the paired differences from XBN exceeds twice its standard error.
 
     python -m experiments.beyond --scale search --seeds 2 --data omniglot=omniglot:FOLDER
     python -m experiments.beyond --scale glyphs --seeds 5
@@ -58,6 +58,16 @@ def searched(base: SuperviseConfig) -> dict[str, SuperviseConfig]:
     return {f"{base.data}: renew {rows}": replace(base, renew=rows) for rows in (0, 4, 8, 16, 32)}
 
 
+def learning_rates() -> dict[str, SuperviseConfig]:
+    """Return the gradient on Cars196 with two learning rates, for the validation classes."""
+    return {
+        f"cars196: gradient, B {batch}, lr {lr:g}": replace(base, validation="20%", lr=lr, moment_gradient=True)
+        for batch, base in CARS196.items()
+        if batch in (16, 64)
+        for lr in (3e-5, 1e-4)
+    }
+
+
 def show(results: list[Result], path: Path) -> Sequence[str]:
     """Return the table of the results and the paired differences, and save a chart of Recall@1 by batch size."""
     found = {result["label"]: result for result in results}
@@ -93,7 +103,7 @@ SCALES = {
     "glyphs": cells(GLYPHS, more_epochs=3),
     "omniglot": cells(OMNIGLOT, more_epochs=4),
     "cars196": cells(CARS196[16], 4, batches=(16,)) | cells(CARS196[64], 4, batches=(64,)),
-    "search": searched(GLYPHS) | searched(OMNIGLOT),
+    "search": searched(GLYPHS) | searched(OMNIGLOT) | learning_rates(),
 }
 
 if __name__ == "__main__":
