@@ -20,9 +20,9 @@ from selfsup_xbn.config.cells import cells_of
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.config.registry import EVALUATORS, EXPORTS, METHODS
-from selfsup_xbn.config.schema import Config, resolved
+from selfsup_xbn.config.schema import Config, options_of_other_modes, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, RunsFailed, UserError, printable
-from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option, early_options, flag_of
+from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option, early_options
 from selfsup_xbn.utils.console import show
 from selfsup_xbn.utils.launch import launched_rank
 
@@ -140,10 +140,7 @@ def _add_options(parser: Parser, base: Config, but: str = "") -> None:
     for item in fields(base):
         if item.name != but:
             add_option(parser, item, types[item.name], getattr(base, item.name))
-    for mode, kind in METHODS.items():
-        for item in fields(kind):
-            if (reason := item.metadata["elsewhere"]) and item.name not in types:
-                parser.elsewhere[flag_of(item)] = f", an option of {mode}: in {base.mode} {reason}"
+    parser.elsewhere |= {f"--{name}": hint for name, hint in options_of_other_modes(base).items()}
 
 
 def _train(options: argparse.Namespace, kind: type[Config]) -> None:

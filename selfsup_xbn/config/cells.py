@@ -8,7 +8,7 @@ from dataclasses import fields, replace
 from typing import Any, get_type_hints
 
 from selfsup_xbn.config.saved import differences
-from selfsup_xbn.config.schema import Config
+from selfsup_xbn.config.schema import Config, options_of_other_modes
 from selfsup_xbn.errors import UserError, near
 
 Cells = Mapping[str, Config]
@@ -139,7 +139,8 @@ def _changed(base: Config, pairs: Iterable[tuple[str, str]], where: str) -> Conf
         if name in NOT_VARIED:
             raise UserError(f"{where}: --{name} cannot be varied: {NOT_VARIED[name]}")
         if name not in known:
-            raise UserError(f"{where}: unknown option --{name} of {base.mode}{near(name, known)}")
+            hint = options_of_other_modes(base).get(name) or near(name, known)
+            raise UserError(f"{where}: unknown option --{name} of {base.mode}{hint}")
         changes[name.replace("-", "_")] = _value(text, known[name], f"{where}: --{name}")
     try:
         return replace(base, **changes)

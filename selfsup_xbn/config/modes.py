@@ -121,10 +121,11 @@ class SuperviseConfig(Config):
 
 
 def check_memory_options(config: SuperviseConfig) -> None:
-    """Check the options that need a memory of one process.
+    """Check the options that need a memory of one process, and when the drift residual is measured.
 
     Raises:
-        UserError: There is no memory, or its rows are shared out among the processes.
+        UserError: There is no memory, or its rows are shared out among the processes. The drift residual is never
+            measured, or when the rows of a step have moved already.
     """
     for name in ("moment_gradient", "renew", "drift_residual"):
         option = "--" + name.replace("_", "-")
@@ -132,3 +133,10 @@ def check_memory_options(config: SuperviseConfig) -> None:
             raise UserError(f"{option}: expected a memory, got --queue-size {config.queue_size}")
         if getattr(config, name) and config.shard_queue:
             raise UserError(f"{option}: expected all rows in each process, got --shard-queue")
+    if config.drift_residual and config.drift_every == 0:
+        raise UserError("--drift-residual: expected --drift-every above 0, got 0, which measures nothing")
+    if config.drift_residual and config.accumulate > 1:
+        raise UserError(
+            f"--drift-residual: expected --accumulate 1, got {config.accumulate}: each micro-batch moves the rows of "
+            "those before it"
+        )

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, get_type_hints
 from selfsup_xbn.config.options import check_option, option
 from selfsup_xbn.config.parsing import parse_channels, parse_numbers, parse_rows, parse_share
 from selfsup_xbn.config.parsing import parse_save_interval as parse_interval
-from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS
+from selfsup_xbn.config.registry import ADAPTATIONS, DATA_SETS, METHODS
 
 execution = partial(option, affects_results=False)
 DATA_HELP = "data set: {names}; append :PATH to set its directory: folder:PATH, list:FILE.csv"
@@ -208,6 +208,17 @@ def queue_rows(config: Config, images: int) -> int:
         UserError: ``queue_size`` is neither an integer nor a percentage of at most 100.
     """
     return parse_rows(config.queue_size, images)
+
+
+def options_of_other_modes(config: Config) -> dict[str, str]:
+    """Return, for options that the mode does not have, what an error says of them: the mode that has it, and why."""
+    own = {item.name for item in fields(config)}
+    return {
+        item.name.replace("_", "-"): f", an option of {mode}: in {config.mode} {item.metadata['elsewhere']}"
+        for mode, kind in METHODS.items()
+        for item in fields(kind)
+        if item.metadata["elsewhere"] and item.name not in own
+    }
 
 
 def resolved(config: Config) -> dict[str, Any]:

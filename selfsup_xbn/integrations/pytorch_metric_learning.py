@@ -38,6 +38,7 @@ from pytorch_metric_learning.utils import common_functions as c_f
 from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import Tensor, nn
 
+from selfsup_xbn.errors import UserError
 from selfsup_xbn.integrations._pml_blockwise import blockwise_loss
 from selfsup_xbn.integrations._pml_state import MemoryState
 from selfsup_xbn.integrations.pml_mining import mine_without_self
@@ -72,7 +73,8 @@ class CrossBatchMemory(MemoryState, PeerMemory):
 
     Raises:
         UserError: a size is below 1, the adaptation is unknown, the loss has a temperature that is not above 0 and
-            finite, or ``moment_gradient`` with an adaptation other than "xbn".
+            finite, or ``moment_gradient`` with an adaptation other than "xbn" or in a subclass with an
+            ``embedding_memory`` of its own.
         Exception: raised by PML for a loss that is not supported.
 
     Example:
@@ -111,6 +113,8 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         self.moment_gradient = moment_gradient
         if moment_gradient:
             check_follows(self.queue)
+            if type(self).embedding_memory is not CrossBatchMemory.embedding_memory:
+                raise UserError("moment_gradient: expected the embedding_memory of CrossBatchMemory, got an override")
         self.curr_batch_idx = torch.zeros(0, dtype=torch.int64)
         self._assigned = None
         self.add_to_recordable_attributes(list_of_names=["embedding_size", "memory_size", "queue_idx"], is_stat=False)

@@ -1,8 +1,9 @@
 """Contrastive losses of a batch against a queue: InfoNCE, SupCon and NT-Xent, the last two with a pair margin miner.
 
 All use s = cos / T. Embeddings may have any length and any precision; sums and products are at least float32, under
-autocast too. Gradient flows to the batch alone, and to T if it is a tensor. A row of zeros has similarity 0 with every
-row, and gradient 0. A batch with a value that is not finite has the loss NaN. A batch without anchors has the loss 0.
+autocast too. Gradient flows to the batch alone, and to T if it is a tensor. An anchor of zeros has similarity 0 with
+every row, and gradient 0. So has a row of zeros in a plain queue; XBN and AXBN move it as any other row. A batch with a
+value that is not finite has the loss NaN. A batch without anchors has the loss 0.
 
 ``implementation`` selects how the sums are computed. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
 O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"triton"`` runs InfoNCE and SupCon

@@ -71,7 +71,7 @@ class Following:
 
     def rows(self, rows: Float[Tensor, "b D"], slots: slice | Int64[Tensor, "b"]) -> Float[Tensor, "b D"]:
         """Return the adapted rows at these slots, with their gradient by the batch."""
-        return torch.where(self.constant(slots)[:, None], rows, self.map(rows))
+        return torch.where(self.constant(slots)[:, None], rows, self.map(rows).to(rows.dtype))
 
 
 def check_follows(queue: FeatureQueue) -> None:

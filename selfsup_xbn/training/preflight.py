@@ -39,8 +39,8 @@ def check_config(config: Config, *, download: bool = True) -> None:
         make_loss(config)
         if config.moment_gradient and not adaptation_from_config(config).follows_batch:
             raise UserError(
-                f"--moment-gradient: expected --adaptation xbn, got {config.adaptation}, whose rows do not move with "
-                "the moments of the batch"
+                f"--moment-gradient: expected --adaptation xbn, got {config.adaptation}, which does not move the rows "
+                "to the moments of the batch"
             )
 
 
@@ -92,6 +92,14 @@ def _check_sizes(config: Config, images: int) -> None:
             f"--shard-queue: expected a queue of at least {enqueued * world()} rows, {enqueued} for each of {world()} "
             f"processes, got {queue_size}"
         )
+    for option in ("renew", "drift_residual"):
+        if getattr(config, option) and queue_size < 2:
+            raise UserError(
+                f"--{option.replace('_', '-')}: expected a queue of at least 2 rows, got {queue_size}: BatchNorm needs "
+                "two images"
+            )
+    if config.renew > queue_size:
+        raise UserError(f"--renew: expected at most the number of rows of the queue, {queue_size}, got {config.renew}")
     if queue_size > images:
         raise UserError(
             f"--queue-size: expected at most the number of training images, {images}, got {queue_size}; "

@@ -33,8 +33,8 @@ class Renewal:
     """Renew rows of the queue (``--renew N``), and measure their drift residual (``--drift-residual``).
 
     Every k = B / N steps (rounded up) k N rows are renewed: their images are embedded again, without gradient, in new
-    views and with the BatchNorm statistics of these views. Running statistics do not change. The rows are those whose
-    renewal reduces the summed age of the rows most (``RowImages.stalest``).
+    views, in batches of about B and with the BatchNorm statistics of these batches. Running statistics do not change.
+    The rows are those whose renewal reduces the summed age of the rows most (``RowImages.stalest``).
 
     Args:
         config: Configuration of the run, with one of both options.
@@ -68,30 +68,36 @@ class Renewal:
         """
         if self.interval and enqueued % self.interval == 0 and 0 < self.count <= enqueued * self.batch_size:
             slots = self.rows.stalest(self.count)
-            self.rows.renew(slots, self._embed(self.rows.images[slots], epoch, step))
+            self.rows.renew(slots, self._embed(self.rows.images[slots], epoch, step, first=0))
 
     def measure(self, meter: MetricAccumulator, epoch: int, step: int) -> None:
         """Add the drift residual of a sample of rows, and that of rows without adaptation, to their means.
 
-        The images are embedded in batches of about B. The random numbers of the training do not change.
+        The random numbers of the training do not change.
         """
         if not len(self.rows.sample):
             return
         devices = [self.rows.images.device] if self.rows.images.is_cuda else []
         with torch.random.fork_rng(devices):
             images = self.rows.images[self.rows.sample].clamp(min=0)
-            parts = images.tensor_split(max(1, len(images) // self.batch_size))
-            embeddings = [self._embed(part, epoch, step, 1 + number) for number, part in enumerate(parts)]
-        adapted, new = self.rows.residuals(torch.cat(embeddings))
+            embeddings = self._embed(images, epoch, step, first=1)
+        adapted, new = self.rows.residuals(embeddings)
         meter.add("residual", adapted)
         meter.add("residual_unadapted", new)
 
     @torch.no_grad()
-    def _embed(self, images: Int64[Tensor, "R"], epoch: int, step: int, number: int = 0) -> Float[Tensor, "R D"]:
-        """Return unit embeddings of training images in random views. All processes must call it."""
+    def _embed(self, images: Int64[Tensor, "R"], epoch: int, step: int, first: int) -> Float[Tensor, "R D"]:
+        """Return unit embeddings of training images in random views. All processes must call it.
+
+        They are embedded in batches of about B, whose views are drawn with the numbers ``first``, ``first`` + 1, ...
+        """
+        parts = images.tensor_split(max(1, len(images) // self.batch_size))
         with running_statistics_kept(self.encoder):
-            own = self.encoder(self.views(images, epoch, step, number))
-        rows = gather(own, len(images))
+            own = [
+                gather(self.encoder(self.views(part, epoch, step, number)), len(part))
+                for number, part in enumerate(parts, first)
+            ]
+        rows = torch.cat(own)
         return F.normalize(rows.to(torch.promote_types(rows.dtype, torch.float32)), dim=1)
 
 

@@ -131,6 +131,19 @@ def test_float32_and_small_blocks(name, monkeypatch):
     assert (z.grad - gradients[0]).norm() > 0.05 * z.grad.norm()  # the gradient is another than that of constants
 
 
+@pytest.mark.parametrize("implementation", ["blockwise", "dense"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_that_of_constants_to_the_bit(dtype, implementation):
+    queue, e, keys, labels = state(8, 61, 5, 12, dtype=dtype)
+    for name in LOSSES:
+        z, keys = e.double(), keys.double()  # of another dtype than the rows
+        with_gradient, without = (
+            loss_of(name, z, z, queue, keys, labels, adapted_to=adapted, implementation=implementation)
+            for adapted in (z, None)
+        )
+        assert torch.equal(with_gradient, without)
+
+
 def test_constant_dimensions_and_single_rows():
     queue, e, keys, labels = state(6, 40, 4, 3)
     e[:, 2] = 0  # constant in the batch: no gradient by its deviation
@@ -208,6 +221,14 @@ def test_drop_in_equals_pml_on_rows_that_follow(name, masked):
 def test_drop_in_refuses_a_memory_that_does_not_follow():
     with pytest.raises(UserError, match="the moment gradient: expected an adaptation"):
         CrossBatchMemory(peer.SupConLoss(), 5, 40, adaptation="axbn", moment_gradient=True)
+
+    class Normalized(CrossBatchMemory):
+        @property
+        def embedding_memory(self):
+            return F.normalize(super().embedding_memory, dim=1)
+
+    with pytest.raises(UserError, match="moment_gradient: expected the embedding_memory of CrossBatchMemory"):
+        Normalized(peer.SupConLoss(), 5, 40, moment_gradient=True)
 
 
 @pytest.mark.parametrize("implementation", ["auto", "dense"])

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from pytorch_metric_learning.losses import CrossBatchMemory, SupConLoss, TripletMarginLoss
 from pytorch_metric_learning.miners import MultiSimilarityMiner, PairMarginMiner
+from pytorch_metric_learning.utils import loss_and_miner_utils as lmu
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -96,6 +97,35 @@ def test_xbn_is_the_same_step_on_moved_rows():
         own = torch.arange(len(rows) - len(z), len(rows))
         expected = sup_con(z, labels, plain, temperature=0.1, miner=PairMargin(), self_indices=own)
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_moment_gradient_is_that_of_rows_that_move_with_the_batch(name):
+    """PML's loss on Eq. 6 in plain autograd, through to the weights. Rows of the batch itself are constants."""
+    ours, loss, miner = LOSSES[name]
+    method, constants = (make("xbn", ours, moment_gradient=moment_gradient) for moment_gradient in (True, False))
+    rows, row_labels = torch.zeros(0, 8, dtype=torch.float64), torch.zeros(0, dtype=torch.int64)
+    added = []
+    for step in range(4):
+        views, labels = batch()
+        found, plain = method(views, labels), constants(views, labels)
+        z = F.normalize(method.encoder(views[0]), dim=1)
+        moved = (rows - rows.mean(0)) / rows.std(0) * z.std(0) + z.mean(0) if step else rows
+        rows, row_labels = torch.cat([moved, z.detach()])[-40:], torch.cat([row_labels, labels])[-40:]
+        pairs = miner(z, labels, rows, row_labels) if miner else lmu.get_all_pairs_indices(labels, row_labels)
+        own = pairs[1] == len(rows) - len(z) + pairs[0]
+        expected = loss(z, labels, (pairs[0][~own], pairs[1][~own], *pairs[2:]), rows, row_labels)
+        rows = rows.detach()
+        assert torch.equal(found, plain)
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+        gradients = [
+            torch.cat([gradient.flatten() for gradient in torch.autograd.grad(value, list(module.parameters()))])
+            for value, module in ((found, method), (expected, method), (plain, constants))
+        ]
+        torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-7, atol=1e-9)
+        added.append(((gradients[0] - gradients[2]).norm() / gradients[2].norm().clamp(min=1e-9)).item())
+    assert max(added) > 0.1
+    assert added[0] == 0  # the memory has rows of the batch only
 
 
 def test_loss_is_the_batchs_without_or_before_the_memory():

@@ -13,7 +13,9 @@ from selfsup_xbn.cli import main
 from selfsup_xbn.config.modes import SuperviseConfig
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.memory.row_images import RowImages
 from selfsup_xbn.runs.folder import read_metrics
+from selfsup_xbn.training.metrics import MetricAccumulator
 from selfsup_xbn.training.renewal import running_statistics_kept
 from selfsup_xbn.training.run import Run
 from tests.command_line import interrupted_at
@@ -127,6 +129,77 @@ def test_renewed_rows_are_embeddings_of_today():
     assert renewed >= 2
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "rows"),
+    [
+        ({"renew": 7}, [(0, 3), (1, 0), (1, 3)], 21),  # 7 a step, each third step
+        ({"renew": 50}, [(0, 3), (0, 4), (0, 5), *((1, step) for step in range(6))], 50),  # once 50 rows are there
+        ({"renew": 7, "head_epochs": 1}, [(1, 3), (2, 0), (2, 3)], 21),  # a head epoch fills no queue
+    ],
+)
+def test_a_run_renews_rows_when_it_is_time(changes, steps, rows, monkeypatch):
+    seen, drawn = [], []
+    monkeypatch.setattr(RowImages, "renew", lambda self, slots, embeddings: seen.append((len(slots), len(embeddings))))
+    run = Run(replace(CONFIG, **changes))
+    views = run.renewal.views
+    run.renewal.views = lambda images, *seed: (drawn.append((len(images), *seed)), views(images, *seed))[1]
+    times = []
+    for epoch in range(run.epochs):
+        for batch in run.batches.epoch(epoch):
+            before = len(seen)
+            run.train_step(batch)
+            times += [(epoch, run.step - 1)] * (len(seen) - before)
+        run.end_epoch()
+    assert times == steps
+    assert seen == [(rows, rows)] * len(steps)
+    parts = max(1, rows // 20)
+    sizes = [len(part) for part in torch.arange(rows).tensor_split(parts)]
+    assert drawn == [(size, *step, part) for step in steps for part, size in enumerate(sizes)]  # each its own seed
+
+
+def test_the_moment_gradient_of_a_run_changes_weights_and_not_the_loss():
+    losses, weights = [], []
+    for option in (True, False):
+        steps = trained(moment_gradient=option, adaptation="xbn")
+        for _ in range(2):  # the first one has no rows of other batches
+            run, batch = next(steps)
+            before = run.meter.sums.get("loss", torch.zeros(())).clone()
+            run.train_step(batch)
+        losses.append(run.meter.sums["loss"] - before)
+        weights.append(torch.cat([weight.detach().flatten() for weight in run.method.encoder.parameters()]))
+    assert torch.equal(*losses)
+    assert (weights[0] - weights[1]).norm() > 1e-4
+
+
+def test_residuals_are_of_the_images_of_the_rows():
+    """All 80 rows are sampled; their images are embedded by hand, in the batches of 20 that the run embeds."""
+    for run, batch in trained(drift_residual=True):
+        run.train_step(batch)
+        rows, encoder, meter = run.renewal.rows, run.method.encoder, MetricAccumulator(run.device)
+        draw = encoder.register_forward_pre_hook(lambda *_: torch.rand(()) and None)  # as dropout does
+        state = torch.get_rng_state()
+        run.renewal.measure(meter, run.epoch, run.step)
+        assert torch.equal(torch.get_rng_state(), state)
+        draw.remove()
+        pixels = run.data.train.images[rows.images.clamp(min=0)]
+        mean, std = (torch.tensor(values)[:, None, None] for values in (run.data.mean, run.data.std))
+        with torch.no_grad(), running_statistics_kept(encoder):
+            now = [encoder((part.float() / 255 - mean) / std) for part in pixels.split(20)]
+        filled = len(run.method.queue)
+        now = F.normalize(torch.cat(now), dim=1)[:filled]
+        expected = (F.normalize(run.method.queue.features(), dim=1) - now).square().sum(1).mean()
+        assert meter.mean("residual") == pytest.approx(expected.item(), rel=1e-4)
+        assert 0 < meter.mean("residual_unadapted") < 4
+
+
+def test_a_head_epoch_has_no_residual():
+    run = Run(replace(CONFIG, drift_residual=True, head_epochs=1))
+    for expected in (False, True):
+        for batch in run.batches.epoch(run.epoch):
+            run.train_step(batch)
+        assert ("residual" in run.end_epoch()) == expected
+
+
 def test_running_statistics_are_kept_and_batch_statistics_used():
     norm = nn.BatchNorm1d(3)
     rows = torch.randn(10, 3) * 5 + 2
@@ -144,6 +217,8 @@ def test_running_statistics_are_kept_and_batch_statistics_used():
         ({"drift_residual": True, "queue_size": "0"}, "--drift-residual: expected a memory"),
         ({"moment_gradient": True, "shard_queue": True}, "--moment-gradient: expected all rows in each process"),
         ({"renew": -1}, "--renew"),
+        ({"drift_residual": True, "drift_every": 0}, "--drift-residual: expected --drift-every above 0, got 0"),
+        ({"drift_residual": True, "accumulate": 2}, "--drift-residual: expected --accumulate 1, got 2"),
     ],
 )
 def test_invalid_options_are_refused(changes, message):
@@ -151,8 +226,23 @@ def test_invalid_options_are_refused(changes, message):
         SuperviseConfig(**changes)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"renew": 81}, "--renew: expected at most the number of rows of the queue, 80, got 81"),
+        ({"renew": 1, "queue_size": "1"}, "--renew: expected a queue of at least 2 rows, got 1"),
+        ({"drift_residual": True, "queue_size": "1"}, "--drift-residual: expected a queue of at least 2 rows, got 1"),
+    ],
+)
+def test_a_queue_that_is_too_small_is_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        Run(replace(CONFIG, **changes))
+
+
 def test_the_moment_gradient_needs_rows_that_follow(capsys):
     assert main([*OPTIONS, "--moment-gradient", "--adaptation", "axbn"]) == 2
     assert "--moment-gradient: expected --adaptation xbn, got axbn" in capsys.readouterr().err
     assert main(["pretrain", "--moment-gradient"]) == 2
+    assert "an option of supervise: in pretrain the moments are those of keys" in capsys.readouterr().err
+    assert main(["compare", "pretrain", "--vary", "moment-gradient=true,false"]) == 2
     assert "an option of supervise: in pretrain the moments are those of keys" in capsys.readouterr().err
