@@ -22,7 +22,7 @@ COMMITTED = {  # results file: its module, and the epoch whose values the module
     "beyond-omniglot": ("beyond", 0),
     "cars196-small": ("cars196", 4),
     "digits": ("digits", 40),
-    "drift_residual": ("drift_residual", 2),
+    "drift_residual": ("drift_residual", 0),
     "fig1-small": ("fig1_sweeps", 3),
     "glyphs-supervise": ("glyphs", 2),
     "glyphs-pretrain": ("glyphs", 4),
