@@ -171,16 +171,21 @@ def test_the_moment_gradient_of_a_run_changes_weights_and_not_the_loss():
     assert (weights[0] - weights[1]).norm() > 1e-4
 
 
+def draw_random_numbers(*_):
+    """Do what dropout does to the random state."""
+    torch.rand(())
+
+
 def test_residuals_are_of_the_images_of_the_rows():
     """All 80 rows are sampled; their images are embedded by hand, in the batches of 20 that the run embeds."""
     for run, batch in trained(drift_residual=True):
         run.train_step(batch)
         rows, encoder, meter = run.renewal.rows, run.method.encoder, MetricAccumulator(run.device)
-        draw = encoder.register_forward_pre_hook(lambda *_: torch.rand(()) and None)  # as dropout does
+        drawing = encoder.register_forward_pre_hook(draw_random_numbers)
         state = torch.get_rng_state()
         run.renewal.measure(meter, run.epoch, run.step)
         assert torch.equal(torch.get_rng_state(), state)
-        draw.remove()
+        drawing.remove()
         pixels = run.data.train.images[rows.images.clamp(min=0)]
         mean, std = (torch.tensor(values)[:, None, None] for values in (run.data.mean, run.data.std))
         with torch.no_grad(), running_statistics_kept(encoder):
