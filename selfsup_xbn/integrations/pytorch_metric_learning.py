@@ -113,7 +113,7 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         self.moment_gradient = moment_gradient
         if moment_gradient:
             check_follows(self.queue)
-            if type(self).embedding_memory is not CrossBatchMemory.embedding_memory:
+            if self._overrides_rows:
                 raise UserError("moment_gradient: expected the embedding_memory of CrossBatchMemory, got an override")
         self.curr_batch_idx = torch.zeros(0, dtype=torch.int64)
         self._assigned = None
@@ -250,11 +250,15 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         embeddings = embeddings.to(torch.promote_types(self.queue.rows.dtype, torch.float32))
         if filled == 0 or len(embeddings) == 0:
             return embeddings.sum() * 0
-        overridden = type(self).embedding_memory is not CrossBatchMemory.embedding_memory
-        rows = self.embedding_memory[:filled] if overridden else features(self.queue, adapted_to)
+        rows = self.embedding_memory[:filled] if self._overrides_rows else features(self.queue, adapted_to)
         row_labels = self.label_memory[:filled]
         indices_tuple = self.create_indices_tuple(embeddings, labels, rows, row_labels, indices_tuple, is_in_queue)
         return self.loss(embeddings, labels, indices_tuple, rows, row_labels)
+
+    @property
+    def _overrides_rows(self) -> bool:
+        """Whether a subclass has an ``embedding_memory`` of its own, whose rows the loss then reads."""
+        return type(self).embedding_memory is not CrossBatchMemory.embedding_memory
 
     def _blockwise(self) -> Callable[..., Tensor] | None:
         """Return the blockwise function that equals the loss and the miner, or None."""

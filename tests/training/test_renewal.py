@@ -49,6 +49,15 @@ def trained(**changes):
         yield run, batch
 
 
+@torch.no_grad()
+def embedded(run, images):
+    """Return the unit embeddings of training images without augmentation, with their own BatchNorm statistics."""
+    pixels, encoder = run.data.train.images[images], run.method.encoder
+    mean, std = (torch.tensor(values)[:, None, None] for values in (run.data.mean, run.data.std))
+    with running_statistics_kept(encoder):
+        return F.normalize(encoder((pixels.float() / 255 - mean) / std), dim=1)
+
+
 @pytest.mark.slow
 def test_resumed_run_equals_uninterrupted_run(tmp_path):
     options = [*OPTIONS, *BOTH]
@@ -113,10 +122,7 @@ def test_renewed_rows_are_embeddings_of_today():
         changed = (rows.recorded_at != times).nonzero()[:, 0]
         if len(changed):
             assert len(changed) == 21  # 7 a step, each third step
-            pixels = run.data.train.images[rows.images[changed]]
-            mean, std = (torch.tensor(values)[:, None, None] for values in (run.data.mean, run.data.std))
-            with torch.no_grad(), running_statistics_kept(encoder):
-                expected = F.normalize(encoder((pixels.float() / 255 - mean) / std), dim=1)
+            expected = embedded(run, rows.images[changed])
             now = run.method.queue.features()
             torch.testing.assert_close(now[changed], expected, rtol=1e-4, atol=1e-5)
             others = torch.ones(len(now), dtype=torch.bool).index_fill(0, changed, False)
@@ -186,12 +192,8 @@ def test_residuals_are_of_the_images_of_the_rows():
         run.renewal.measure(meter, run.epoch, run.step)
         assert torch.equal(torch.get_rng_state(), state)
         drawing.remove()
-        pixels = run.data.train.images[rows.images.clamp(min=0)]
-        mean, std = (torch.tensor(values)[:, None, None] for values in (run.data.mean, run.data.std))
-        with torch.no_grad(), running_statistics_kept(encoder):
-            now = [encoder((part.float() / 255 - mean) / std) for part in pixels.split(20)]
-        filled = len(run.method.queue)
-        now = F.normalize(torch.cat(now), dim=1)[:filled]
+        parts = [embedded(run, part) for part in rows.images.clamp(min=0).split(20)]
+        now = torch.cat(parts)[: len(run.method.queue)]
         expected = (F.normalize(run.method.queue.features(), dim=1) - now).square().sum(1).mean()
         assert meter.mean("residual") == pytest.approx(expected.item(), rel=1e-4)
         assert 0 < meter.mean("residual_unadapted") < 4
