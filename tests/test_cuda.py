@@ -134,6 +134,22 @@ def test_class_losses_equal_the_cpu(loss: Any, miner: PairMargin | None, moment_
     assert relative_error(grads[1], grads[0]) < 1e-4
 
 
+@pytest.mark.parametrize("loss", [info_nce, sup_con])
+def test_sums_over_many_rows_are_those_of_float32(loss: Any) -> None:
+    queue = FeatureQueue(200_000, 64, "xbn", labels=True, device=CUDA)
+    queue.enqueue(draw(200_000, 64, seed=1).to(CUDA), torch.arange(200_000, device=CUDA) % 500)
+    z, labels = draw(64, 64, seed=2).to(CUDA).requires_grad_(), torch.arange(64, device=CUDA) // 4
+    queue.adapt(z)
+    double = FeatureQueue(200_000, 64, "xbm", labels=True, dtype=torch.float64, device=CUDA)
+    double.enqueue(queue.features().double(), queue.labels)
+    z64 = z.detach().double().requires_grad_()
+    grads = []
+    for x, memory in ((z, queue), (z64, double)):
+        value = info_nce(x, x.detach().flip(0), memory) if loss is info_nce else sup_con(x, labels, memory)
+        grads.append(torch.autograd.grad(value, x)[0])
+    assert relative_error(*grads) < 5e-6  # the accumulators of the tensor cores alone: 2e-5
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 def test_split_batch_norm_equals_parts(dtype: torch.dtype, layout: torch.memory_format) -> None:

@@ -24,7 +24,7 @@ def test_the_kernels_of_a_step_compile_for_a_gpu():
     names, queue = json.loads(run.stdout)
     assert names == [
         ["_adapt", "_enqueue", "scan", "finish_info_nce"],
-        ["_adapt", "_enqueue", "scan", "finish_sup_con", "average"],
+        ["_adapt", "_enqueue", "compare", "combine", "weigh", "finish_sup_con", "average"],
     ]
     for options, (registers, _) in queue:
         assert options == {"num_warps": 32}

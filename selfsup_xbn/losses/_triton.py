@@ -1,4 +1,4 @@
-"""The Triton kernels of ``kernels.py``.
+"""The Triton kernels of InfoNCE in ``kernels.py``.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor, S parts of the queue. Sizes with a P are
 padded to a power of two.
@@ -40,37 +40,19 @@ def _halves(x):
 
 @triton.jit
 @no_type_check
-def _decoded(rows, scale, shift, m, mm, d, D: tl.constexpr):
-    """Return dimensions d of the embeddings that rows m stand for."""
-    at = rows + m.to(tl.int64)[:, None] * D + d[None, :]
-    r = tl.load(at, mask=mm[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
+def _decoded(rows, scale, shift, first, inside, d, BM: tl.constexpr, D: tl.constexpr):
+    """Return dimensions d of the embeddings that the rows from first on stand for."""
+    at = rows + tl.cast(first, tl.int64) * D + tl.arange(0, BM)[:, None] * D + d[None, :]
+    r = tl.load(at, mask=inside[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
     a = tl.load(scale + d, mask=d < D, other=0.0).to(tl.float32)
     return r * a[None, :] + tl.load(shift + d, mask=d < D, other=0.0).to(tl.float32)[None, :]
 
 
 @triton.jit
 @no_type_check
-def _add_positive_rows(
-    sums, positive, rows, scale, shift, m, mm, inverse, bm, offset, D: tl.constexpr, DV: tl.constexpr, DC:
-    tl.constexpr, EXACT: tl.constexpr
-):  # fmt: skip
-    """Add the unit rows m that are positives to sums in memory [BB, D]: few tiles have one, and registers are few."""
-    for j in tl.static_range(DV // DC):
-        d = offset + j * DC + tl.arange(0, DC)
-        inside = bm[:, None] & (d < D)[None, :]
-        r, r_rest = _halves(_decoded(rows, scale, shift, m, mm, d, D) * inverse[:, None])
-        total = tl.dot(positive, r, tl.load(sums + d[None, :], mask=inside, other=0.0))
-        if EXACT:
-            total = tl.dot(positive, r_rest, total)
-        tl.store(sums + d[None, :], total, mask=inside)
-
-
-@triton.jit
-@no_type_check
 def scan(
-    anchors, rows, scale, shift, written, labels, row_labels, own, peaks, totals, weighted, positive_rows, positives,
-    negatives, B, M, part, factor, below, above, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr, BB: tl.constexpr,
-    BM: tl.constexpr, DV: tl.constexpr, DC: tl.constexpr, CLASSES: tl.constexpr, EXACT: tl.constexpr
+    anchors, rows, scale, shift, written, own, peaks, totals, weighted, B, M, part, factor, D: tl.constexpr, DP:
+    tl.constexpr, E: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, DV: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
     """Add up one part of the queue, and DV dimensions of its rows, for a block of anchors. Logits are to base two."""
     d, b = tl.arange(0, DP), tl.program_id(0) * BB + tl.arange(0, BB)
@@ -84,11 +66,6 @@ def scan(
     v = tl.program_id(2) * DV + tl.arange(0, DV)
     both = bm[:, None] & (v < D)[None, :]
     sums = tl.zeros([BB, DV], tl.float32)
-    if CLASSES:
-        y = tl.load(labels + b, mask=bm, other=0)
-        positive_count, negative_count = tl.zeros([BB], tl.int32), tl.zeros([BB], tl.int32)
-        near = positive_rows + (tl.program_id(1) * B + b)[:, None] * D
-        tl.store(near + v[None, :], tl.zeros([BB, DV], tl.float32), mask=both)
     if E > 0:
         lowest, highest = M + 0, -1
         for e in tl.static_range(E):
@@ -112,47 +89,22 @@ def scan(
                 for e in tl.static_range(E):
                     slot = tl.load(own + b * E + e, mask=bm, other=-1).to(tl.int32)
                     logits = tl.where(slot[:, None] == m[None, :], -1e30, logits)
-        if CLASSES:
-            same = y[:, None] == tl.load(row_labels + m, mask=mm, other=0)[None, :]
-            present = logits != -1e30
-            positive = present & same & ((logits >= below) == 0)  # true for NaN, which must reach the loss
-            negative = present & (same == 0) & ((logits <= above) == 0)
-            positive_count += tl.sum(positive.to(tl.int32), 1)
-            negative_count += tl.sum(negative.to(tl.int32), 1)
-            if tl.max(tl.max(positive.to(tl.int32), 1), 0) > 0:
-                _add_positive_rows(
-                    near,
-                    positive.to(tl.float16),
-                    rows,
-                    scale,
-                    shift,
-                    m,
-                    mm,
-                    inverse,
-                    bm,
-                    tl.program_id(2) * DV,
-                    D,
-                    DV,
-                    DC,
-                    EXACT,
-                )
-            logits = tl.where(positive | negative, logits, -1e30)
         largest = tl.maximum(peak, tl.max(logits, 1))
         p = tl.exp2(logits - largest[:, None] + 10.0)  # up to 1024: small ones stay normal in float16
         shrink = tl.exp2(peak - largest)
         total = total * shrink + tl.sum(p, 1)
         p, p_rest = _halves(p)
         if DV < DP:
-            r, r_rest = _halves(_decoded(rows, scale, shift, m, mm, v, D) * inverse[:, None])
-        sums = _times(p, p_rest, r, r_rest, sums * shrink[:, None], EXACT)
+            r, r_rest = _halves(_decoded(rows, scale, shift, first, mm, v, BM, D) * inverse[:, None])
+        if EXACT:  # the tensor cores cut off what they add up: each tile is added in float32
+            sums = sums * shrink[:, None] + _times(p, p_rest, r, r_rest, tl.zeros([BB, DV], tl.float32), EXACT)
+        else:
+            sums = _times(p, p_rest, r, r_rest, sums * shrink[:, None], EXACT)
         peak = largest
     o = tl.program_id(1) * B + b
     tl.store(peaks + o, peak, mask=bm)
     tl.store(totals + o, total, mask=bm)
     tl.store(weighted + o[:, None] * D + v[None, :], sums, mask=both)
-    if CLASSES:
-        tl.store(positives + o, positive_count, mask=bm)
-        tl.store(negatives + o, negative_count, mask=bm)
 
 
 @triton.jit
@@ -173,19 +125,6 @@ def _combined(b, peaks, totals, weighted, B, S, D: tl.constexpr, DP: tl.constexp
     empty = total == 0
     log_sum = tl.where(empty, -1e30, (top + tl.log2(tl.where(empty, 1.0, total)) - 10.0) * 0.6931471805599453)
     return log_sum, tl.where(empty, 0.0, mean / tl.where(empty, 1.0, total))
-
-
-@triton.jit
-@no_type_check
-def _summed(b, parts, B, S, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr):
-    """Return the sum over the parts [S, B, D] of anchor b."""
-    d = tl.arange(0, DP)
-    total = tl.zeros([DP], tl.float32)
-    for first in range(0, S, BS):
-        s = first + tl.arange(0, BS)
-        at = (s * B + b).to(tl.int64)[:, None] * D + d[None, :]
-        total += tl.sum(tl.load(parts + at, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0), 0)
-    return total
 
 
 @triton.jit
@@ -230,39 +169,3 @@ def finish_info_nce(
     slope = tl.where(gap > 0, 1.0, e) / (1.0 + e) * inverse_t / B
     tl.store(grad_q + b * D + d, _through_unit((mean - y) * slope, x, x_inverse), mask=d < D)
     tl.store(grad_k + b * D + d, _through_unit(-x * slope, y, y_inverse), mask=d < D)
-
-
-@triton.jit
-@no_type_check
-def finish_sup_con(
-    z, peaks, totals, weighted, positive_rows, positives, negatives, losses, grad, counts, B, S, inverse_t, D:
-    tl.constexpr, DP: tl.constexpr, SP: tl.constexpr, BS: tl.constexpr
-):  # fmt: skip
-    """Make the loss of one anchor, its gradient, and its numbers of positive and negative pairs."""
-    b, d, s = tl.program_id(0), tl.arange(0, DP), tl.arange(0, SP)
-    x, inverse = _unit_vector(z + b * D, d, D)
-    log_sum, mean = _combined(b, peaks, totals, weighted, B, S, D, DP, SP, BS)
-    positive = tl.sum(tl.load(positives + s * B + b, mask=s < S, other=0), 0)
-    negative = tl.sum(tl.load(negatives + s * B + b, mask=s < S, other=0), 0)
-    near = _summed(b, positive_rows, B, S, D, DP, BS) / tl.maximum(positive, 1)
-    tl.store(losses + b, log_sum - tl.sum(x * near, 0) * inverse_t)
-    tl.store(grad + b * D + d, _through_unit((mean - near) * inverse_t, x, inverse), mask=d < D)
-    tl.store(counts + b, positive)
-    tl.store(counts + B + b, negative)
-
-
-@triton.jit
-@no_type_check
-def average(losses, counts, loss, weights, sums, B, BP: tl.constexpr):
-    """Average the losses of the anchors that count; make the weight of each anchor and the number of all pairs."""
-    b = tl.arange(0, BP)
-    each = tl.load(losses + b, mask=b < B, other=0.0)
-    positive = tl.load(counts + b, mask=b < B, other=0)
-    negative = tl.load(counts + B + b, mask=b < B, other=0)
-    all_negative = tl.sum(negative.to(tl.int64), 0)
-    averaged = ((each <= 0) == 0) & (positive > 0) & (positive + negative > 1) & (all_negative > 0)
-    weight = averaged.to(tl.float32) / tl.maximum(tl.sum(averaged.to(tl.int32), 0), 1)
-    tl.store(loss, tl.sum(tl.where(averaged, each * weight, 0.0), 0))
-    tl.store(weights + b, weight, mask=b < B)
-    tl.store(sums, tl.sum(positive.to(tl.int64), 0))
-    tl.store(sums + 1, all_negative)

@@ -1,15 +1,20 @@
-"""InfoNCE and SupCon of a batch against a queue as Triton kernels: two or three launches, whatever M is.
+"""InfoNCE and SupCon of a batch against a queue as Triton kernels.
 
-The first kernel is flash attention (arXiv 2205.14135) with the rows of the queue as keys and as values, split over the
-queue as in flash decoding: a program takes a block of anchors and a part of the queue. It decodes a tile of rows by the
-queue's affine map, divides them by their length, multiplies, and adds up exponentials and rows relative to the largest
-logit so far. The second kernel combines the parts of each anchor, and computes its loss and gradient. SupCon runs a
-third kernel, which averages the losses.
+InfoNCE takes two launches, whatever M is. The first kernel is flash attention (arXiv 2205.14135) with the rows of the
+queue as keys and as values, split over the queue as in flash decoding: a program takes a block of anchors and a part of
+the queue. It decodes a tile of rows by the queue's affine map, divides them by their length, multiplies, and adds up
+exponentials and rows relative to the largest logit so far. The second kernel combines the parts of each query, and
+computes its loss and gradient.
 
-The tensor cores multiply unit vectors in float16, which has 11 significant bits, as TF32 has. If
+SupCon reads the queue twice, because embeddings of supervised learning have many dimensions, whose sums would not fit
+the registers beside the products. The first pass writes the logits, and adds up their exponentials. The second pass
+adds up the rows with the weights that the gradient has. ``LOGITS`` bounds the memory: larger batches are taken in
+blocks of anchors.
+
+The tensor cores multiply in float16 or TF32, which have 11 significant bits. If
 ``torch.get_float32_matmul_precision()`` is "highest" (torch's default), the products of the rounding errors are added
-(``EXACT``, 22 bits): the results are those of float32, and the first kernel takes twice as long. "high" and "medium"
-leave them out.
+(``EXACT``, 22 bits), and sums are kept in float32: the results are those of float32, and the products take up to three
+times as long. "high" and "medium" leave them out.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor, S parts of the queue. Sizes with a P are
 padded to a power of two.
@@ -25,14 +30,17 @@ import triton
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from selfsup_xbn.losses._triton import average, finish_info_nce, finish_sup_con, scan
+from selfsup_xbn.losses._triton import finish_info_nce, scan
+from selfsup_xbn.losses._triton_sup_con import average, combine, compare, finish_sup_con, weigh
 from selfsup_xbn.losses.blockwise import refuse_second_derivative
 from selfsup_xbn.losses.pairs import Pairs
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 
 LOG2E = math.log2(math.e)
-MAX_DIM = 512  # unit anchors are kept in shared memory
-MIN_TEMPERATURE = 1e-4  # unit anchors over the temperature are kept in float16
+MAX_DIM = 512  # InfoNCE keeps unit queries in shared memory
+MIN_TEMPERATURE = 1e-4  # InfoNCE keeps unit queries over the temperature in float16
+LOGITS = 2**24
+"""How many logits SupCon keeps at a time, but for the least block of 64 anchors."""
 
 
 class Tiles(NamedTuple):
@@ -51,10 +59,28 @@ class Tiles(NamedTuple):
         anchors = max(16, min(triton.next_power_of_2(B), 128 if DP <= 128 else 64))
         rows = 64 if DP <= 128 else 32
         values = min(DP, 256 if exact else 512)
-        programs = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
-        parts = max(1, min(triton.cdiv(M, rows), programs // (triton.cdiv(B, anchors) * DP // values)))
+        parts = max(1, min(triton.cdiv(M, rows), _processors(device) // (triton.cdiv(B, anchors) * DP // values)))
         stages = (1 if DP > 256 else 2) if exact else (2 if DP > 256 else 3)
         return Tiles(anchors, rows, values, parts, 8 if anchors >= 64 else 4, stages)
+
+
+class Pass(NamedTuple):
+    """Sizes of a pass of SupCon: of a tile of rows, of the dimensions at a time, and how many parts of which length."""
+
+    rows: int
+    dims: int
+    parts: int
+    part: int
+
+    @staticmethod
+    def of(M: int, rows: int, dims: int, programs: int) -> Pass:
+        """Return the sizes for about this number of programs."""
+        part = triton.cdiv(triton.cdiv(M, max(1, programs)), rows) * rows
+        return Pass(rows, dims, triton.cdiv(M, part), part)
+
+
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
 
 
 class _Sums(NamedTuple):
@@ -63,19 +89,34 @@ class _Sums(NamedTuple):
     peaks: Float[Tensor, "SB"]
     totals: Float[Tensor, "SB"]
     weighted: Float[Tensor, "SBD"]
-    positive_rows: Float[Tensor, "SBD"]
-    positives: Int32[Tensor, "SB"]
-    negatives: Int32[Tensor, "SB"]
     parts: int
 
-    def sizes(self, dim: int) -> dict[str, int]:
-        """Return the sizes that the second kernel is compiled for."""
-        SP, DP = triton.next_power_of_2(self.parts), _padded(dim)
-        return {"D": dim, "DP": DP, "SP": SP, "BS": min(SP, max(1, 2**13 // DP))}
+
+def _queue(pairs: Pairs) -> FeatureQueue:
+    assert pairs.queue is not None
+    return pairs.queue
 
 
 def _padded(dim: int) -> int:
     return max(16, triton.next_power_of_2(dim))
+
+
+def _at_a_time(parts: int, dim: int) -> int:
+    """Return how many parts' sums a program loads at a time."""
+    return min(triton.next_power_of_2(parts), max(1, 2**13 // _padded(dim)))
+
+
+def _empty(like: Tensor, *shape: int) -> Float[Tensor, "..."]:
+    return like.new_empty(shape, dtype=torch.float32)
+
+
+def _own(pairs: Pairs) -> Int64[Tensor, "B *E"] | None:
+    return None if pairs.self_indices is None else pairs.self_indices.contiguous()
+
+
+def _per_anchor(own: Int64[Tensor, "B *E"] | None, B: int) -> int:
+    """Return E."""
+    return 0 if own is None else own.numel() // B
 
 
 def supports(embeddings: Tensor, queue: FeatureQueue, temperature: float) -> bool:
@@ -104,10 +145,22 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
         q, k = q.contiguous(), k.contiguous()
-        (B, D), sums = q.shape, _launch(q, pairs)
+        (B, D), sums = q.shape, _scan(q, pairs)
         losses, grad_q, grad_k = (q.new_empty(shape, dtype=torch.float32) for shape in ((B,), (B, D), (B, D)))
         finish_info_nce[(B,)](
-            q, k, *sums[:3], losses, grad_q, grad_k, B, sums.parts, 1 / pairs.temperature, **sums.sizes(D)
+            q,
+            k,
+            *sums[:3],
+            losses,
+            grad_q,
+            grad_k,
+            B,
+            sums.parts,
+            1 / pairs.temperature,
+            D=D,
+            DP=_padded(D),
+            SP=triton.next_power_of_2(sums.parts),
+            BS=_at_a_time(sums.parts, D),
         )
         ctx.save_for_backward(grad_q, grad_k)
         ctx.types = q.dtype, k.dtype
@@ -125,13 +178,19 @@ class _InfoNCE(torch.autograd.Function):
 class _SupCon(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-        z = embeddings.contiguous()
-        (B, D), sums = z.shape, _launch(z, pairs)
-        losses, weights, grad, loss = (z.new_empty(n, dtype=torch.float32) for n in ((B,), (B, 1), (B, D), ()))
-        counts = torch.empty((2, B), dtype=torch.int32, device=z.device)
+        assert pairs.labels is not None
+        z, own = embeddings.contiguous(), _own(pairs)
+        losses, weights, loss, grad = (_empty(z, *shape) for shape in ((len(z),), (len(z), 1), (), z.shape))
+        positives, negatives = torch.empty((2, len(z)), dtype=torch.int32, device=z.device)
         pair_counts = torch.empty(2, dtype=torch.int64, device=z.device)
-        finish_sup_con[(B,)](z, *sums[:-1], losses, grad, counts, B, sums.parts, 1 / pairs.temperature, **sums.sizes(D))
-        average[(1,)](losses, counts, loss, weights, pair_counts, B, BP=triton.next_power_of_2(B))
+        at_a_time = max(64, LOGITS // _queue(pairs).size // 64 * 64)
+        for first in range(0, len(z), at_a_time):
+            block = slice(first, first + at_a_time)
+            inputs = z[block], pairs.labels[block], None if own is None else own[block]
+            _two_passes(pairs, *inputs, losses[block], positives[block], negatives[block], grad[block])
+        average[(1,)](
+            losses, positives, negatives, loss, weights, pair_counts, len(z), BP=triton.next_power_of_2(len(z))
+        )
         ctx.save_for_backward(grad, weights)
         ctx.dtype = z.dtype
         ctx.mark_non_differentiable(pair_counts)
@@ -144,49 +203,127 @@ class _SupCon(torch.autograd.Function):
         return (grad * (weights * grads[0])).to(ctx.dtype), None
 
 
-def _launch(anchors: Float[Tensor, "B D"], pairs: Pairs) -> _Sums:
-    """Run the first kernel."""
-    queue = pairs.queue
-    assert queue is not None
+def _scan(anchors: Float[Tensor, "B D"], pairs: Pairs) -> _Sums:
+    """Run the first kernel of InfoNCE."""
+    queue, own = _queue(pairs), _own(pairs)
     B, D = anchors.shape
     exact = torch.get_float32_matmul_precision() == "highest"
     tiles = Tiles.of(B, queue.size, _padded(D), anchors.device, exact)
     part = triton.cdiv(triton.cdiv(queue.size, tiles.parts), tiles.rows) * tiles.rows
     S = triton.cdiv(queue.size, part)
-    classes = pairs.labels is not None
-    own = None if pairs.self_indices is None else pairs.self_indices.contiguous()
-    E = 0 if own is None else own.numel() // B
-    sizes = [S * B * D, S * B * D * classes, S * B, S * B]
-    weighted, positive_rows, peaks, totals = anchors.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
-    positives, negatives = torch.empty((2, S * B * classes), dtype=torch.int32, device=anchors.device)
-    sums = _Sums(peaks, totals, weighted, positive_rows, positives, negatives, S)
-    factor = LOG2E / pairs.temperature
+    sizes = [S * B * D, S * B, S * B]
+    weighted, peaks, totals = anchors.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
     scan[triton.cdiv(B, tiles.anchors), S, _padded(D) // tiles.values](
         anchors,
         queue.rows,
         queue.scale,
         queue.shift,
         queue.written,
-        pairs.labels if classes else queue.written,
-        queue.labels if classes else queue.written,
         queue.written if own is None else own,
-        *sums[:-1],
+        peaks,
+        totals,
+        weighted,
         B,
         queue.size,
         part,
-        factor,
-        max(min(pairs.below * LOG2E, 1e29), -1e29),
-        max(min(pairs.above * LOG2E, 1e29), -1e29),
+        LOG2E / pairs.temperature,
         D=D,
         DP=_padded(D),
-        E=E,
+        E=_per_anchor(own, B),
         BB=tiles.anchors,
         BM=tiles.rows,
         DV=tiles.values,
-        DC=min(tiles.values, 64),
-        CLASSES=classes,
         EXACT=exact,
         num_warps=tiles.warps,
         num_stages=tiles.stages,
     )
-    return sums
+    return _Sums(peaks, totals, weighted, S)
+
+
+def _two_passes(
+    pairs: Pairs,
+    z: Float[Tensor, "B D"],
+    labels: Int64[Tensor, "B"],
+    own: Int64[Tensor, "B *E"] | None,
+    losses: Float[Tensor, "B"],
+    positives: Int32[Tensor, "B"],
+    negatives: Int32[Tensor, "B"],
+    grad: Float[Tensor, "B D"],
+) -> None:
+    """Write the losses of a block of anchors, their numbers of pairs, and their gradients."""
+    queue = _queue(pairs)
+    (B, D), M, exact = z.shape, queue.size, torch.get_float32_matmul_precision() == "highest"
+    DP, MP, BB = _padded(D), triton.cdiv(M, 16) * 16, max(16, min(triton.next_power_of_2(B), 64))
+    blocks, programs = triton.cdiv(B, BB), 2 * _processors(z.device)
+    first = Pass.of(M, 128 if 64 * programs <= M else 64, min(DP, 32), programs // blocks)
+    second = Pass.of(M, 32, min(DP, 128), programs // (blocks * triton.cdiv(DP, 128)))
+    logits, lengths, log_sums = _empty(z, B, MP), _empty(z, M), _empty(z, B)
+    by_part = _empty(z, 3, B, first.parts)
+    pairs_by_part = torch.empty((2, B, first.parts), dtype=torch.int32, device=z.device)
+    compare[blocks, first.parts](
+        z,
+        queue.rows,
+        queue.scale,
+        queue.shift,
+        queue.written,
+        labels,
+        queue.labels,
+        queue.written if own is None else own,
+        logits,
+        lengths,
+        *by_part,
+        *pairs_by_part,
+        B,
+        M,
+        MP,
+        first.parts,
+        first.part,
+        LOG2E / pairs.temperature,
+        max(min(pairs.below * LOG2E, 1e29), -1e29),
+        max(min(pairs.above * LOG2E, 1e29), -1e29),
+        D=D,
+        DP=DP,
+        E=_per_anchor(own, B),
+        BB=BB,
+        BM=first.rows,
+        DK=first.dims,
+        EXACT=exact,
+        STAGES=3,
+    )
+    combine[(B,)](
+        *by_part,
+        *pairs_by_part,
+        losses,
+        log_sums,
+        positives,
+        negatives,
+        first.parts,
+        SP=triton.next_power_of_2(first.parts),
+    )
+    sums = _empty(z, second.parts, B, D)
+    weigh[DP // second.dims, blocks, second.parts](
+        queue.rows,
+        queue.scale,
+        queue.shift,
+        queue.written,
+        labels,
+        queue.labels,
+        logits,
+        lengths,
+        log_sums,
+        positives,
+        sums,
+        B,
+        M,
+        MP,
+        second.part,
+        D=D,
+        BB=BB,
+        BM=second.rows,
+        DV=second.dims,
+        EXACT=exact,
+        STAGES=3,
+    )
+    finish_sup_con[(B,)](
+        z, sums, grad, B, second.parts, 1 / pairs.temperature, D=D, DP=DP, BS=_at_a_time(second.parts, D)
+    )

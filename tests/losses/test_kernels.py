@@ -118,6 +118,34 @@ def test_sup_con_equals_the_matrix(case, miner, tolerance):
     assert error(*(torch.autograd.grad(3 * v, x)[0] for v, x in ((loss, z), (expected, z64)))) < tolerance
 
 
+def test_sup_con_in_blocks_of_anchors_equals_the_matrix(monkeypatch):
+    from selfsup_xbn.losses import kernels
+
+    monkeypatch.setattr(kernels, "LOGITS", 1)
+    generator = torch.Generator().manual_seed(0)
+    queue = FeatureQueue(90, 20, "xbn", labels=True, device=DEVICE)
+    z, labels = torch.randn(150, 20, generator=generator).to(DEVICE), torch.arange(150).to(DEVICE) // 3
+    queue.enqueue(z[:90], labels[:90])
+    own = torch.arange(150).to(DEVICE) % 100 - 10
+    own = own.where((own >= 0) & (own < 90), -1)
+    counts, losses, grads = [], [], []
+    for x, memory, implementation in ((z, queue, "triton"), (z.double(), in_float64(queue), "dense")):
+        x = x.detach().requires_grad_()
+        loss = sup_con(
+            x,
+            labels,
+            memory,
+            self_indices=own,
+            implementation=implementation,
+            on_pairs=lambda *numbers: counts.append(torch.stack(numbers)),
+        )
+        losses.append(loss)
+        grads.append(torch.autograd.grad(loss, x)[0])
+    assert torch.equal(*counts)
+    assert error(*losses) < EXACT
+    assert error(*grads) < EXACT
+
+
 @pytest.mark.slow
 def test_bfloat16_embeddings_get_a_gradient_of_their_dtype():
     queue, queries, keys, labels, temperature, indices = drawn("odd")
