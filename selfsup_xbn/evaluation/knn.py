@@ -13,6 +13,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.neighbors import normalize_features, similarity_blocks, top_k
+from selfsup_xbn.utils.checks import check_tensors
 from selfsup_xbn.utils.labels import class_indices
 
 
@@ -76,6 +77,7 @@ def _checked(
     queries: Tensor, bank: Tensor, labels: Tensor, num_classes: int, k: int, temperature: float, exclude_self: bool
 ) -> Int64[Tensor, "G"]:
     """Check the arguments and return the labels as int64."""
+    check_tensors(queries=queries, bank=bank, labels=labels)
     if queries.ndim != 2 or bank.ndim != 2:
         raise UserError(f"expected queries [N, D] and a bank [G, D], got {[*queries.shape]} and {[*bank.shape]}")
     if queries.shape[1] != bank.shape[1]:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.evaluation.neighbors import normalize_features, similarity_blocks, top_k
+from selfsup_xbn.utils.checks import check_tensors
 from selfsup_xbn.utils.labels import class_indices
 
 
@@ -193,6 +194,7 @@ def _checked_gallery(
     queries: Tensor, labels: Tensor, gallery: Tensor | None, gallery_labels: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Return the gallery, or else the queries, and check it against the queries."""
+    check_tensors(queries=queries, labels=labels, gallery=gallery, gallery_labels=gallery_labels)
     if gallery is None or gallery_labels is None:
         if gallery is not None or gallery_labels is not None:
             raise UserError("expected both gallery and gallery_labels or neither, got only one of the two")

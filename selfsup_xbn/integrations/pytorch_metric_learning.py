@@ -46,6 +46,7 @@ from selfsup_xbn.losses.functional import check_temperature
 from selfsup_xbn.memory.adaptation import Adaptation
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.following import check_follows, features
+from selfsup_xbn.utils.checks import check_tensors
 from selfsup_xbn.utils.distributed import rank, world
 from selfsup_xbn.utils.labels import class_indices
 
@@ -294,6 +295,7 @@ def _to_device_of(tensor: Tensor, other: Tensor) -> Tensor:
 
 
 def _check(embeddings: Tensor, dim: int, indices_tuple: tuple[Tensor, ...] | None, enqueue_mask: Tensor | None) -> None:
+    check_tensors(embeddings=embeddings)
     if embeddings.ndim != 2 or embeddings.shape[1] != dim or not embeddings.is_floating_point():
         raise ValueError(
             f"expected floating point embeddings of shape [B, {dim}], got {[*embeddings.shape]} of {embeddings.dtype}"

@@ -73,7 +73,7 @@ def compare(
         positive_logit += tl.sum(tl.where(positive, logit, 0.0), 1)
         logit = tl.where(positive | negative, logit, -1e30)
         tl.store(lengths + m, inverse, mask=mm)
-        tl.store(logits + b[:, None] * MP + m[None, :], logit, mask=bm[:, None] & mm[None, :])
+        tl.store(logits + b.to(tl.int64)[:, None] * MP + m[None, :], logit, mask=bm[:, None] & mm[None, :])
         largest = tl.maximum(peak, tl.max(logit, 1))
         total = total * tl.exp2(peak - largest) + tl.sum(tl.exp2(logit - largest[:, None]), 1)
         peak = largest
@@ -129,7 +129,7 @@ def weigh(
     for first in tl.range(start, stop, BM, num_stages=STAGES):
         m = first + tl.arange(0, BM)
         mm = m < stop
-        at = logits + b[:, None] * MP + m[None, :]
+        at = logits + b.to(tl.int64)[:, None] * MP + m[None, :]
         logit = tl.load(at, mask=bm[:, None] & mm[None, :], other=-1e30)
         positive = (y[:, None] == tl.load(row_labels + m, mask=mm, other=0)[None, :]) & (logit != -1e30)
         weight = tl.exp2(logit - log_sum[:, None]) - tl.where(positive, share[:, None], 0.0)

@@ -32,6 +32,7 @@ from selfsup_xbn.losses.sharded import AcrossShards
 from selfsup_xbn.memory.device import has_kernels, has_triton
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.sharding import ShardedQueue
+from selfsup_xbn.utils.checks import check_tensors
 
 IMPLEMENTATIONS = ("auto", "dense", "blockwise", "triton")
 _SUMS = {"dense": dense, "blockwise": blockwise}
@@ -62,6 +63,7 @@ def info_nce(
         adapted_to: the moment gradient, as in ``sup_con``.
 
     Raises:
+        TypeError: an argument that is not a tensor, or a queue that is not a ``FeatureQueue``.
         UserError: a temperature that is not above 0 and finite, an unknown implementation, or ``adapted_to`` with a
             queue that does not follow the batch.
         ValueError: shapes or, on a CPU, ``self_indices`` that do not fit.
@@ -123,6 +125,7 @@ def sup_con(
             anchors. The result is then the part's share: the losses of all processes sum to the loss of all anchors.
 
     Raises:
+        TypeError: an argument that is not a tensor, or a queue that is not a ``FeatureQueue``.
         UserError: a temperature that is not above 0 and finite, an unknown implementation or miner distance, or
             ``adapted_to`` with a queue whose rows do not follow the batch ("xbm", "axbn") or are sharded.
         ValueError: shapes or, on a CPU, ``self_indices`` that do not fit, fractional labels, a queue without labels.
@@ -191,7 +194,7 @@ def nt_xent(
         sum_counts: as in ``sup_con``.
 
     Raises:
-        UserError, ValueError: as in ``sup_con``.
+        TypeError, UserError, ValueError: as in ``sup_con``.
 
     Example:
         >>> queue = FeatureQueue(size=4, dim=2, adaptation="xbm", labels=True)
@@ -241,6 +244,9 @@ def _zero_or_nan(anchors: Float[Tensor, "B D"]) -> Float[Tensor, ""]:
 def _check(batch: Tensor, queue: FeatureQueue | None, temperature: float | Tensor, **beside: Tensor | None) -> None:
     """Check shapes and temperature; ``beside`` are tensors with a row for each embedding."""
     check_temperature(temperature)
+    check_tensors(embeddings=batch, **beside)
+    if not (queue is None or isinstance(queue, FeatureQueue)):
+        raise TypeError(f"expected a FeatureQueue as queue, got a {type(queue).__name__}")
     if batch.ndim != 2 or (queue is not None and batch.shape[1] != queue.dim):
         raise ValueError(f"expected embeddings of shape [B, {queue.dim if queue else 'D'}], got {[*batch.shape]}")
     for name, rows in beside.items():

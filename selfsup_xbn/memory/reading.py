@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.moments import PIECE, AffineMap
+from selfsup_xbn.utils.checks import check_tensors
 from selfsup_xbn.utils.labels import class_indices
 
 
@@ -48,8 +49,10 @@ def check_batch(batch: Tensor, dim: int) -> None:
     """Check the shape and the dtype of a batch.
 
     Raises:
+        TypeError: the batch is not a tensor.
         ValueError: the batch is not [B, dim] with B > 0, or it is not floating point.
     """
+    check_tensors(batch=batch)
     if batch.ndim != 2 or batch.shape[1] != dim or len(batch) == 0:
         raise ValueError(f"expected a batch of shape [B, {dim}], got {list(batch.shape)}")
     if not batch.is_floating_point():

@@ -7,6 +7,7 @@ from jaxtyping import Int64, Shaped
 from torch import Tensor
 
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.utils.checks import check_tensors
 
 
 def class_indices(labels: Shaped[Tensor, "B"], rows: int, name: str = "labels") -> Int64[Tensor, "B"]:
@@ -18,12 +19,14 @@ def class_indices(labels: Shaped[Tensor, "B"], rows: int, name: str = "labels") 
         name: Name of the labels for error messages.
 
     Raises:
+        TypeError: The labels are not a tensor.
         UserError: The shape is not [B], or a label is not a whole number.
 
     Example:
         >>> class_indices(torch.tensor([3.0, 0.0]), rows=2)
         tensor([3, 0])
     """
+    check_tensors(**{name: labels})
     if labels.shape != (rows,):
         raise UserError(f"expected {name} of shape [{rows}], one for each row, got {[*labels.shape]}")
     if labels.is_complex():
