@@ -7,10 +7,11 @@ value that is not finite has the loss NaN. A batch without anchors has the loss 
 
 ``implementation`` selects how the sums are computed. ``"blockwise"`` reads the queue in blocks of b rows, in memory of
 O(B D + B b), and refuses a second derivative. ``"dense"`` makes a matrix [B, M]. ``"triton"`` runs InfoNCE and SupCon
-with a queue as two or three GPU kernels, in memory of O(B D) for each multiprocessor; it refuses a second derivative.
-``"auto"`` is triton on a GPU of compute capability 8.0 or higher, if Triton is installed and takes the sizes and
-dtypes, and blockwise elsewhere and in compiled code; it is dense if T is a tensor. A sharded queue, and SupCon of
-anchors that several processes share out, are blockwise on a GPU too, as is the moment gradient (``adapted_to``).
+with a queue as GPU kernels, in memory of O(B D) for each multiprocessor, and refuses a second derivative; SupCon keeps
+logits too: those of 64 anchors, or of more while they are at most 2**24. ``"auto"`` is triton on a GPU of compute
+capability 8.0 or higher, if Triton is installed and takes the sizes and dtypes, and blockwise elsewhere and in compiled
+code; it is dense if T is a tensor. A sharded queue, and SupCon of anchors that several processes share out, are
+blockwise on a GPU too, as is the moment gradient (``adapted_to``).
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
