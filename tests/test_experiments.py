@@ -27,7 +27,7 @@ COMMITTED = {  # results file: its module, and the epoch whose values the module
     "glyphs-supervise": ("glyphs", 2),
     "glyphs-pretrain": ("glyphs", 4),
     "fig2-small": ("fig2_moco", 8),
-    "fig2-paper": ("fig2_moco", 30),
+    "fig2-paper": ("fig2_moco", 20),
     "fig3-small": ("fig3_drift", 3),
     "momentum_ablation-small": ("momentum_ablation", 8),
     "omniglot": ("omniglot", 3),

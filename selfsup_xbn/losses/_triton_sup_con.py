@@ -18,8 +18,8 @@ from selfsup_xbn.losses._triton import _decoded, _halves, _through_unit, _times,
 @no_type_check
 def compare(
     anchors, rows, scale, shift, written, labels, row_labels, own, logits, lengths, peaks, totals, positive_logits,
-    positives, negatives, B, M, MP, S, part, factor, below, above, D: tl.constexpr, DP: tl.constexpr, E: tl.constexpr,
-    BB: tl.constexpr, BM: tl.constexpr, DK: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr
+    positives, negatives, B, M, MP, S, part, factor, below, above, D: tl.constexpr, E: tl.constexpr, BB: tl.constexpr,
+    BM: tl.constexpr, DK: tl.constexpr, EXACT: tl.constexpr, STAGES: tl.constexpr
 ):  # fmt: skip
     """Write the logits of a block of anchors and one part of the queue, and what each anchor adds up over them.
 
@@ -45,7 +45,7 @@ def compare(
         mm = m < stop
         products = tl.zeros([BB, BM], tl.float32)
         x_squares, r_squares = tl.zeros([BB], tl.float32), tl.zeros([BM], tl.float32)
-        for j in tl.range(DP // DK, num_stages=STAGES):
+        for j in tl.range(tl.cdiv(D, DK), num_stages=STAGES):
             d = j * DK + tl.arange(0, DK)
             at = anchors + b[:, None] * D + d[None, :]
             x = tl.load(at, mask=bm[:, None] & (d < D)[None, :], other=0.0).to(tl.float32)
@@ -146,8 +146,8 @@ def weigh(
 
 @triton.jit
 @no_type_check
-def finish_sup_con(z, sums, grad, B, S, inverse_t, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr):
-    """Make the gradient of one anchor from the sums over each part [S, B, D]."""
+def finish_sup_con(z, sums, losses, grad, B, S, inverse_t, D: tl.constexpr, DP: tl.constexpr, BS: tl.constexpr):
+    """Make the gradient of one anchor from the sums over each part [S, B, D]. Add NaN to its loss if it has one."""
     b, d = tl.program_id(0), tl.arange(0, DP)
     total = tl.zeros([DP], tl.float32)
     for first in range(0, S, BS):
@@ -155,6 +155,7 @@ def finish_sup_con(z, sums, grad, B, S, inverse_t, D: tl.constexpr, DP: tl.const
         at = (s * B + b).to(tl.int64)[:, None] * D + d[None, :]
         total += tl.sum(tl.load(sums + at, mask=(s < S)[:, None] & (d < D)[None, :], other=0.0), 0)
     x, inverse = _unit_vector(z + b * D, d, D)
+    tl.store(losses + b, tl.load(losses + b) + tl.sum(x * 0.0, 0))  # also of an anchor without pairs
     tl.store(grad + b * D + d, _through_unit(total * (inverse_t / 32768.0), x, inverse), mask=d < D)
 
 
@@ -168,6 +169,7 @@ def average(losses, positives, negatives, loss, weights, sums, B, BP: tl.constex
     negative = tl.load(negatives + b, mask=b < B, other=0)
     all_negative = tl.sum(negative.to(tl.int64), 0)
     averaged = ((each <= 0) == 0) & (positive > 0) & (positive + negative > 1) & (all_negative > 0)
+    averaged = averaged | ((each == each) == 0)  # NaN reaches the loss
     weight = averaged.to(tl.float32) / tl.maximum(tl.sum(averaged.to(tl.int32), 0), 1)
     tl.store(loss, tl.sum(tl.where(averaged, each * weight, 0.0), 0))
     tl.store(weights + b, weight, mask=b < B)

@@ -179,14 +179,14 @@ class _SupCon(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
         assert pairs.labels is not None
-        z, own = embeddings.contiguous(), _own(pairs)
+        z, labels, own = embeddings.contiguous(), pairs.labels.contiguous(), _own(pairs)
         losses, weights, loss, grad = (_empty(z, *shape) for shape in ((len(z),), (len(z), 1), (), z.shape))
         positives, negatives = torch.empty((2, len(z)), dtype=torch.int32, device=z.device)
         pair_counts = torch.empty(2, dtype=torch.int64, device=z.device)
         at_a_time = max(64, LOGITS // _queue(pairs).size // 64 * 64)
         for first in range(0, len(z), at_a_time):
             block = slice(first, first + at_a_time)
-            inputs = z[block], pairs.labels[block], None if own is None else own[block]
+            inputs = z[block], labels[block], None if own is None else own[block]
             _two_passes(pairs, *inputs, losses[block], positives[block], negatives[block], grad[block])
         average[(1,)](
             losses, positives, negatives, loss, weights, pair_counts, len(z), BP=triton.next_power_of_2(len(z))
@@ -256,7 +256,8 @@ def _two_passes(
     DP, MP, BB = _padded(D), triton.cdiv(M, 16) * 16, max(16, min(triton.next_power_of_2(B), 64))
     blocks, programs = triton.cdiv(B, BB), 2 * _processors(z.device)
     first = Pass.of(M, 128 if 64 * programs <= M else 64, min(DP, 32), programs // blocks)
-    second = Pass.of(M, 32, min(DP, 128), programs // (blocks * triton.cdiv(DP, 128)))
+    slices = triton.cdiv(D, 128)
+    second = Pass.of(M, 32, min(DP, 128), programs // (blocks * slices))
     logits, lengths, log_sums = _empty(z, B, MP), _empty(z, M), _empty(z, B)
     by_part = _empty(z, 3, B, first.parts)
     pairs_by_part = torch.empty((2, B, first.parts), dtype=torch.int32, device=z.device)
@@ -282,7 +283,6 @@ def _two_passes(
         max(min(pairs.below * LOG2E, 1e29), -1e29),
         max(min(pairs.above * LOG2E, 1e29), -1e29),
         D=D,
-        DP=DP,
         E=_per_anchor(own, B),
         BB=BB,
         BM=first.rows,
@@ -301,7 +301,7 @@ def _two_passes(
         SP=triton.next_power_of_2(first.parts),
     )
     sums = _empty(z, second.parts, B, D)
-    weigh[DP // second.dims, blocks, second.parts](
+    weigh[slices, blocks, second.parts](
         queue.rows,
         queue.scale,
         queue.shift,
@@ -325,5 +325,5 @@ def _two_passes(
         STAGES=3,
     )
     finish_sup_con[(B,)](
-        z, sums, grad, B, second.parts, 1 / pairs.temperature, D=D, DP=DP, BS=_at_a_time(second.parts, D)
+        z, sums, losses, grad, B, second.parts, 1 / pairs.temperature, D=D, DP=DP, BS=_at_a_time(second.parts, D)
     )

@@ -101,7 +101,8 @@ class Pairs:
             if queue is not None and (lowest < -1 or highest >= queue.size):
                 raise ValueError(f"expected self_indices in [-1, {queue.size}), got {lowest} to {highest}")
         self.following = None if adapted_to is None or queue is None else Following(queue, adapted_to)
-        self.temperature: Any = temperature  # a tensor where all pairs are in one matrix
+        # A tensor where all pairs are in one matrix.
+        self.temperature: Any = temperature if isinstance(temperature, Tensor) else float(temperature)
         self.below: Any = below / self.temperature
         self.above: Any = above / self.temperature
         if labels is not None and queue is not None and queue.labels is None:

@@ -118,32 +118,117 @@ def test_sup_con_equals_the_matrix(case, miner, tolerance):
     assert error(*(torch.autograd.grad(3 * v, x)[0] for v, x in ((loss, z), (expected, z64)))) < tolerance
 
 
+def filled(rows=200, classes=5, first=0):
+    """Return a queue with class ``first`` and the next ones, and 20 anchors."""
+    generator = torch.Generator().manual_seed(0)
+    queue = FeatureQueue(rows, 20, "xbn", labels=True, device=DEVICE)
+    queue.enqueue(
+        torch.randn(rows, 20, generator=generator).to(DEVICE), torch.arange(rows).to(DEVICE) % classes + first
+    )
+    return queue, torch.randn(20, 20, generator=generator).to(DEVICE)
+
+
+def classes_of(count, classes=5):
+    return torch.arange(count, device=DEVICE) % classes
+
+
+def value_gradient_and_counts(z, labels, queue, implementation, **options):
+    """Return the value of SupCon, its gradient, and its numbers of positive and negative pairs."""
+    z, counts = z.detach().requires_grad_(), []
+    options["on_pairs"] = lambda *numbers: counts.extend(number.item() for number in numbers)
+    loss = sup_con(z, labels, queue, implementation=implementation, **options)
+    return loss, torch.autograd.grad(loss, z)[0], counts
+
+
+def assert_equals_the_matrix(z, labels, queue, **options):
+    loss, grad, counts = value_gradient_and_counts(z, labels, queue, "triton", **options)
+    expected = value_gradient_and_counts(z.double(), labels, in_float64(queue), "dense", **options)
+    assert counts == expected[2]
+    assert error(loss, expected[0]) < EXACT
+    assert error(grad, expected[1]) < EXACT
+    return loss, grad
+
+
 def test_sup_con_in_blocks_of_anchors_equals_the_matrix(monkeypatch):
     from selfsup_xbn.losses import kernels
 
     monkeypatch.setattr(kernels, "LOGITS", 1)
-    generator = torch.Generator().manual_seed(0)
-    queue = FeatureQueue(90, 20, "xbn", labels=True, device=DEVICE)
-    z, labels = torch.randn(150, 20, generator=generator).to(DEVICE), torch.arange(150).to(DEVICE) // 3
-    queue.enqueue(z[:90], labels[:90])
-    own = torch.arange(150).to(DEVICE) % 100 - 10
+    queue, _ = filled(90)
+    own = torch.arange(150, device=DEVICE) % 100 - 10
     own = own.where((own >= 0) & (own < 90), -1)
-    counts, losses, grads = [], [], []
-    for x, memory, implementation in ((z, queue, "triton"), (z.double(), in_float64(queue), "dense")):
-        x = x.detach().requires_grad_()
-        loss = sup_con(
-            x,
-            labels,
-            memory,
-            self_indices=own,
-            implementation=implementation,
-            on_pairs=lambda *numbers: counts.append(torch.stack(numbers)),
-        )
-        losses.append(loss)
-        grads.append(torch.autograd.grad(loss, x)[0])
-    assert torch.equal(*counts)
+    z = torch.randn(150, 20, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    assert_equals_the_matrix(z, classes_of(150), queue, self_indices=own)
+
+
+@pytest.mark.parametrize("tolerance", ["highest", "high"], indirect=True)
+def test_programs_of_several_tiles_equal_the_matrix(monkeypatch, tolerance):
+    from selfsup_xbn.losses import kernels
+
+    monkeypatch.setattr(kernels, "_processors", lambda _: 1)
+    queue, z = filled(300)
+    own = torch.stack([torch.arange(20), torch.arange(20) + 100], 1).to(DEVICE)
+    z = z + 3 * queue.rows[:20]
+    if tolerance == EXACT:
+        miner = PairMargin(0.1, -0.1, "cosine")
+        assert_equals_the_matrix(z, classes_of(20), queue, self_indices=own, temperature=0.02, miner=miner)
+    q, q64, keys = z.requires_grad_(), z.detach().double().requires_grad_(), queue.rows[:20]
+    loss = info_nce(q, keys, queue, 0.1, own, implementation="triton")
+    expected = info_nce(q64, keys.double(), in_float64(queue), 0.1, own, implementation="dense")
+    assert error(loss, expected) < tolerance
+    assert error(torch.autograd.grad(loss, q)[0], torch.autograd.grad(expected, q64)[0]) < tolerance
+
+
+def test_sums_of_more_parts_than_are_loaded_at_a_time(monkeypatch):
+    from selfsup_xbn.losses import kernels
+
+    monkeypatch.setattr(kernels, "_at_a_time", lambda *_: 2)
+    queue, z = filled()
+    assert_equals_the_matrix(z, classes_of(20), queue)
+
+
+def test_anchors_without_negatives_and_with_one_pair_are_not_averaged():
+    queue, z = filled(classes=1)
+    loss, grad = assert_equals_the_matrix(z, classes_of(20, 1), queue)
+    assert loss == 0
+    assert not grad.any()
+    queue = FeatureQueue(8, 2, "xbm", labels=True, device=DEVICE)
+    queue.enqueue(torch.tensor([[1.0, 0.0], [-1.0, 0.0]], device=DEVICE), classes_of(2))
+    # The second anchor has one pair, the loss of the third is 0 in float32, and the last has no positive pair.
+    z = torch.tensor([[0.01, 1.0], [1.0, 2.0], [1.0, 0.1], [1.0, 1.0]], device=DEVICE)
+    labels, own = torch.tensor([0, 0, 0, 5], device=DEVICE), torch.tensor([-1, 1, -1, 1], device=DEVICE)
+    options = {"temperature": 0.02, "implementation": "triton"}
+    loss = sup_con(z, labels, queue, self_indices=own, **options)
+    assert loss == sup_con(z[:1], labels[:1], queue, self_indices=own[:1], **options) > 0
+
+
+def test_rows_and_anchors_of_zeros():
+    queue, z = filled()
+    queue.rows[3], z[4] = 0, 0
+    _, grad = assert_equals_the_matrix(z, classes_of(20), queue)
+    assert not grad[4].any()
+
+
+def test_views_and_labels_of_64_bits():
+    queue, z = filled(first=2**32)
+    z, labels = z.T.contiguous().T, (classes_of(40) + 2**32)[::2]
+    labels[::4] -= 2**32
+    own = torch.arange(80, device=DEVICE).view(2, 40).T[::2]
+    assert_equals_the_matrix(z, labels, queue, self_indices=own)
+    assert_equals_the_matrix(z, torch.tensor(2**32, device=DEVICE).expand(20), queue)
+    losses = [info_nce(z, z, queue, 0.1, own, implementation=name) for name in ("triton", "dense")]
     assert error(*losses) < EXACT
-    assert error(*grads) < EXACT
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+@pytest.mark.parametrize("filling", ["empty", "full"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_value_that_is_not_finite_reaches_the_loss_of_an_anchor_without_pairs(value, filling):
+    queue, z = filled()
+    if filling == "empty":
+        queue.reset()
+    labels = classes_of(20)
+    labels[3], z[3, 2] = 9, value
+    assert sup_con(z, labels, queue, implementation="triton").isnan()
 
 
 @pytest.mark.slow
@@ -170,12 +255,13 @@ def test_nan_reaches_the_loss():
     assert sup_con(queries, labels, queue, self_indices=indices, implementation="triton").isnan()
 
 
-def test_second_derivatives_are_refused():
-    queue, queries, keys, _, temperature, indices = drawn("odd")
+@pytest.mark.parametrize("loss", [info_nce, sup_con])
+def test_second_derivatives_are_refused(loss):
+    queue, queries, keys, labels, *_ = drawn("odd")
     q = queries.requires_grad_()
-    loss = info_nce(q, keys, queue, temperature, indices, implementation="triton")
+    value = loss(q, keys if loss is info_nce else labels, queue, implementation="triton")
     with pytest.raises(RuntimeError, match="create_graph"):
-        torch.autograd.grad(loss, q, create_graph=True)
+        torch.autograd.grad(value, q, create_graph=True)
 
 
 def test_float64_and_nt_xent_are_refused():
