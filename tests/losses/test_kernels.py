@@ -150,9 +150,9 @@ def assert_equals_the_matrix(z, labels, queue, **options):
 
 
 def test_sup_con_in_blocks_of_anchors_equals_the_matrix(monkeypatch):
-    from selfsup_xbn.losses import kernels
+    from selfsup_xbn.losses import sup_con_kernels
 
-    monkeypatch.setattr(kernels, "LOGITS", 1)
+    monkeypatch.setattr(sup_con_kernels, "LOGITS", 1)
     queue, _ = filled(90)
     own = torch.arange(150, device=DEVICE) % 100 - 10
     own = own.where((own >= 0) & (own < 90), -1)
@@ -162,9 +162,10 @@ def test_sup_con_in_blocks_of_anchors_equals_the_matrix(monkeypatch):
 
 @pytest.mark.parametrize("tolerance", ["highest", "high"], indirect=True)
 def test_programs_of_several_tiles_equal_the_matrix(monkeypatch, tolerance):
-    from selfsup_xbn.losses import kernels
+    from selfsup_xbn.losses import kernels, sup_con_kernels
 
-    monkeypatch.setattr(kernels, "_processors", lambda _: 1)
+    for module in (kernels, sup_con_kernels):
+        monkeypatch.setattr(module, "processors", lambda _: 1)
     queue, z = filled(300)
     own = torch.stack([torch.arange(20), torch.arange(20) + 100], 1).to(DEVICE)
     z = z + 3 * queue.rows[:20]
@@ -179,9 +180,9 @@ def test_programs_of_several_tiles_equal_the_matrix(monkeypatch, tolerance):
 
 
 def test_sums_of_more_parts_than_are_loaded_at_a_time(monkeypatch):
-    from selfsup_xbn.losses import kernels
+    from selfsup_xbn.losses import sup_con_kernels
 
-    monkeypatch.setattr(kernels, "_at_a_time", lambda *_: 2)
+    monkeypatch.setattr(sup_con_kernels, "parts_at_a_time", lambda *_: 2)
     queue, z = filled()
     assert_equals_the_matrix(z, classes_of(20), queue)
 
