@@ -5,6 +5,8 @@ Axis legend: B anchors, D dimensions, E own rows of an anchor.
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 from jaxtyping import Float, Int64
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from selfsup_xbn.losses.pairs import Pairs
 from selfsup_xbn.memory.feature_queue import FeatureQueue
+
+LOG2E = math.log2(math.e)
 
 
 def processors(device: torch.device) -> int:

@@ -17,7 +17,6 @@ padded to a power of two.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -25,14 +24,13 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from selfsup_xbn.losses._launch import own_rows, padded, parts_at_a_time, processors, queue_of, rows_per_anchor
+from selfsup_xbn.losses._launch import LOG2E, own_rows, padded, parts_at_a_time, processors, queue_of, rows_per_anchor
 from selfsup_xbn.losses._triton import finish_info_nce, scan
 from selfsup_xbn.losses.blockwise import refuse_second_derivative
 from selfsup_xbn.losses.pairs import Pairs
 from selfsup_xbn.losses.sup_con_kernels import sup_con as sup_con
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 
-LOG2E = math.log2(math.e)
 MAX_DIM = 512  # InfoNCE keeps unit queries in shared memory
 MIN_TEMPERATURE = 1e-4  # InfoNCE keeps unit queries over the temperature in float16
 

@@ -11,7 +11,6 @@ of 16, the others to a power of two.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -19,12 +18,20 @@ import triton
 from jaxtyping import Float, Int32, Int64
 from torch import Tensor
 
-from selfsup_xbn.losses._launch import empty, own_rows, padded, parts_at_a_time, processors, queue_of, rows_per_anchor
+from selfsup_xbn.losses._launch import (
+    LOG2E,
+    empty,
+    own_rows,
+    padded,
+    parts_at_a_time,
+    processors,
+    queue_of,
+    rows_per_anchor,
+)
 from selfsup_xbn.losses._triton_sup_con import average, combine, compare, finish_sup_con, weigh
 from selfsup_xbn.losses.blockwise import refuse_second_derivative
 from selfsup_xbn.losses.pairs import Pairs
 
-LOG2E = math.log2(math.e)
 LOGITS = 2**24
 """How many logits are kept at a time, but for the least block of 64 anchors."""
 
