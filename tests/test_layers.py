@@ -1,4 +1,4 @@
-"""Imports between the rooms of the package point down only."""
+"""Imports between the folders of the package point down only."""
 
 import ast
 from pathlib import Path
@@ -26,7 +26,7 @@ ALLOWED = {
     "__main__": {"cli"},
     "__init__": None,
 }
-"""For each room the rooms that it may import, itself aside; None: any."""
+"""For each folder the folders that it may import, itself aside; None: any."""
 
 
 def imports(path):
@@ -40,41 +40,41 @@ def imports(path):
             yield from ((node.lineno, name) for name in names)
 
 
-def room_of(path):
+def folder_of(path):
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
 def faults(paths):
-    """``file:line: room imports room`` for each import that is not allowed."""
+    """``file:line: folder imports folder`` for each import that is not allowed."""
     for path in paths:
-        allowed = ALLOWED[room_of(path)]
+        allowed = ALLOWED[folder_of(path)]
         for line, name in imports(path):
             root, _, rest = name.partition(".")
             other = rest.partition(".")[0]
             if root == "experiments":
                 yield f"{path}:{line}: the package imports {name}"
-            elif root == "selfsup_xbn" and allowed is not None and other not in allowed | {room_of(path)}:
-                yield f"{path}:{line}: {room_of(path)} imports {other}"
+            elif root == "selfsup_xbn" and allowed is not None and other not in allowed | {folder_of(path)}:
+                yield f"{path}:{line}: {folder_of(path)} imports {other}"
 
 
 def test_imports_point_down_only():
     paths = sorted(PACKAGE.rglob("*.py"))
-    assert {room_of(path) for path in paths} == ALLOWED.keys()
+    assert {folder_of(path) for path in paths} == ALLOWED.keys()
     assert list(faults(paths)) == []
 
 
 def test_the_rooms_have_no_cycle():
-    floors, left = [], {room: set(below or ()) for room, below in ALLOWED.items()}
+    floors, left = [], {folder: set(below or ()) for folder, below in ALLOWED.items()}
     while left:
-        floor = {room for room, below in left.items() if not below & left.keys()}
+        floor = {folder for folder, below in left.items() if not below & left.keys()}
         assert floor, f"a cycle among {sorted(left)}"
         floors.append(floor)
-        left = {room: below for room, below in left.items() if room not in floor}
+        left = {folder: below for folder, below in left.items() if folder not in floor}
     assert len(floors) > 5
 
 
 @pytest.mark.parametrize(
-    ("room", "text"),
+    ("folder", "text"),
     [
         ("memory", "from selfsup_xbn.losses import info_nce"),
         ("config", "import selfsup_xbn.memory.adaptation"),
@@ -84,8 +84,8 @@ def test_the_rooms_have_no_cycle():
         ("commands", "from experiments.runs import read"),
     ],
 )
-def test_an_import_upwards_or_sideways_is_found(room, text, tmp_path, monkeypatch):
+def test_an_import_upwards_or_sideways_is_found(folder, text, tmp_path, monkeypatch):
     monkeypatch.setattr(f"{__name__}.PACKAGE", tmp_path)
-    (tmp_path / room).mkdir()
-    (tmp_path / room / "module.py").write_text(text)
-    assert len(list(faults([tmp_path / room / "module.py"]))) == 1
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "module.py").write_text(text)
+    assert len(list(faults([tmp_path / folder / "module.py"]))) == 1
