@@ -15,11 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
+from selfsup_xbn.commands.evaluate_options import add_evaluate
 from selfsup_xbn.commands.options import config_of, overrides_of, recipe_of
 from selfsup_xbn.config.cells import cells_of
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.registry import EVALUATORS, EXPORTS, METHODS
+from selfsup_xbn.config.registry import EXPORTS, METHODS
 from selfsup_xbn.config.schema import Config, options_of_other_modes, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, RunsFailed, UserError, printable
 from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option, early_options
@@ -40,11 +41,6 @@ EXITS: dict[type[Exception], tuple[str, int]] = {
     OSError: ("error", 2),
 }
 """Kind in the message and exit code of each exception that ends a command."""
-
-EVALUATION_OPTIONS = (
-    *("partial_weights", "data", "data_root", "split_classes", "image_size", "mean", "std", "limit_train"),
-    "limit_test",
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +96,7 @@ def _parser() -> Parser:
         commands.add_parser(mode, help=entry.help, epilog=EXIT_CODES, add_options=partial(_add_training, mode=mode))
     for name, text, add_options in (
         ("compare", "train several configurations with several seeds and compare them", _add_compare),
-        ("evaluate", "evaluate an encoder", _add_evaluate),
+        ("evaluate", "evaluate an encoder", add_evaluate),
         ("report", "write an HTML page about one or more runs", _add_report),
         ("export", "export a run to a file for other programs", _add_export),
     ):
@@ -213,51 +209,6 @@ def _compare(options: argparse.Namespace, kind: type[Config]) -> None:
     folder = Path(out or f"runs/compare-{base.mode}-{base.data_name}")
     seeds = range(base.seed, base.seed + options.seeds)
     print(*compare(cells, seeds, folder, processes=options.jobs, threads=options.threads), sep="\n")
-
-
-def _add_evaluate(parser: Parser) -> None:
-    parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=Parser)
-    options = {item.name: item for item in fields(Config)}
-    types = get_type_hints(Config)
-    for kind, entry in EVALUATORS.entries.items():
-        evaluation = commands.add_parser(kind, help=entry.help, description=entry.help)
-        evaluation.add_argument("--run", metavar="DIR", help="run folder, which sets the defaults of the options")
-        evaluation.add_argument(
-            "--best", action="store_true", help="use the best model, best.pt, instead of the last one"
-        )
-        evaluation.add_argument(
-            "--weights",
-            metavar="FILE",
-            help="state dict of a backbone (torchvision, timm, MoCo or lightly), or 'imagenet'",
-        )
-        evaluation.add_argument("--backbone", metavar="NAME", help="architecture of the backbone in --weights")
-        evaluation.add_argument(
-            "--only", choices=("trained",), help="evaluate the trained encoder only, without raw pixels and untrained"
-        )
-        for name in [*EVALUATION_OPTIONS, *entry.options, "device", "workers"]:
-            add_option(evaluation, options[name], types[name], options[name].default)
-        evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    overrides = overrides_of(options, Config)
-    overrides = {name: value for name, value in overrides.items() if name not in ("weights", "backbone")}
-    if bool(options.run) == bool(options.weights):
-        raise UserError(f"expected one of --run DIR and --weights FILE, got {'both' if options.run else 'neither'}")
-    if options.weights and not (options.backbone and "data" in overrides):
-        raise UserError("--weights requires --backbone NAME and --data SPEC")
-    if options.run and (options.backbone or overrides.pop("partial_weights", False)):
-        option = "--backbone" if options.backbone else "--partial-weights"
-        raise UserError(f"{option} is valid with --weights only: the backbone of a run is in its configuration")
-    from selfsup_xbn.commands.evaluate import evaluate_run, evaluate_weights
-
-    compare = options.only is None
-    if options.run:
-        lines = evaluate_run(options.kind, Path(options.run), overrides, best=options.best, compare=compare)
-    else:
-        lines = evaluate_weights(options.kind, options.weights, options.backbone, overrides, compare=compare)
-    show(lines)
 
 
 def _add_report(parser: Parser) -> None:

@@ -1,0 +1,43 @@
+"""The command evaluate: columns of its table, help and refusals."""
+
+import re
+
+import pytest
+import torch
+
+from selfsup_xbn.cli import main
+from selfsup_xbn.models.encoder import build_encoder
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Return a file with the state dict of a backbone for digits."""
+    encoder = build_encoder("convnet-digits", 16, channels=1, image_size=8)
+    torch.save(encoder.backbone.state_dict(), tmp_path / "backbone.pt")
+    return tmp_path / "backbone.pt"
+
+
+def help_of(capsys, *command):
+    """Return the help text of a command, on one line."""
+    with pytest.raises(SystemExit):
+        main([*command, "--help"])
+    return re.sub(r"\s+", " ", capsys.readouterr().out)
+
+
+@pytest.mark.parametrize(("kind", "column"), [("knn", "k-NN, backbone"), ("retrieval", "Recall@1")])
+def test_no_column_names_a_head_that_was_not_loaded(weights, capsys, kind, column):
+    argv = ["evaluate", kind, "--weights", str(weights), "--backbone", "convnet-digits", "--data", "digits"]
+    assert main([*argv, "--limit-train", "50", "--limit-test", "50"]) == 0
+    (header,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("percent")]
+    assert re.split(r"\s{2,}", header)[1] == column
+    assert "projection" not in header
+
+
+def test_a_run_has_a_column_for_head_and_backbone(finished_run, capsys):
+    assert main(["evaluate", "knn", "--run", str(finished_run), "--only", "trained"]) == 0
+    (header,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("percent")]
+    assert re.split(r"\s{2,}", header)[1:] == ["k-NN, projection", "k-NN, backbone"]
+
+
+def test_help_names_the_defaults_with_a_run(capsys):
+    assert "number of neighbors (default: 200; with --run, that of the run)" in help_of(capsys, "evaluate", "knn")
