@@ -18,7 +18,8 @@ OPTIONS = (
     *("partial_weights", "data", "data_root", "split_classes", "image_size", "mean", "std", "limit_train"),
     "limit_test",
 )
-OF_RUN = "with --run, that of the run"
+NOTES = {"data": ("", "with --run: that of the run; required with --weights"), "partial_weights": (False, "")}
+"""Default, and text after it, that ``--help`` shows for options whose default is not simply that of the run."""
 
 
 def add_evaluate(parser: Parser) -> None:
@@ -42,13 +43,15 @@ def add_evaluate(parser: Parser) -> None:
             metavar="FILE",
             help="state dict of a backbone (torchvision, timm, MoCo or lightly), or 'imagenet'",
         )
-        evaluation.add_argument("--backbone", metavar="NAME", help="architecture of the backbone in --weights")
+        evaluation.add_argument(
+            "--backbone", metavar="NAME", help="architecture of the backbone (required with --weights)"
+        )
         evaluation.add_argument(
             "--only", choices=("trained",), help="evaluate the trained encoder only, without raw pixels and untrained"
         )
         for name in [*OPTIONS, *entry.options, "device", "workers"]:
-            note = "" if name == "partial_weights" else OF_RUN
-            add_option(evaluation, options[name], types[name], options[name].default, note)
+            default, note = NOTES.get(name, (options[name].default, "with --run, that of the run"))
+            add_option(evaluation, options[name], types[name], default, note)
         evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
 
 
@@ -57,8 +60,9 @@ def _evaluate(options: argparse.Namespace) -> None:
     overrides = {name: value for name, value in overrides.items() if name not in ("weights", "backbone")}
     if bool(options.run) == bool(options.weights):
         raise UserError(f"expected one of --run DIR and --weights FILE, got {'both' if options.run else 'neither'}")
-    if options.weights and not (options.backbone and "data" in overrides):
-        raise UserError("--weights requires --backbone NAME and --data SPEC")
+    required = {"--backbone NAME": options.backbone, "--data SPEC": overrides.get("data")}
+    if options.weights and (absent := [option for option, value in required.items() if not value]):
+        raise UserError(f"--weights: expected {' and '.join(absent)} too, got none")
     if options.run and (options.backbone or overrides.pop("partial_weights", False)):
         option = "--backbone" if options.backbone else "--partial-weights"
         raise UserError(f"{option} is valid with --weights only: the backbone of a run is in its configuration")

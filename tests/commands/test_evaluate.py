@@ -7,6 +7,7 @@ import torch
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.models.encoder import build_encoder
+from tests.command_line import refused
 
 
 @pytest.fixture
@@ -40,4 +41,20 @@ def test_a_run_has_a_column_for_head_and_backbone(finished_run, capsys):
 
 
 def test_help_names_the_defaults_with_a_run(capsys):
-    assert "number of neighbors (default: 200; with --run, that of the run)" in help_of(capsys, "evaluate", "knn")
+    text = help_of(capsys, "evaluate", "knn")
+    assert "number of neighbors (default: 200; with --run, that of the run)" in text
+    assert "list:FILE.csv (with --run: that of the run; required with --weights)" in text
+    assert "(required with --weights)" in text.partition("--backbone NAME")[2][:80]
+
+
+@pytest.mark.parametrize(
+    ("given", "absent"),
+    [
+        (["--backbone", "resnet18"], "--data SPEC"),
+        (["--data", "digits"], "--backbone NAME"),
+        ([], "--backbone NAME and --data SPEC"),
+    ],
+)
+def test_only_the_missing_options_are_named(capsys, given, absent):
+    message = refused(capsys, ["evaluate", "knn", "--weights", "x.pt", *given])
+    assert message == f"error: --weights: expected {absent} too, got none\n"
