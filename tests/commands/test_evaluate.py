@@ -1,11 +1,14 @@
 """The command evaluate: columns of its table, help and refusals."""
 
+import json
 import re
 
 import pytest
 import torch
 
 from selfsup_xbn.cli import main
+from selfsup_xbn.config.modes import SuperviseConfig
+from selfsup_xbn.config.schema import resolved
 from selfsup_xbn.models.encoder import build_encoder
 from tests.command_line import refused
 
@@ -44,7 +47,7 @@ def test_help_names_the_defaults_with_a_run(capsys):
     text = help_of(capsys, "evaluate", "knn")
     assert "number of neighbors (default: 200; with --run, that of the run)" in text
     assert "list:FILE.csv (with --run: that of the run; required with --weights)" in text
-    assert "(required with --weights)" in text.partition("--backbone NAME")[2][:80]
+    assert "--backbone NAME architecture of the backbone (required with --weights)" in text
 
 
 @pytest.mark.parametrize(
@@ -58,3 +61,18 @@ def test_help_names_the_defaults_with_a_run(capsys):
 def test_only_the_missing_options_are_named(capsys, given, absent):
     message = refused(capsys, ["evaluate", "knn", "--weights", "x.pt", *given])
     assert message == f"error: --weights: expected {absent} too, got none\n"
+
+
+@pytest.mark.parametrize(
+    ("mode", "reason"),
+    [
+        ("pretrain", "pretrain keeps none without validation images"),
+        ("supervise", "supervise writes it after the first evaluation"),
+    ],
+)
+@pytest.mark.parametrize("command", [["evaluate", "knn", "--run"], ["export", "--format", "safetensors"]])
+def test_a_missing_best_model_is_explained(finished_run, capsys, mode, reason, command):
+    if mode == "supervise":
+        (finished_run / "config.json").write_text(json.dumps(resolved(SuperviseConfig())))
+    message = refused(capsys, [*command, str(finished_run), "--best"])
+    assert message == f"error: {finished_run} has no best.pt: {reason}; omit --best\n"
