@@ -20,6 +20,7 @@ from typing import Any
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError
+from selfsup_xbn.runs.folder import has_run
 from selfsup_xbn.runs.results import FINISHED
 from selfsup_xbn.training.signals import stop_signals
 
@@ -182,7 +183,7 @@ def _train(config: Config, watch: Callable[[int, int], None]) -> str:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
-            train(config, resume=True, watch=watch)
+            train(config, resume=has_run(folder), watch=watch)
         except Interrupted:
             raise SystemExit from None
         except BrokenPipeError:  # the parent has ended
