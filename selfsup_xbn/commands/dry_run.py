@@ -7,6 +7,7 @@ import torch
 from selfsup_xbn.config.parsing import parse_share
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.data import data_of
+from selfsup_xbn.data.datasets.cifar import place_without_files
 from selfsup_xbn.data.loader import sampler_of
 from selfsup_xbn.data.parts import part_lines
 from selfsup_xbn.memory.feature_queue import FeatureQueue
@@ -14,7 +15,8 @@ from selfsup_xbn.methods.base import method_class
 from selfsup_xbn.models.backbones import LITE0
 from selfsup_xbn.models.encoder import random_encoder
 from selfsup_xbn.models.pretrained import initial_encoder
-from selfsup_xbn.training.preflight import check_config, check_sizes
+from selfsup_xbn.training.preflight import check_config, check_memory, check_sizes
+from selfsup_xbn.utils.device import device_of
 
 DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}
 """Number of training images of the data sets that are downloaded on first use."""
@@ -26,17 +28,22 @@ def cost_lines(config: Config) -> list[str]:
     Raises:
         UserError: The configuration is invalid, as in ``train``.
     """
+    device = device_of(config.device)
     check_config(config, download=False)
-    size, channels, images, classes = config.image_size or 32, 3, DOWNLOADED.get(config.data), 2
+    name, _, path = config.data.partition(":")
+    size, channels, images, classes = config.image_size or 32, 3, DOWNLOADED.get(name), 2
     parts, notes, labels = list[str](), tuple[str, ...](), None
+    if name in DOWNLOADED and (place := place_without_files(name, path, root=config.data_root)):
+        parts = [f"{'data':<19}{name} is not in {place}: the run downloads it"]
     if images is None or parse_share(config.validation, "--validation"):
         data = data_of(config)
         size, channels, images = data.image_size, data.channels, len(data.train)
         classes, notes = 1 + int(data.train.labels.max()), data.notes
-        parts = [*notes, *part_lines(data, config.evaluator)]
+        parts += [*notes, *part_lines(data, config.evaluator)]
         labels = data.train.labels
     images = min(images, config.limit_train or images)
     check_sizes(config, images, notes)
+    check_memory(config, images, device)
     if labels is not None:
         sampler_of(config, labels)  # raises if the batch size does not fit the classes
     with torch.device("meta"):
