@@ -24,6 +24,9 @@ from tests.command_line import PRETRAIN, SMALL, SUPERVISE, contents, image_folde
         (["pretrain", "extra"], ["extra"]),
         (["pretrane"], ["pretrane"]),
         (["pretrain", "--recipe", "cifar10-fig3"], ["cifar10-fig3", "did you mean cifar10-fig2"]),
+        (["supervise", "--recipe", "glyphs-moco"], ["'glyphs-moco', a recipe of pretrain"]),
+        (["supervise", "--data", "folder", "--weights", "/no/such.pt"], ["--data folder", "write folder:PATH"]),
+        (["supervise", "--data", "list:", "--dry-run"], ["--data list", "write list:FILE.csv"]),
         (["pretrain", "--data", "cifar11"], ["cifar11", "cifar10"]),
         (["pretrain", "--data", "folder:/no/such/place"], ["/no/such/place"]),
         ([*PRETRAIN, "--backbone", "resnet19"], ["resnet19", "resnet18"]),
@@ -71,6 +74,24 @@ def test_error_in_an_image_folder_names_the_place(tmp_path, capsys, fault):
     place = root if fault == "no train" else broken
     assert str(place) in refused(capsys, [*argv, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["report"], ["evaluate", "knn", "--run"], ["export", "--format", "csv"]])
+def test_a_folder_of_runs_is_answered_with_its_runs(finished_run, capsys, command):
+    message = refused(capsys, [*command, str(finished_run.parent)])
+    assert f"there are runs in {finished_run.parent}/*, such as {finished_run}" in message
+
+
+@pytest.mark.parametrize(
+    "command", [PRETRAIN, [*SUPERVISE, "--workers", "0"], ["compare", *PRETRAIN], ["report", "RUN"], ["export", "RUN"]]
+)
+def test_an_output_folder_is_tried_before_the_work(finished_run, capsys, monkeypatch, command):
+    for work in ("training.run.baselines", "commands.compare.cost_lines", "report.page.load_run"):
+        monkeypatch.setattr(f"selfsup_xbn.{work}", None)
+    argv = [word.replace("RUN", str(finished_run)) for word in command]
+    if command[0] == "export":
+        argv += ["--format", "csv"]
+    assert "cannot write /proc/x" in refused(capsys, [*argv, "--out", "/proc/x/y"])
 
 
 def test_existing_run_is_kept_without_overwrite(finished_run, capsys):

@@ -16,6 +16,7 @@ from selfsup_xbn.evaluation.summary import latest, progress_text
 from selfsup_xbn.report.comparison import comparison_lines, draw_comparison
 from selfsup_xbn.report.page import write_report
 from selfsup_xbn.runs.results import add, folder_name, is_finished, outcome, read, write
+from selfsup_xbn.utils.atomic import check_creatable
 
 RESULTS, CURVES, RUNS = "results.json", "comparison.png", "runs"
 """Files of a comparison, and the directory of its run folders."""
@@ -54,10 +55,11 @@ def check(cells: Cells, out: Path) -> None:
     """Check that every cell fits its data, before anything is run.
 
     Raises:
-        UserError: A cell does not fit, or ``out`` is a file. The message names the cell.
+        UserError: A cell does not fit, ``out`` is a file, or it cannot be created. The message names the cell.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
+    check_creatable(out)
     for label, config in cells.items():
         try:
             cost_lines(config)

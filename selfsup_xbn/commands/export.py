@@ -48,6 +48,7 @@ def export_run(
         raise UserError(f"{path} exists: choose another --out, or replace the file with --overwrite")
     if best and kind == "csv":
         raise UserError("--best is not valid with --format csv, which exports no encoder")
+    atomic.check_creatable(path.parent)
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(path, "free disk space, or choose another --out") as file:
         lines = _write(folder, kind, file, best)
