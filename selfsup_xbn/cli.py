@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
+from selfsup_xbn import __version__
 from selfsup_xbn.commands.evaluate_options import add_evaluate
 from selfsup_xbn.commands.options import config_of, overrides_of, recipe_of
 from selfsup_xbn.config.cells import cells_of
@@ -90,6 +91,7 @@ def _first_process_prints() -> Iterator[None]:
 def _parser() -> Parser:
     text = "Contrastive and metric learning with a cross-batch memory that is adapted by XBN or AXBN."
     parser = Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     for mode, entry in METHODS.entries.items():

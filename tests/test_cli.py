@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import selfsup_xbn
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.models.encoder import build_encoder
@@ -211,6 +212,13 @@ def test_every_command_has_help(command, capsys):
         main([*command, "--help"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith(" ".join(["usage: selfsup-xbn", *command]))
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"selfsup-xbn {selfsup_xbn.__version__}\n"
 
 
 def test_help_does_not_import_torch():
