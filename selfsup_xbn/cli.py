@@ -215,15 +215,17 @@ def _compare(options: argparse.Namespace, kind: type[Config]) -> None:
 
 def _add_report(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", metavar="DIR", default="report", help="folder for index.html (default: report)")
+    text = "folder for index.html, which replaces the page of an earlier report (default: report)"
+    parser.add_argument("--out", metavar="DIR", default="report", help=text)
     parser.set_defaults(parser=parser, command=_report)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from selfsup_xbn.report.page import write_report
+    from selfsup_xbn.report.page import NAME, write_report
 
+    earlier = ["replaced the page of an earlier report:"] if (Path(options.out) / NAME).exists() else []
     path, notes = write_report([Path(run) for run in options.runs], Path(options.out))
-    show([*notes, str(path)])
+    show([*notes, *earlier, str(path)])
 
 
 def _add_export(parser: Parser) -> None:
