@@ -25,7 +25,7 @@ from selfsup_xbn.config.registry import EXPORTS, METHODS
 from selfsup_xbn.config.schema import Config, options_of_other_modes, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, RunsFailed, UserError, printable
 from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option, early_options
-from selfsup_xbn.utils.console import show
+from selfsup_xbn.utils.console import show, show_warning
 from selfsup_xbn.utils.launch import launched_rank
 
 EXIT_CODES = (
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Torch would print the C++ stack of a connection that another process has closed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.showwarning = lambda message, *_: print(f"warning: {printable(message)}", file=sys.stderr)
+    warnings.showwarning = show_warning
     try:
         options = _parser().parse(sys.argv[1:] if argv is None else argv)
         with _first_process_prints():

@@ -17,6 +17,7 @@ from selfsup_xbn.report.comparison import comparison_lines, draw_comparison
 from selfsup_xbn.report.page import write_report
 from selfsup_xbn.runs.results import add, folder_name, is_finished, outcome, read, write
 from selfsup_xbn.utils.atomic import check_creatable
+from selfsup_xbn.utils.console import WARNING
 
 RESULTS, CURVES, RUNS = "results.json", "comparison.png", "runs"
 """Files of a comparison, and the directory of its run folders."""
@@ -120,4 +121,15 @@ def summarize(cells: Cells, seeds: Sequence[int], out: Path) -> list[str]:
         for result in results
     }
     page, notes = write_report([], out, cells=folders)
-    return ["", *comparison_lines(results, metric), "", *notes, f"results: {out / RESULTS}, {out / CURVES}, {page}"]
+    files = f"results: {out / RESULTS}, {out / CURVES}, {page}"
+    return ["", *comparison_lines(results, metric), "", *notes, *_warning_lines(jobs), files]
+
+
+def _warning_lines(jobs: Sequence[Job]) -> list[str]:
+    """Return a line for each run with warnings, which are in its log."""
+    return [f"warnings: {job.name} ({job.log})" for job in jobs if job.log.exists() and _has_warning(job.log)]
+
+
+def _has_warning(log: Path) -> bool:
+    with open(log, errors="replace") as lines:
+        return any(line.startswith(WARNING) for line in lines)
