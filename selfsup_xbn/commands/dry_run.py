@@ -50,11 +50,11 @@ def cost_lines(config: Config) -> list[str]:
         method = method_class(config).from_config(config, random_encoder(config, channels, size), images)
     method.try_loss(classes)
     steps = images // config.batch_size
-    epochs = f"{config.epochs} epochs" + f" after {config.head_epochs} of the head" * bool(config.head_epochs)
+    epochs = _count(config.epochs, "epoch") + f" after {config.head_epochs} of the head" * bool(config.head_epochs)
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())
     return [
         *parts,
-        f"{'images':<19}{images:,} for training, of {size} x {size} pixels, {channels} channels",
+        f"{'images':<19}{images:,} for training, of {size} x {size} pixels, {_count(channels, 'channel')}",
         f"{'steps':<19}{steps:,} per epoch, {steps * (config.head_epochs + config.epochs):,} in total, {epochs}",
         f"{'parameters':<19}{trained:,} in the encoder {config.backbone}",
         *_weight_lines(config, channels, size),
@@ -75,4 +75,9 @@ def _queue_line(queue: FeatureQueue | None) -> str:
     if queue is None:
         return "none"
     size = sum(buffer.numel() * buffer.element_size() for buffer in queue.buffers())
-    return f"{queue.size:,} rows of dimension {queue.dim}, {size / 2**20:.1f} MiB"
+    amount = f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+    return f"{_count(queue.size, 'row')} of dimension {queue.dim}, {amount}"
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from typing import Any
 
 from selfsup_xbn.errors import printable
 
@@ -21,7 +22,7 @@ def show(lines: Iterable[str]) -> None:
         print(printable(line))
 
 
-def show_warning(message: Warning | str, *_: object) -> None:
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
     """Print a warning in one line on standard error, in the place of ``warnings.showwarning``.
 
     Args:

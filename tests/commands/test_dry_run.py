@@ -1,5 +1,8 @@
 """The dry run: the facts that it prints, and what it refuses as the run does."""
 
+import json
+import re
+
 import pytest
 import torch
 
@@ -38,3 +41,16 @@ def test_a_device_that_the_machine_lacks_is_refused(capsys):
 def test_a_queue_that_does_not_fit_is_refused(capsys, monkeypatch):
     monkeypatch.setattr(preflight, "free_bytes", lambda device: 10**5)
     assert "cpu has 100,000 free" in refused(capsys, [*PRETRAIN, "--device", "cpu", "--dry-run"])
+
+
+def test_the_facts_come_before_the_configuration(capsys):
+    assert main([*PRETRAIN, "--queue-size", "24", "--epochs", "1", "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    facts = dict(re.split(r" {2,}", line) for line in lines[: lines.index("{")] if line)
+    assert list(facts)[-5:] == ["images", "steps", "parameters", "weights", "queue"]
+    assert facts["images"].endswith("1 channel")
+    assert facts["steps"].endswith("22 in total, 1 epoch")
+    rows, moments = 24 * 128 * 4, 128 * 4 * 8
+    size = float(re.fullmatch(r"24 rows of dimension 128, (\S+) KiB", facts["queue"])[1])
+    assert 1024 * size == pytest.approx(rows + moments, rel=0.01)
+    assert json.loads("\n".join(lines[lines.index("{") :]))["queue_size"] == "24"
