@@ -15,15 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import get_type_hints
 
+from selfsup_xbn import __version__
+from selfsup_xbn.commands.evaluate_options import add_evaluate
 from selfsup_xbn.commands.options import config_of, overrides_of, recipe_of
 from selfsup_xbn.config.cells import cells_of
 from selfsup_xbn.config.command import command_of
 from selfsup_xbn.config.recipes import RECIPES
-from selfsup_xbn.config.registry import EVALUATORS, EXPORTS, METHODS
+from selfsup_xbn.config.registry import EXPORTS, METHODS
 from selfsup_xbn.config.schema import Config, options_of_other_modes, resolved
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, RunsFailed, UserError, printable
 from selfsup_xbn.utils.arguments import AppendNamed, Parser, add_option, early_options
-from selfsup_xbn.utils.console import show
+from selfsup_xbn.utils.console import show, show_warning
 from selfsup_xbn.utils.launch import launched_rank
 
 EXIT_CODES = (
@@ -41,11 +43,6 @@ EXITS: dict[type[Exception], tuple[str, int]] = {
 }
 """Kind in the message and exit code of each exception that ends a command."""
 
-EVALUATION_OPTIONS = (
-    *("partial_weights", "data", "data_root", "split_classes", "image_size", "mean", "std", "limit_train"),
-    "limit_test",
-)
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return the exit code.
@@ -57,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     # Torch would print the C++ stack of a connection that another process has closed.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    warnings.showwarning = lambda message, *_: print(f"warning: {printable(message)}", file=sys.stderr)
+    warnings.showwarning = show_warning
     try:
         options = _parser().parse(sys.argv[1:] if argv is None else argv)
         with _first_process_prints():
@@ -94,13 +91,14 @@ def _first_process_prints() -> Iterator[None]:
 def _parser() -> Parser:
     text = "Contrastive and metric learning with a cross-batch memory that is adapted by XBN or AXBN."
     parser = Parser(prog="selfsup-xbn", description=text, epilog=EXIT_CODES)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=Parser)
     for mode, entry in METHODS.entries.items():
         commands.add_parser(mode, help=entry.help, epilog=EXIT_CODES, add_options=partial(_add_training, mode=mode))
     for name, text, add_options in (
         ("compare", "train several configurations with several seeds and compare them", _add_compare),
-        ("evaluate", "evaluate an encoder", _add_evaluate),
+        ("evaluate", "evaluate an encoder", add_evaluate),
         ("report", "write an HTML page about one or more runs", _add_report),
         ("export", "export a run to a file for other programs", _add_export),
     ):
@@ -120,7 +118,7 @@ def _add_training(parser: Parser, args: Sequence[str], mode: str) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print configuration, images and classes, steps, weights and the size of the queue, and exit",
+        help="print images and classes, steps, weights, the size of the queue and the configuration, and exit",
     )
     _add_options(parser, base)
     parser.set_defaults(parser=parser, command=lambda options: _train(options, kind))
@@ -152,7 +150,7 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
     if options.dry_run:
         from selfsup_xbn.commands.dry_run import cost_lines
 
-        show([*json.dumps(resolved(config), indent=2).splitlines(), *cost_lines(config)])
+        show([*cost_lines(config), "", *json.dumps(resolved(config), indent=2).splitlines()])
         return
     from selfsup_xbn.commands.train import train_run
 
@@ -215,62 +213,19 @@ def _compare(options: argparse.Namespace, kind: type[Config]) -> None:
     print(*compare(cells, seeds, folder, processes=options.jobs, threads=options.threads), sep="\n")
 
 
-def _add_evaluate(parser: Parser) -> None:
-    parser.set_defaults(parser=parser, command=lambda options: parser.print_help())
-    commands = parser.add_subparsers(title="evaluations", metavar="EVALUATION", parser_class=Parser)
-    options = {item.name: item for item in fields(Config)}
-    types = get_type_hints(Config)
-    for kind, entry in EVALUATORS.entries.items():
-        evaluation = commands.add_parser(kind, help=entry.help, description=entry.help)
-        evaluation.add_argument("--run", metavar="DIR", help="run folder, which sets the defaults of the options")
-        evaluation.add_argument(
-            "--best", action="store_true", help="use the best model, best.pt, instead of the last one"
-        )
-        evaluation.add_argument(
-            "--weights",
-            metavar="FILE",
-            help="state dict of a backbone (torchvision, timm, MoCo or lightly), or 'imagenet'",
-        )
-        evaluation.add_argument("--backbone", metavar="NAME", help="architecture of the backbone in --weights")
-        evaluation.add_argument(
-            "--only", choices=("trained",), help="evaluate the trained encoder only, without raw pixels and untrained"
-        )
-        for name in [*EVALUATION_OPTIONS, *entry.options, "device", "workers"]:
-            add_option(evaluation, options[name], types[name], options[name].default)
-        evaluation.set_defaults(parser=evaluation, command=_evaluate, kind=kind)
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    overrides = overrides_of(options, Config)
-    overrides = {name: value for name, value in overrides.items() if name not in ("weights", "backbone")}
-    if bool(options.run) == bool(options.weights):
-        raise UserError(f"expected one of --run DIR and --weights FILE, got {'both' if options.run else 'neither'}")
-    if options.weights and not (options.backbone and "data" in overrides):
-        raise UserError("--weights requires --backbone NAME and --data SPEC")
-    if options.run and (options.backbone or overrides.pop("partial_weights", False)):
-        option = "--backbone" if options.backbone else "--partial-weights"
-        raise UserError(f"{option} is valid with --weights only: the backbone of a run is in its configuration")
-    from selfsup_xbn.commands.evaluate import evaluate_run, evaluate_weights
-
-    compare = options.only is None
-    if options.run:
-        lines = evaluate_run(options.kind, Path(options.run), overrides, best=options.best, compare=compare)
-    else:
-        lines = evaluate_weights(options.kind, options.weights, options.backbone, overrides, compare=compare)
-    show(lines)
-
-
 def _add_report(parser: Parser) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folder")
-    parser.add_argument("--out", metavar="DIR", default="report", help="folder for index.html (default: report)")
+    text = "folder for index.html, which replaces the page of an earlier report (default: report)"
+    parser.add_argument("--out", metavar="DIR", default="report", help=text)
     parser.set_defaults(parser=parser, command=_report)
 
 
 def _report(options: argparse.Namespace) -> None:
-    from selfsup_xbn.report.page import write_report
+    from selfsup_xbn.report.page import NAME, write_report
 
+    earlier = ["replaced the page of an earlier report:"] if (Path(options.out) / NAME).exists() else []
     path, notes = write_report([Path(run) for run in options.runs], Path(options.out))
-    show([*notes, str(path)])
+    show([*notes, *earlier, str(path)])
 
 
 def _add_export(parser: Parser) -> None:

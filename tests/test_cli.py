@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import selfsup_xbn
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.recipes import RECIPES
 from selfsup_xbn.models.encoder import build_encoder
@@ -24,6 +25,9 @@ from tests.command_line import PRETRAIN, SMALL, SUPERVISE, contents, image_folde
         (["pretrain", "extra"], ["extra"]),
         (["pretrane"], ["pretrane"]),
         (["pretrain", "--recipe", "cifar10-fig3"], ["cifar10-fig3", "did you mean cifar10-fig2"]),
+        (["supervise", "--recipe", "glyphs-moco"], ["'glyphs-moco', a recipe of pretrain"]),
+        (["supervise", "--data", "folder", "--weights", "/no/such.pt"], ["--data folder", "write folder:PATH"]),
+        (["supervise", "--data", "list:", "--dry-run"], ["--data list", "write list:FILE.csv"]),
         (["pretrain", "--data", "cifar11"], ["cifar11", "cifar10"]),
         (["pretrain", "--data", "folder:/no/such/place"], ["/no/such/place"]),
         ([*PRETRAIN, "--backbone", "resnet19"], ["resnet19", "resnet18"]),
@@ -71,6 +75,24 @@ def test_error_in_an_image_folder_names_the_place(tmp_path, capsys, fault):
     place = root if fault == "no train" else broken
     assert str(place) in refused(capsys, [*argv, "--out", str(tmp_path / "run")])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("command", [["report"], ["evaluate", "knn", "--run"], ["export", "--format", "csv"]])
+def test_a_folder_of_runs_is_answered_with_its_runs(finished_run, capsys, command):
+    message = refused(capsys, [*command, str(finished_run.parent)])
+    assert f"there are runs in {finished_run.parent}/*, such as {finished_run}" in message
+
+
+@pytest.mark.parametrize(
+    "command", [PRETRAIN, [*SUPERVISE, "--workers", "0"], ["compare", *PRETRAIN], ["report", "RUN"], ["export", "RUN"]]
+)
+def test_an_output_folder_is_tried_before_the_work(finished_run, capsys, monkeypatch, command):
+    for work in ("training.run.baselines", "commands.compare.cost_lines", "report.page.load_run"):
+        monkeypatch.setattr(f"selfsup_xbn.{work}", None)
+    argv = [word.replace("RUN", str(finished_run)) for word in command]
+    if command[0] == "export":
+        argv += ["--format", "csv"]
+    assert "cannot write /proc/x" in refused(capsys, [*argv, "--out", "/proc/x/y"])
 
 
 def test_existing_run_is_kept_without_overwrite(finished_run, capsys):
@@ -190,6 +212,13 @@ def test_every_command_has_help(command, capsys):
         main([*command, "--help"])
     assert stopped.value.code == 0
     assert capsys.readouterr().out.startswith(" ".join(["usage: selfsup-xbn", *command]))
+
+
+def test_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"selfsup-xbn {selfsup_xbn.__version__}\n"
 
 
 def test_help_does_not_import_torch():

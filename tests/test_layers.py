@@ -22,7 +22,7 @@ ALLOWED = {
     "training": COMMON | {"memory", "models", "methods", "data", "evaluation", "runs"},
     "report": COMMON | {"models", "data", "evaluation", "runs"},
     "commands": COMMON | {"memory", "models", "methods", "data", "evaluation", "runs", "training", "report"},
-    "cli": COMMON | {"commands", "runs", "report"},
+    "cli": COMMON | {"commands", "runs", "report", "__version__"},
     "__main__": {"cli"},
     "__init__": None,
 }

@@ -16,6 +16,8 @@ from selfsup_xbn.evaluation.summary import latest, progress_text
 from selfsup_xbn.report.comparison import comparison_lines, draw_comparison
 from selfsup_xbn.report.page import write_report
 from selfsup_xbn.runs.results import add, folder_name, is_finished, outcome, read, write
+from selfsup_xbn.utils.atomic import check_creatable
+from selfsup_xbn.utils.console import WARNING
 
 RESULTS, CURVES, RUNS = "results.json", "comparison.png", "runs"
 """Files of a comparison, and the directory of its run folders."""
@@ -54,10 +56,11 @@ def check(cells: Cells, out: Path) -> None:
     """Check that every cell fits its data, before anything is run.
 
     Raises:
-        UserError: A cell does not fit, or ``out`` is a file. The message names the cell.
+        UserError: A cell does not fit, ``out`` is a file, or it cannot be created. The message names the cell.
     """
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file: choose another --out")
+    check_creatable(out)
     for label, config in cells.items():
         try:
             cost_lines(config)
@@ -118,4 +121,15 @@ def summarize(cells: Cells, seeds: Sequence[int], out: Path) -> list[str]:
         for result in results
     }
     page, notes = write_report([], out, cells=folders)
-    return ["", *comparison_lines(results, metric), "", *notes, f"results: {out / RESULTS}, {out / CURVES}, {page}"]
+    files = f"results: {out / RESULTS}, {out / CURVES}, {page}"
+    return ["", *comparison_lines(results, metric), "", *notes, *_warning_lines(jobs), files]
+
+
+def _warning_lines(jobs: Sequence[Job]) -> list[str]:
+    """Return a line for each run with warnings, which are in its log."""
+    return [f"warnings: {job.name} ({job.log})" for job in jobs if job.log.exists() and _has_warning(job.log)]
+
+
+def _has_warning(log: Path) -> bool:
+    with open(log, errors="replace") as lines:
+        return any(line.startswith(WARNING) for line in lines)

@@ -90,9 +90,9 @@ def evaluate_weights(
         trained = copy.deepcopy(untrained)
         lines = load_weights(trained.backbone, weights, partial=config.partial_weights).lines()
     values = _compare(kind, config, data, trained, untrained if compare else None)
-    shown = {name: value for name, value in values.items() if "_backbone" not in name}  # there is no head
+    shown = {name: value for name, value in values.items() if "_backbone" not in name}
     title = f"{EVALUATORS.find(kind).title(config)}, features of {backbone} from {weights}"
-    return [*data.notes, *part_lines(data, kind), *lines, title, *comparison_table(shown)]
+    return [*data.notes, *part_lines(data, kind), *lines, title, *comparison_table(shown, head=False)]
 
 
 def _without_head(encoder: Encoder) -> Encoder:

@@ -48,10 +48,12 @@ def export_run(
         raise UserError(f"{path} exists: choose another --out, or replace the file with --overwrite")
     if best and kind == "csv":
         raise UserError("--best is not valid with --format csv, which exports no encoder")
+    atomic.check_creatable(path.parent)
+    created = [f"new folder: {path.parent}"] if not path.parent.exists() else []
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic.replacing(path, "free disk space, or choose another --out") as file:
         lines = _write(folder, kind, file, best)
-    return [f"{path}: {lines[0]}", *lines[1:]]
+    return [*created, f"{path}: {lines[0]}", *lines[1:]]
 
 
 def _write(folder: Path, kind: str, file: BinaryIO, best: bool) -> list[str]:

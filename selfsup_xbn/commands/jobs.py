@@ -10,6 +10,7 @@ import contextlib
 import os
 import time
 import traceback
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +21,10 @@ from typing import Any
 
 from selfsup_xbn.config.schema import Config
 from selfsup_xbn.errors import Diverged, Interrupted, ProcessLost, UserError
+from selfsup_xbn.runs.folder import has_run
 from selfsup_xbn.runs.results import FINISHED
 from selfsup_xbn.training.signals import stop_signals
+from selfsup_xbn.utils.console import show_warning
 
 POLL = 0.25
 """Seconds between two checks for a signal."""
@@ -45,6 +48,11 @@ class Job:
     def folder(self) -> Path:
         """Run folder."""
         return Path(self.config.out)
+
+    @property
+    def log(self) -> Path:
+        """File with the output of the run, beside the run folder."""
+        return Path(f"{self.config.out}.log")
 
     @property
     def name(self) -> str:
@@ -180,9 +188,14 @@ def _train(config: Config, watch: Callable[[int, int], None]) -> str:
 
     folder, started = Path(config.out), time.perf_counter()
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(f"{folder}.log", "a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+    with contextlib.ExitStack() as stack:
+        log = stack.enter_context(open(f"{folder}.log", "a"))
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+        stack.enter_context(warnings.catch_warnings())  # a warning of an earlier run of this process is shown again
+        warnings.showwarning = show_warning
         try:
-            train(config, resume=True, watch=watch)
+            train(config, resume=has_run(folder), watch=watch)
         except Interrupted:
             raise SystemExit from None
         except BrokenPipeError:  # the parent has ended

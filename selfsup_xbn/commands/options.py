@@ -31,9 +31,9 @@ def config_of(options: argparse.Namespace, kind: type[Config]) -> Config:
     name, recipe = recipe_of(options, kind)
     if options.recipe and options.recipe != name:
         names = [name for name, other in RECIPES.items() if type(other) is kind]
-        raise UserError(
-            f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{near(options.recipe, names)}"
-        )
+        other = RECIPES.get(options.recipe)
+        hint = f", a recipe of {other.mode}" if other else near(options.recipe, names)
+        raise UserError(f"--recipe: expected one of {', '.join(names)}, got {options.recipe!r}{hint}")
     config = replace(recipe, **overrides)
     if options.resume and not options.recipe and launched_rank() == 0:
         from selfsup_xbn.runs.folder import has_run, read_config

@@ -32,6 +32,9 @@ __all__ = [
     "seed_for",
 ]
 
+OWN_FILES = {"folder": "PATH", "list": "FILE.csv"}
+"""Data sets of the user's own files, and the placeholder of their path."""
+
 
 def load_data(spec: str, *, root: str = "data", cache_bytes: int = 2 * 2**30, workers: int | None = None) -> ImageData:
     """Return the data set that ``spec`` names: ``"digits"``, ``"cifar10"``, ``"folder:PATH"``...
@@ -64,9 +67,11 @@ def check_spec(spec: str) -> None:
     """Check that a specification names a data set, before files are opened.
 
     Raises:
-        UserError: If the name is unknown. If it is a path, the message states how to write it.
+        UserError: If the name is unknown, or its path is missing. If it is a path, the message states how to write it.
     """
     name, _, path = spec.partition(":")
+    if name in OWN_FILES and not path:
+        raise UserError(f"--data {name}: expected a path, got none; write {name}:{OWN_FILES[name]}")
     if name in DATA_SETS:
         return
     kind = "list" if spec.lower().endswith((".csv", ".tsv", ".txt")) or name in ("csv", "tsv") else "folder"

@@ -107,10 +107,14 @@ class ClassBalancedBatches:
                 "change one of the two"
             )
         if batch_size // per_class > len(self.members):
-            largest = len(self.members) * per_class
+            classes = len(self.members)
+            more = next(
+                k for k in range(per_class, batch_size + 1) if batch_size % k == 0 and batch_size // k <= classes
+            )
             raise UserError(
-                f"batch size {batch_size} with {per_class} images per class needs {batch_size // per_class} classes, "
-                f"but the data set has {len(self.members)}; choose a batch size of at most {largest}"
+                f"--batch-size {batch_size} with --images-per-class {per_class} needs {batch_size // per_class} "
+                f"classes, but the data set has {classes}: use --batch-size {classes * per_class}, or "
+                f"--images-per-class {more}"
             )
 
     def __len__(self) -> int:

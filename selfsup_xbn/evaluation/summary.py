@@ -107,13 +107,14 @@ def progress_text(record: Mapping[str, Any]) -> list[str]:
     return [m.progress.format(record[m.name]) for m in METRICS if m.progress and record.get(m.name) is not None]
 
 
-def comparison_table(record: Mapping[str, Any]) -> list[str]:
+def comparison_table(record: Mapping[str, Any], *, head: bool = True) -> list[str]:
     """Return the lines of a results table in percent, with a row for each of ``BASELINES`` and a column per metric.
 
     Rows without values are left out.
 
     Args:
         record: The metrics by name, with or without the suffixes of ``BASELINES``.
+        head: Whether the encoder has a head. Without a head the embeddings are the features of the backbone.
 
     Example:
         >>> for line in comparison_table({"recall@1_raw_pixels": 50.0, "recall@1": 75.0}):
@@ -127,6 +128,8 @@ def comparison_table(record: Mapping[str, Any]) -> list[str]:
     titles |= {name: name.title() for name in others}  # values of K that a user chose
     if not titles:
         return []
+    if not head:
+        titles = {name: title.replace("projection", "backbone") for name, title in titles.items()}
     widths = [max(18, len(title) + 2) for title in titles.values()]
     header = zip(titles.values(), widths, strict=True)
     lines = [f"{'percent':<20}" + "".join(f"{title:>{width}}" for title, width in header)]

@@ -86,9 +86,23 @@ def make_pml_loss(loss: str, loss_args: dict[str, Any], miner: str, miner_args: 
 def _from_pml(module: Any, name: str, arguments: dict[str, Any], flag: str) -> nn.Module:
     names = [other for other, kind in vars(module).items() if inspect.isclass(kind) and not other.startswith("Base")]
     if name not in names:
-        raise UserError(f"{flag}: expected a class of pytorch-metric-learning, got {name!r}{near(name, names)}")
+        hint = f"{near(name, names)}; choose from {', '.join(names)}" + ", none" * (flag == "--miner")
+        raise UserError(f"{flag}: expected a class of pytorch-metric-learning, got {name!r}{hint}")
     try:
         with torch.device("cpu"):  # for a trial; the method is moved to its device afterwards
             return getattr(module, name)(**arguments)
     except Exception as error:  # classes of the library raise exceptions of many types
+        known = _arguments_of(getattr(module, name))
+        for argument in arguments:
+            if argument not in known:
+                hint = near(argument, known) or f"; expected one of {', '.join(known)}"
+                raise UserError(f"{flag}-args: {name} has no argument {argument!r}{hint}") from None
         raise UserError(f"{flag}-args: {name} does not accept {arguments}: {one_line(error)}") from None
+
+
+def _arguments_of(kind: type) -> list[str]:
+    """Return the names of the arguments of a class, which passes those of its base classes on as ``kwargs``."""
+    constructors = [vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)]
+    own = constructors[: constructors.index(nn.Module.__init__)]
+    parameters = [value for constructor in own for value in inspect.signature(constructor).parameters.values()]
+    return list(dict.fromkeys(p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD and p.name != "self"))

@@ -109,8 +109,8 @@ def result_lines(folder: Path) -> list[str]:
         UserError: The metrics are damaged.
     """
     files, records = sorted(path.name for path in folder.iterdir() if path.is_file()), read_metrics(folder)
-    lines = ["", *comparison_table(latest(records)), *(_best_lines(records) if BEST in files else [])]
-    return [*lines, "", f"run folder: {folder}  ({', '.join(files)})"]
+    table = [*comparison_table(latest(records)), *(_best_lines(records) if BEST in files else [])]
+    return [*(["", *table] if table else []), "", f"run folder: {folder}  ({', '.join(files)})"]
 
 
 def _best_lines(records: Records) -> list[str]:

@@ -29,7 +29,7 @@ from selfsup_xbn.report.line_plot import Curve, Plot, line_plot
 from selfsup_xbn.report.thumbnails import Pictures, draw_pictures
 from selfsup_xbn.runs.folder import read_config, read_environment, read_metrics
 from selfsup_xbn.runs.load import load_run
-from selfsup_xbn.utils.atomic import replacing
+from selfsup_xbn.utils.atomic import check_creatable, replacing
 from selfsup_xbn.utils.files import read_bytes
 
 NAME = "index.html"
@@ -140,6 +140,7 @@ def write_report(
 def _check_out(path: Path) -> None:
     if path.parent.exists() and not path.parent.is_dir():
         raise UserError(f"{path.parent} is a file: choose another --out")
+    check_creatable(path.parent)
     if path.exists() and GENERATOR not in read_bytes(path).decode(errors="replace")[:1000]:
         raise UserError(f"{path} is not a page of this program: choose another --out")
 

@@ -48,7 +48,9 @@ def read_config(folder: Path) -> Config:
     except (FileNotFoundError, NotADirectoryError):
         if checkpoint.has_intact(folder):
             raise UserError(_config_missing(folder)) from None
-        raise UserError(f"no run in {folder}: expected a file {CONFIG} there") from None
+        runs = sorted(path.parent for path in folder.glob(f"*/{CONFIG}"))
+        hint = f"; there are runs in {folder}/*, such as {runs[0]}" if runs else ""
+        raise UserError(f"no run in {folder}: expected a file {CONFIG} there{hint}") from None
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except (ValueError, RecursionError, OSError) as error:
@@ -155,12 +157,13 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
 
     Raises:
         UserError: The folder has a run and neither ``resume`` nor ``overwrite`` is set, the run has another
-            configuration, or the path is not a directory.
+            configuration, the path is not a directory, or it cannot be created.
     """
     if config.tensorboard:
         require_package("tensorboard", "--tensorboard", "tensorboard")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --out")
+    atomic.check_creatable(folder)
     if overwrite:
         return
     if not has_run(folder):

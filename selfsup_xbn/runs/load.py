@@ -39,9 +39,11 @@ def load_run(folder: Path, best: bool = False) -> TrainedRun:
         best: Whether to load the best model, ``best.pt``, instead of the last one.
 
     Raises:
-        UserError: The folder has no run, or the checkpoint cannot be read.
+        UserError: The folder has no run, the run has no best model, or the checkpoint cannot be read.
     """
     saved = read_config(folder)
+    if best and not (folder / checkpoint.BEST).exists():
+        raise UserError(f"{folder} has no {checkpoint.BEST}: {_why_no_best(saved)}; omit --best")
     state = checkpoint.load(folder, checkpoint.BEST if best else checkpoint.NAME)
     config, network = from_resolved(state["config"]), state.get("network")
     if changes := differences(config, saved, "the checkpoint", CONFIG):
@@ -58,3 +60,9 @@ def load_run(folder: Path, best: bool = False) -> TrainedRun:
     except RuntimeError:
         raise UserError(f"the checkpoint in {folder} does not fit the network of its configuration") from None
     return TrainedRun(config, network["image_size"], network["channels"], trained)
+
+
+def _why_no_best(config: Config) -> str:
+    if config.keeps_best:
+        return f"{config.mode} writes it after the first evaluation"
+    return f"{config.mode} keeps none without validation images"

@@ -163,11 +163,11 @@ def queue_note(config: Config, images: int) -> str:
     rows = queue_rows(config, images)
     if rows <= images - config.batch_size or config.epochs == 1:
         return ""
-    share = self_match_fraction(rows, images, config.batch_size)
+    share, half = (self_match_fraction(size, images, config.batch_size) for size in (rows, rows // 2))
     role = "positive" if config.labelled else "negative"
     return (
         f"note: from the second epoch on, about {share:.0%} of the anchors meet their own image in the queue as a "
-        f"{role}; half the --queue-size cuts this to a quarter"
+        f"{role}; with half the --queue-size {half:.0%}"
     )
 
 

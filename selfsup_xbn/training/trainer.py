@@ -19,7 +19,7 @@ from selfsup_xbn.errors import Interrupted
 from selfsup_xbn.evaluation.collapse import collapse_warning
 from selfsup_xbn.evaluation.plan import evaluated_epochs
 from selfsup_xbn.runs import checkpoint
-from selfsup_xbn.runs.folder import RunFolder, began_in_this_launch, check_data, check_folder
+from selfsup_xbn.runs.folder import RunFolder, began_in_this_launch, check_data, check_folder, has_run
 from selfsup_xbn.runs.lock import FolderLock
 from selfsup_xbn.training.agreement import agreed_checkpoint, agreed_config, check_same_data, on_first
 from selfsup_xbn.training.preflight import accumulation_note, empty_queue_note, queue_note
@@ -92,6 +92,8 @@ def _train(
     if state:
         on_first(partial(check_data, folder, run.data.digest))
         restore(run, state)
+    if resume:
+        show([_resume_line(run, folder, bool(state))])
     notes = [queue_note(config, len(run.data.train)), empty_queue_note(config), accumulation_note(config, run.method)]
     parts = [*run.data.notes, *part_lines(run.data, config.evaluator)]
     show(filter(None, [*parts, *run.weight_lines, *notes, *run.method.notes()]))
@@ -119,6 +121,16 @@ def _lock_folder(lock: FolderLock, config: Config, resume: bool, *, overwrite: b
     resume = resume or began_in_this_launch(lock.folder)
     check_folder(lock.folder, config, resume=resume, overwrite=overwrite and not resume)
     return resume
+
+
+def _resume_line(run: Run, folder: Path, has_checkpoint: bool) -> str:
+    """Return what a run with ``--resume`` does: where it continues, that it is finished, or why it starts."""
+    if not has_checkpoint:
+        return f"{folder} has no checkpoint: starting" if has_run(folder) else f"no run in {folder}: starting one"
+    if run.epoch == run.epochs:
+        return "already finished"
+    step = f"step {run.step} of " if run.step else ""
+    return f"continuing after {step}epoch {run.epoch + bool(run.step)} of {run.epochs}"
 
 
 def _fit(run: Run, log: RunFolder | None, signals: list[int], watch: Watch | None) -> None:

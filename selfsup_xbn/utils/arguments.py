@@ -67,22 +67,24 @@ def flag_of(item: Field[Any]) -> str:
     return "--" + item.name.replace("_", "-")
 
 
-def add_option(parser: Parser, item: Field[Any], kind: type, default: Any) -> None:
+def add_option(parser: Parser, item: Field[Any], kind: type, default: Any, note: str = "") -> None:
     """Add the option of a field.
 
     Args:
         parser: Parser to add the option to.
         item: Field of a configuration, made by ``option``.
         kind: Type of the field.
-        default: Value that ``--help`` shows as the default.
+        default: Value that ``--help`` shows as the default. ``""`` is not shown.
+        note: Text that ``--help`` shows after the default.
     """
     text = item.metadata["help"].format(names=", ".join(item.metadata["names"]))
     arguments: dict[str, Any] = {"action": argparse.BooleanOptionalAction}
+    shown = "yes" if default else "no"
     if kind is not bool:
         arguments = {"type": kind, "metavar": "|".join(item.metadata["choices"]) or kind.__name__.upper()}
-        text += f" (default: {default!r})" if default != "" else ""
-    else:
-        text += f" (default: {'yes' if default else 'no'})"
+        shown = repr(default)
+    if notes := "; ".join(filter(None, [f"default: {shown}" if default != "" else "", note])):
+        text += f" ({notes})"
     parser.add_argument(flag_of(item), default=argparse.SUPPRESS, help=text.replace("%", "%%"), **arguments)
 
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 from selfsup_xbn.errors import UserError
@@ -81,6 +82,22 @@ def writing(path: Path, remedy: str = RESUME) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(f"cannot write {path} ({error.strerror or error}): {remedy}") from None
+
+
+def check_creatable(folder: Path) -> None:
+    """Check that a folder can be created, or that files can be created in it. Nothing remains.
+
+    Args:
+        folder: Folder that may exist.
+
+    Raises:
+        UserError: The system refuses it.
+    """
+    with writing(folder, "choose another --out"):
+        missing = [path for path in (folder, *folder.parents) if not path.exists()]
+        with TemporaryDirectory(dir=(folder, *folder.parents)[len(missing)]) as inside:
+            for path in missing[:1]:
+                Path(inside, path.name).mkdir()
 
 
 def open_to_append(path: Path) -> BinaryIO:

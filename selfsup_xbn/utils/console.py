@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from typing import Any
 
 from selfsup_xbn.errors import printable
+
+WARNING = "warning: "
+"""Beginning of the line of a warning."""
 
 
 def show(lines: Iterable[str]) -> None:
@@ -15,3 +20,12 @@ def show(lines: Iterable[str]) -> None:
     """
     for line in lines:
         print(printable(line))
+
+
+def show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    """Print a warning in one line on standard error, in the place of ``warnings.showwarning``.
+
+    Args:
+        message: The warning. Its category and its place in the code are not printed.
+    """
+    print(f"{WARNING}{printable(message)}", file=sys.stderr)

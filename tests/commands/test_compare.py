@@ -82,12 +82,39 @@ def test_cells_are_trained_resumed_and_compared(tmp_path, capfd):
     assert page.count("seeds 0, 1") == 2
     assert 'class="band"' in page
     assert (tmp_path / "comparison.png").exists()
+    assert "warnings: " not in printed
 
     del command[command.index("bad") - 1 : command.index("bad") + 2]
     assert main(command) == 0
     printed, errors = capfd.readouterr()
     assert (errors, "finished" in printed) == ("", False)
     assert all((folder / FINISHED).stat().st_mtime_ns == time for folder, time in finished.items())
+
+
+@pytest.mark.usefixtures("forked")
+def test_warnings_of_runs_are_named_after_the_table(tmp_path, capfd):
+    """Both runs of the only process warn, of k-NN with more neighbors than images; a repeated command says so again."""
+    command = [
+        *COMPARE[:-1],
+        "500",
+        "--cell",
+        "plain",
+        "adaptation=xbm",
+        "--epochs",
+        "1",
+        "--seeds",
+        "2",
+        "--jobs",
+        "1",
+    ]
+    for _ in range(2):
+        assert main([*command, "--out", str(tmp_path)]) == 0
+        lines = [line for line in capfd.readouterr().out.splitlines() if line.startswith("warnings: ")]
+        logs = sorted((tmp_path / "runs").glob("*.log"))
+        assert lines == [f"warnings: plain, seed {seed} ({log})" for seed, log in enumerate(logs)]
+    for log in logs:
+        assert "\nwarning: k-NN: k=500 exceeds the 128 neighbors" in "\n" + log.read_text()
+        assert "UserWarning" not in log.read_text()
 
 
 @pytest.mark.slow

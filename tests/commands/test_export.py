@@ -182,6 +182,13 @@ def test_error_is_one_line_and_nothing_is_written(tmp_path, capsys, options, par
     assert contents(tmp_path) == before
 
 
+def test_a_folder_that_is_created_for_the_file_is_named(tmp_path):
+    made_run(tmp_path / "run", channels=1, image_size=8, backbone="convnet-digits")
+    note = f"new folder: {tmp_path / 'new'}"
+    assert export_run(tmp_path / "run", "csv", tmp_path / "new" / "a.csv")[0] == note
+    assert note not in export_run(tmp_path / "run", "csv", tmp_path / "new" / "b.csv")
+
+
 @pytest.mark.parametrize("kind", ["csv", "torchvision", "safetensors"])
 def test_full_disk_leaves_the_old_file_and_one_line(tmp_path, capsys, kind):
     made_run(tmp_path, backbone="shufflenet_v2_x0_5")

@@ -264,8 +264,11 @@ def test_parts_without_any_match_are_refused_for_retrieval(tree, part):
 def test_dry_run_refuses_what_the_run_refuses(tree, capsys):
     root = tree(train={name: [SMALL] * 8 for name in "abcde"}, test={"x": [SMALL] * 2})
     command = ["supervise", "--data", f"folder:{root}", "--weights=", "--backbone", "convnet4", "--dry-run"]
-    assert "batch size 32 with 4 images per class needs 8 classes, but the data set has 5" in refused(capsys, command)
-    assert main([*command, "--batch-size", "20"]) == 0
+    message = refused(capsys, command)
+    assert "--batch-size 32 with --images-per-class 4 needs 8 classes, but the data set has 5: " in message
+    assert message.endswith("use --batch-size 20, or --images-per-class 8\n")
+    for remedy in (["--batch-size", "20"], ["--images-per-class", "8"]):
+        assert main([*command, *remedy]) == 0
     capsys.readouterr()
 
 

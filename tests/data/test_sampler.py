@@ -73,5 +73,8 @@ def test_batches_that_do_not_fit_are_refused():
         RandomBatches(10, 0)
     with pytest.raises(UserError, match="multiple of the 4 images per class"):
         ClassBalancedBatches(torch.arange(40) % 10, 18, 4)
-    with pytest.raises(UserError, match="needs 5 classes, but the data set has 3; choose a batch size of at most 12"):
+    remedy = "needs 5 classes, but the data set has 3: use --batch-size 12, or --images-per-class 10"
+    with pytest.raises(UserError, match=remedy):  # 7, 8 and 9 do not divide 20
         ClassBalancedBatches(torch.arange(40) % 3, 20, 4)
+    ClassBalancedBatches(torch.arange(40) % 3, 12, 4)
+    ClassBalancedBatches(torch.arange(40) % 3, 20, 10)

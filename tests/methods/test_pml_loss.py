@@ -129,6 +129,29 @@ def test_a_loss_that_cannot_be_computed_is_found_by_a_trial(options, reason):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            TRIPLETS | {"loss_args": "margn=0.1"},
+            "--loss-args: TripletMarginLoss has no argument 'margn'; did you mean mar",
+        ),
+        (TRIPLETS | {"loss_args": "distanse=0.1"}, "'distanse'; did you mean distance?"),  # of a base class
+        (TRIPLETS | {"loss_args": "zzz=1"}, "'zzz'; expected one of margin, swap, smooth_loss, triplets_per_anchor"),
+        (
+            {"loss": "TripletMarginLoss", "miner": "MultiSimilarityMiner", "miner_args": "epsilom=0.1"},
+            "--miner-args: MultiSimilarityMiner has no argument 'epsilom'; did you mean epsilon?",
+        ),
+        ({"miner": "Foo"}, "got 'Foo'; choose from AngularMiner, BatchEasyHardMiner, "),
+        ({"miner": "Foo"}, ", TripletMarginMiner, UniformHistogramMiner, none"),
+    ],
+)
+def test_a_wrong_name_is_answered_with_those_that_exist(options, message):
+    with pytest.raises(UserError) as error:
+        make_loss(SuperviseConfig(**options))
+    assert message in str(error.value)
+
+
 def test_a_loss_that_needs_no_memory_is_tried_without_one():
     method_of(PmlLoss(TripletMarginLoss(swap=True), None), size=0).try_loss(classes=10)
 

@@ -145,6 +145,14 @@ def test_pictures_do_not_depend_on_the_other_runs(page, runs, capsys):
     assert few == [figures[0], figures[3]]  # gallery and map of the first of three
 
 
+def test_a_replaced_page_is_named(runs, tmp_path, capsys):
+    argv, notes = ["report", str(runs / "xbm"), "--out", str(tmp_path / "page")], []
+    for _ in range(2):
+        assert main(argv) == 0
+        notes.append(capsys.readouterr().out.splitlines()[:-1])
+    assert notes == [[], ["replaced the page of an earlier report:"]]
+
+
 def test_runs_on_a_data_set_show_the_same_queries(runs, tmp_path, monkeypatch):
     chosen = []
 

@@ -82,6 +82,8 @@ def test_pretraining_without_labels_has_no_evaluation(tmp_path, capsys, plots):
     assert main(argv) == 0
     printed = capsys.readouterr().out
     assert "training images    8 without classes" in printed
+    assert "\n\nrun folder" in printed
+    assert "\n\n\n" not in printed  # no empty table
     assert "test images        none: the run is not evaluated" in printed
     assert "percent" not in printed
     assert [record["epoch"] for record in read_metrics(tmp_path / "run")] == [0, 1]

@@ -53,7 +53,14 @@ def test_queue_in_which_anchors_meet_themselves_is_noted(tmp_path, capsys, rows,
     assert main([*SMALL, "--queue-size", str(rows), "--epochs", str(epochs), "--out", str(tmp_path)]) == 0
     notes = [line for line in capsys.readouterr().out.splitlines() if "meet their own image" in line]
     assert len(notes) == said
-    assert all("as a negative; half the --queue-size" in note for note in notes)
+    assert all("as a negative; with half the --queue-size" in note for note in notes)
+
+
+def test_the_note_names_the_share_with_half_the_queue():
+    note = limits.queue_note(PretrainConfig(batch_size=8, queue_size="64"), 64)
+    # Of 64 rows, 56, 48, ... 0 are of the previous epoch at the steps of an epoch; of 32 rows 24, 16, 8, 0, ...
+    assert f"about {sum(range(0, 64, 8)) / 8 / 64:.0%} of the anchors" in note
+    assert note.endswith(f"; with half the --queue-size {sum(range(0, 32, 8)) / 8 / 64:.0%}")
 
 
 def test_the_note_on_a_large_queue_is_short():

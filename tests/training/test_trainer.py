@@ -79,12 +79,33 @@ def test_resumed_run_with_workers_equals_uninterrupted_run(tmp_path, image_folde
     assert differences(tmp_path / "uninterrupted", tmp_path / "resumed") == []
 
 
-def test_resume_starts_a_run_and_leaves_a_finished_one(tmp_path):
+def test_resume_starts_a_run_and_leaves_a_finished_one(tmp_path, capsys):
     options = ["pretrain", *SMALL, "--resume", "--out", str(tmp_path / "run")]
     assert main(options) == 0
+    assert f"no run in {tmp_path / 'run'}: starting one\n" in capsys.readouterr().out
     before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
     assert main(options) == 0
+    assert "already finished\n" in capsys.readouterr().out
     assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("removed", "line"),
+    [
+        ([], "continuing after step 1 of epoch 2 of 2"),
+        (["checkpoint.pt"], "continuing after epoch 1 of 2"),
+        (["checkpoint.pt", "checkpoint-1.pt"], "RUN has no checkpoint: starting"),
+    ],
+)
+def test_resume_states_where_it_continues(tmp_path, capsys, removed, line):
+    options = ["pretrain", *SMALL, "--eval-every", "0", "--drift-every", "0", "--out", str(tmp_path)]
+    with interrupted_at(5):  # the first step of the second epoch
+        assert main(options) == 75
+    assert line not in capsys.readouterr().out
+    for name in removed:
+        (tmp_path / name).unlink()
+    assert main([*options, "--resume"]) == 0
+    assert line.replace("RUN", str(tmp_path)) in capsys.readouterr().out.splitlines()
 
 
 @pytest.mark.slow

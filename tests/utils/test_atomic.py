@@ -40,3 +40,17 @@ def test_log_is_appended_to_regular_files_only(tmp_path, kind):
     with pytest.raises(OSError, match=r"symbolic links|No such device or address|not a regular file"):
         atomic.open_to_append(tmp_path / "log")
     assert (tmp_path / "victim").read_text() == "precious"
+
+
+@pytest.mark.parametrize("folder", [".", "new", "new/er"])
+def test_a_folder_that_can_be_created_is_not_created(tmp_path, folder):
+    atomic.check_creatable(tmp_path / folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("folder", ["file/new", "x" * 300, "new/" + "x" * 300])
+def test_a_folder_that_cannot_be_created_is_named(tmp_path, folder):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=f"^cannot write {tmp_path}/{folder} .*: choose another --out$"):
+        atomic.check_creatable(tmp_path / folder)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]

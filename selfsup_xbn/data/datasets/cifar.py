@@ -55,6 +55,19 @@ def load(name: str, path: str, *, root: str, **_: object) -> ImageData:
     )
 
 
+def place_without_files(name: str, path: str, *, root: str) -> Path | None:
+    """Return the folder in which the files are expected, or ``None`` if it or the archive is there.
+
+    Args:
+        name: ``"cifar10"`` or ``"cifar100"``.
+        path: As in ``load``.
+        root: As in ``load``.
+    """
+    _, folder, archive = SETS[name]
+    place = Path(path or root) / folder
+    return None if place.exists() or (place.parent / archive).exists() else place
+
+
 def _damaged(dataset: type[datasets.CIFAR10], folder: Path, archive: Path) -> Path | None:
     """Return the first file that exists and does not have the official checksum, or ``None``."""
     checksums = [*dataset.train_list, *dataset.test_list, [dataset.meta["filename"], dataset.meta["md5"]]]

@@ -69,8 +69,6 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
     Raises:
         UserError: If a split or the images of a class are missing, or a file cannot be read.
     """
-    if not path:
-        raise UserError("folder: expected a path, got none; write folder:PATH")
     folder = Path(path).expanduser()
     if not folder.is_dir():
         remedy = f"write list:{path}" if folder.is_file() else "expected image folders train/CLASS/ and test/CLASS/"

@@ -32,8 +32,6 @@ def load(name: str, path: str, *, root: str, cache_bytes: int, workers: int) -> 
     Raises:
         UserError: If the list is malformed, an image is missing or listed twice, or a file cannot be read.
     """
-    if not path:
-        raise UserError("list: expected a file, got none; write list:FILE.csv")
     file = Path(path).expanduser()
     if file.is_dir():
         raise UserError(f"{file}: expected a CSV or TSV file, got a folder; write folder:{path}")
