@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfsup_xbn.report.colors import series_colors
+
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Means and standard deviations along the x axis, by name. Missing values are NaN."""
-
-COLORS = {"no memory": "0.45", "XBM": "#D55E00", "XBM*": "#E69F00", "XBN": "#0072B2", "AXBN": "#009E73"}
-"""Color of each method in all charts, from the palette of Okabe and Ito. Other series have its other colors in turn."""
-PALETTE = ("#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#D55E00", "#0072B2", "#000000")
 
 
 class Chart(NamedTuple):
@@ -72,9 +69,7 @@ def save_chart(
     figure = Figure(figsize=(6.4 if columns == 1 else 10, height), layout="constrained", dpi=100)
     figure.suptitle(title)
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False).flatten()
-    taken = {COLORS.get(name) for name in names}
-    others = itertools.cycle(color for color in PALETTE if color not in taken)
-    colors = {name: COLORS.get(name) or next(others) for name in names}
+    colors = series_colors(names)
     for axis, chart in zip(axes, charts, strict=False):
         for number, (name, curve) in enumerate(chart.curves.items()):
             x = _apart(chart.x, number - (len(chart.curves) - 1) / 2, log) if any(curve[1]) else list(chart.x)

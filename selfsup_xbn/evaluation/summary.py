@@ -33,7 +33,7 @@ class Metric:
     progress: str = ""
 
 
-KNN, RECALL, DRIFT = "k-NN top-1 (%)", "Recall@1 (%)", "feature drift (Eq. 5)"
+KNN, RECALL, DRIFT = "k-NN top-1 [%]", "Recall@1 [%]", "feature drift (Eq. 5)"
 RESIDUAL = "drift residual: rows against images today"
 GAP = "distance of queue and batch means (batch std; best: 0)"
 
