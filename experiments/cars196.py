@@ -32,8 +32,8 @@ COLUMNS = {
     "drift": "drift",
     "gap_mean_before": "gap of means",
     "gap_std_before": "gap of deviations",
-    "recall@1_untrained": "before training",
-    "recall@1_backbone_untrained": "backbone before training",
+    "recall@1_untrained": "untrained",
+    "recall@1_backbone_untrained": "untrained, backbone",
 }
 GAP = "means of queue and batch [std of the batch]"
 FAST = 1e-4

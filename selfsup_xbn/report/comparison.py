@@ -22,7 +22,7 @@ DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
 def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
     """Return a Markdown table in percent, with a row for each cell.
 
-    The columns are the metric, its difference to the first cell, and the metric of the initial encoder and of raw
+    The columns are the metric, its difference to the first cell, and the metric of the untrained encoder and of raw
     pixels.
 
     Args:
@@ -40,7 +40,7 @@ def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
     """
     reference = results[0]
     title = columns().get(metric, metric)
-    rows = [["", title, "difference", "initial", "raw pixels", "seeds"]]
+    rows = [["", title, "difference", "untrained", "raw pixels", "seeds"]]
     for result in results:
         values = [value_text(result, metric + suffix) for suffix in ("", "_untrained", "_raw_pixels")]
         change = "" if result is reference else _difference_text(result, reference, metric)
@@ -86,7 +86,7 @@ def averaged_over(results: Sequence[Result]) -> str:
 def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     """Plot a metric against the epoch: the mean of each cell as a curve, its standard deviation as a band.
 
-    A curve begins at epoch 0 with the initial encoder. Raw pixels are a line, if they are equal for all cells. Cells
+    A curve begins at epoch 0 with the untrained encoder. Raw pixels are a line, if they are equal for all cells. Cells
     with the same method have the same color, and differ in dashes and markers.
 
     Args:
@@ -110,7 +110,7 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     if len(set(pixels)) == 1 and pixels[0] is not None:
         axes.axhline(pixels[0], color="gray", linestyle="--", linewidth=1, label="raw pixels")
     figure.suptitle(printable(_title([result["config"] for result in results])), parse_math=False)
-    begin = " (0: initial)" if any(f"{metric}_untrained" in result["mean"] for result in results) else ""
+    begin = " (0: untrained)" if any(f"{metric}_untrained" in result["mean"] for result in results) else ""
     axes.set(xlabel=f"epoch{begin}", ylabel=f"{columns().get(metric, metric)} [%]")
     axes.set_title(averaged_over(results), fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -5,9 +5,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from experiments.pictures import Chart, save_chart
-from selfsup_xbn.evaluation.summary import panels
+from selfsup_xbn.evaluation.summary import BASELINES, panels
 from selfsup_xbn.report.colors import COLORS
-from selfsup_xbn.report.comparison import draw_comparison
+from selfsup_xbn.report.comparison import comparison_lines, draw_comparison
 
 
 def cell(label, last=50.0, **config):
@@ -78,3 +78,12 @@ def test_units_are_in_brackets(saved, tmp_path):
     titles = [saved[0].axes[0].get_ylabel(), *panels()]
     assert "Recall@1 [%]" in titles
     assert not any("(%)" in title or "(s)" in title for title in titles)
+
+
+def test_the_encoder_at_epoch_0_is_named_as_its_metrics_are(saved, tmp_path):
+    cells = [cell("a", adaptation="xbn")]
+    draw_comparison(cells, "recall@1", tmp_path / "a.png")
+    labels = [label for curves in panels().values() for key, label in curves.items() if key.endswith("_untrained")]
+    texts = [saved[0].axes[0].get_xlabel(), comparison_lines(cells, "recall@1")[0], *labels, *list(BASELINES)[1:2]]
+    assert len(texts) == 7
+    assert [text for text in texts if "untrained" not in text or "initial" in text] == []
