@@ -35,7 +35,7 @@ class Metric:
 
 KNN, RECALL, DRIFT = "k-NN top-1 [%]", "Recall@1 [%]", "feature drift (Eq. 5)"
 RESIDUAL = "drift residual: rows against images today"
-GAP = "distance of queue and batch means (batch std; best: 0)"
+GAP = "gap of the means [batch std; best: 0]"
 
 METRICS = [
     Metric("loss", panel="loss", label="loss", progress="loss {:.3f}"),

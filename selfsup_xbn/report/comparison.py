@@ -8,15 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 from selfsup_xbn.errors import printable
 from selfsup_xbn.evaluation.summary import columns
-from selfsup_xbn.report.colors import method_name, series_colors
+from selfsup_xbn.report.colors import method_name, series_styles
 from selfsup_xbn.runs.results import Result, course, difference, value_text
 from selfsup_xbn.utils.atomic import replacing
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-
-DASHES, MARKERS = ("-", "--", ":", "-."), ("o", "s", "^", "D")
-"""Dashes and markers of the cells that have the same method."""
 
 
 def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
@@ -104,11 +101,12 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for result, style in zip(results, _styles(results), strict=True):
+    styles = series_styles([method_name(result["config"]) for result in results])
+    for result, style in zip(results, styles, strict=True):
         _band(axes, result, metric, style)
     pixels = [result["mean"].get(f"{metric}_raw_pixels") for result in results]
     if len(set(pixels)) == 1 and pixels[0] is not None:
-        axes.axhline(pixels[0], color="gray", linestyle="--", linewidth=1, label="raw pixels")
+        axes.axhline(pixels[0], color="black", linestyle="--", linewidth=1, label="raw pixels")
     figure.suptitle(printable(_title([result["config"] for result in results])), parse_math=False)
     begin = " (0: untrained)" if any(f"{metric}_untrained" in result["mean"] for result in results) else ""
     axes.set(xlabel=f"epoch{begin}", ylabel=f"{columns().get(metric, metric)} [%]")
@@ -129,17 +127,6 @@ def _add_legend(figure: Figure) -> None:
             break
         legend.remove()
     figure.set_figheight(figure.get_figheight() + max(0.0, box.height / figure.dpi - 0.5))
-
-
-def _styles(results: Sequence[Result]) -> list[dict[str, str]]:
-    """Return color, dashes and marker of each cell. The n-th cell of each method has the n-th dashes and marker."""
-    names = [method_name(result["config"]) for result in results]
-    colors, styles = series_colors(names), []
-    for place, name in enumerate(names):
-        number = names[:place].count(name)
-        dashes, marker = DASHES[number % len(DASHES)], MARKERS[(number + number // len(DASHES)) % len(MARKERS)]
-        styles.append({"color": colors[name], "linestyle": dashes, "marker": marker})
-    return styles
 
 
 def _band(axes: Any, result: Result, metric: str, style: dict[str, str]) -> None:
