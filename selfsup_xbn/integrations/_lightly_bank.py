@@ -5,7 +5,8 @@ Axis legend: B batch, N rows of the bank, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -184,7 +185,10 @@ class NNMemoryBankModule(MemoryBankModule):
 
 def _bank_shape(size: int | Sequence[int]) -> tuple[int, ...]:
     """Return (0,) for no bank, otherwise (N, D)."""
-    shape = (size,) if isinstance(size, int) else tuple(size)
+    try:
+        shape = tuple(map(operator.index, size if isinstance(size, Iterable) else [size]))
+    except TypeError:
+        shape = ()
     if shape == (0,) or (len(shape) == 2 and min(shape) >= 0):
         return shape
-    raise UserError(f"expected memory_bank_size (num_features, dim) or 0, got {size}")
+    raise UserError(f"expected memory_bank_size (num_features, dim) or 0, got {size!r}")
