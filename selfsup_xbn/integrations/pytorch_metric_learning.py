@@ -73,9 +73,9 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         **kwargs: further arguments of PML's class, such as ``collect_stats``.
 
     Raises:
-        UserError: a size is not a whole number of at least 1, the adaptation is unknown, the loss has a temperature that
-            is not above 0 and finite, or ``moment_gradient`` with an adaptation other than "xbn" or in a subclass with an
-            ``embedding_memory`` of its own.
+        UserError: a size is not a whole number of at least 1, the adaptation is unknown, the loss has a temperature
+            that is not above 0 and finite, or ``moment_gradient`` with an adaptation other than "xbn" or in a subclass
+            with an ``embedding_memory`` of its own.
         Exception: raised by PML for a loss that is not supported.
 
     Example:

@@ -35,6 +35,7 @@ def literal(q, k, rows, temperature):
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("size", [(7, 3), (0, 3), 0])
+@pytest.mark.filterwarnings("ignore:adaptation=")
 def test_new_bank_and_generator_equal_lightlys_bit_for_bit(adaptation, size):
     ours, draw = seeded(MemoryBankModule, size, adaptation=adaptation), torch.rand(3)
     peer, peer_draw = seeded(PeerBank, size), torch.rand(3)
