@@ -120,7 +120,8 @@ def _add_training(parser: Parser, args: Sequence[str], mode: str) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print configuration, images and classes, steps, weights and the size of the queue, and exit",
+        help="print configuration, images and classes, steps, weights and the size of the queue, decode all images of "
+        "a folder or list, and exit",
     )
     _add_options(parser, base)
     parser.set_defaults(parser=parser, command=lambda options: _train(options, kind))
@@ -152,7 +153,7 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
     if options.dry_run:
         from selfsup_xbn.commands.dry_run import cost_lines
 
-        show([*json.dumps(resolved(config), indent=2).splitlines(), *cost_lines(config)])
+        show([*json.dumps(resolved(config), indent=2).splitlines(), *cost_lines(config, decode=True)])
         return
     from selfsup_xbn.commands.train import train_run
 
