@@ -32,10 +32,10 @@ COLUMNS = {
     "drift": "drift",
     "gap_mean_before": "gap of means",
     "gap_std_before": "gap of deviations",
-    "recall@1_untrained": "before training",
-    "recall@1_backbone_untrained": "backbone before training",
+    "recall@1_untrained": "untrained",
+    "recall@1_backbone_untrained": "untrained, backbone",
 }
-GAP = "means of queue and batch [std of the batch]"
+GAP = "gap of the means [std of the batch]"
 FAST = 1e-4
 BASE = recipe("photos", data="cars196", image_size=96, epochs=3, drift_every=20, workers=0, lr=FAST)
 BASES = {
@@ -83,7 +83,7 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
         charts = [
             _by_batch_size(found, "recall@1", "Recall@1 [%]"),
             _by_batch_size(found, "recall@1", "Recall@1 [%]", fast=True),
-            _by_batch_size(found, "drift", "drift in a step [distance of unit vectors]", fast=True),
+            _by_batch_size(found, "drift", "drift [distance of unit vectors]", fast=True),
             _by_batch_size(found, "gap_mean_before", GAP, fast=True),
         ]
         save_chart(path, title, charts, log=True)

@@ -42,7 +42,7 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
             change = f"{100 * (adapted / plain - 1):+.0f} %"
             texts = f"{plain:.3f} ± {plain_std:.3f}", f"{adapted:.3f} ± {adapted_std:.3f}", change
             lines.append(f"| {result['label']} | {epoch} | {' | '.join(texts)} |")
-        charts.append(Chart(result["label"], "epoch", "mean squared distance of unit vectors", epochs, curves))
+        charts.append(Chart(result["label"], "epoch", "squared distance of unit vectors", epochs, curves))
     save_chart(path.with_suffix(".png"), f"Drift residual, {averaged_over(results)}", charts)
     return [*table(results, {"recall@1": "Recall@1"}), "", *lines]
 

@@ -57,7 +57,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from experiments.pictures import Chart, save_chart
+from experiments.pictures import Chart, courses, save_chart
 from experiments.runs import Experiment, Result
 from selfsup_xbn.config.modes import PretrainConfig
 from selfsup_xbn.config.recipes import RECIPES
@@ -105,12 +105,8 @@ def show(results: list[Result], path: Path) -> Sequence[str]:
     """Return a table of k-NN top-1 at some epochs, and save a chart of the curves for each data set."""
     charts = []
     for name in dict.fromkeys(result["config"]["data"] for result in results):
-        courses = {
-            r["label"].removeprefix(f"{name}: "): course(r, "knn_top1") for r in results if r["config"]["data"] == name
-        }
-        epochs = max((epochs for epochs, *_ in courses.values()), key=len)
-        curves = {label: (m, s) for label, (_, m, s) in courses.items()}
-        charts.append(Chart(name, "epoch", "k-NN top-1 [%]", epochs, curves))
+        cells = {r["label"].removeprefix(f"{name}: "): r for r in results if r["config"]["data"] == name}
+        charts.append(Chart(name, "epoch", "k-NN top-1 [%]", *courses(cells, "knn_top1")))
     title = f"MoCo with {results[0]['config']['backbone']}, {averaged_over(results)}"
     columns = 1 if "variants" in path.stem else 5
     save_chart(path.with_suffix(".png"), title, charts, legend_columns=columns)

@@ -19,11 +19,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from experiments.pictures import Chart, save_chart
+from experiments.pictures import Chart, courses, save_chart
 from experiments.retrieval import recipe, rows
 from experiments.runs import Experiment, Result, table
 from selfsup_xbn.report.comparison import averaged_over
-from selfsup_xbn.runs.results import course
 
 VALUES = {
     "drift": "drift in a step, mean of the images",
@@ -46,12 +45,8 @@ SCALES = {
 
 def show(results: list[Result], path: Path) -> Sequence[str]:
     """Return a table of the last epoch, and save charts of the values over the epochs."""
-    charts = []
-    for key in VALUES:
-        courses = {result["label"]: course(result, key) for result in results}
-        epochs = max((epochs for epochs, *_ in courses.values()), key=len)
-        curves = {name: (m, s) for name, (e, m, s) in courses.items() if e}
-        charts.append(Chart(VALUES[key], "epoch", UNITS[key], epochs, curves))
+    cells = {result["label"]: result for result in results}
+    charts = [Chart(VALUES[key], "epoch", UNITS[key], *courses(cells, key)) for key in VALUES]
     title = f"{results[0]['config']['data']}: {averaged_over(results)}"
     save_chart(path.with_suffix(".png"), title, charts)
     return table(results, COLUMNS)

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from selfsup_xbn.report.colors import COLORS, series_styles
+from selfsup_xbn.runs.results import Result, course
+
 Series = Mapping[str, tuple[Sequence[float], Sequence[float]]]
 """Means and standard deviations along the x axis, by name. Missing values are NaN."""
-
-COLORS = {"no memory": "0.45", "XBM": "#D55E00", "XBM*": "#E69F00", "XBN": "#0072B2", "AXBN": "#009E73"}
-"""Color of each method in all charts, from the palette of Okabe and Ito. Other series have its other colors in turn."""
-PALETTE = ("#CC79A7", "#009E73", "#E69F00", "#56B4E9", "#D55E00", "#0072B2", "#000000")
 
 
 class Chart(NamedTuple):
@@ -41,6 +39,25 @@ def series(results: Sequence[dict[str, Any] | None], key: str) -> tuple[list[flo
     return means, deviations
 
 
+def courses(cells: Mapping[str, Result], key: str) -> tuple[list[int], Series]:
+    """Return the epochs at which a value was measured with every seed of every cell, and the series of the cells.
+
+    Cells without the value have no series.
+
+    Example:
+        >>> values = {"a": {"1": 3.0, "2": 2.0}, "b": {"1": 4.0}}
+        >>> courses({name: {"history": {"0": {"loss": by_epoch}}} for name, by_epoch in values.items()}, "loss")
+        ([1], {'a': ([3.0], [0.0]), 'b': ([4.0], [0.0])})
+    """
+    measured = {name: values for name, cell in cells.items() if (values := course(cell, key))[0]}
+    epochs = sorted(set.intersection(*(set(values[0]) for values in measured.values()))) if measured else []
+    curves = {}
+    for name, (known, means, deviations) in measured.items():
+        places = [known.index(epoch) for epoch in epochs]
+        curves[name] = [means[place] for place in places], [deviations[place] for place in places]
+    return epochs, curves
+
+
 def save_chart(
     path: Path,
     title: str,
@@ -52,6 +69,8 @@ def save_chart(
     legend_columns: int = 5,
 ) -> None:
     """Save a PNG with one chart, or with rows of two, above a legend of all series.
+
+    A series "XBN, ..." has the color of XBN, with dashes and a marker that no other series of XBN has.
 
     Args:
         path: file to write.
@@ -72,13 +91,12 @@ def save_chart(
     figure = Figure(figsize=(6.4 if columns == 1 else 10, height), layout="constrained", dpi=100)
     figure.suptitle(title)
     axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if share_y else False).flatten()
-    taken = {COLORS.get(name) for name in names}
-    others = itertools.cycle(color for color in PALETTE if color not in taken)
-    colors = {name: COLORS.get(name) or next(others) for name in names}
+    methods = [method if (method := name.partition(", ")[0]) in COLORS else name for name in names]
+    styles = dict(zip(names, series_styles(methods), strict=True))
     for axis, chart in zip(axes, charts, strict=False):
         for number, (name, curve) in enumerate(chart.curves.items()):
             x = _apart(chart.x, number - (len(chart.curves) - 1) / 2, log) if any(curve[1]) else list(chart.x)
-            style = {"label": name, "color": colors[name], "marker": "o", "markersize": 4, "capsize": 3}
+            style = styles[name] | {"label": name, "markersize": 4, "capsize": 3}
             axis.errorbar(x[: len(curve[0])], curve[0], curve[1] if any(curve[1]) else None, **style)
         if log:
             axis.set_xscale("log")

@@ -118,7 +118,8 @@ def _add_training(parser: Parser, args: Sequence[str], mode: str) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="print images and classes, steps, weights, the size of the queue and the configuration, and exit",
+        help="print images and classes, steps, weights, the size of the queue and the configuration, decode all images "
+        "of a folder or list, and exit",
     )
     _add_options(parser, base)
     parser.set_defaults(parser=parser, command=lambda options: _train(options, kind))
@@ -150,7 +151,7 @@ def _train(options: argparse.Namespace, kind: type[Config]) -> None:
     if options.dry_run:
         from selfsup_xbn.commands.dry_run import cost_lines
 
-        show([*cost_lines(config), "", *json.dumps(resolved(config), indent=2).splitlines()])
+        show([*cost_lines(config, decode=True), "", *json.dumps(resolved(config), indent=2).splitlines()])
         return
     from selfsup_xbn.commands.train import train_run
 

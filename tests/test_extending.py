@@ -102,7 +102,7 @@ ADDED = (
     (DATA_SETS, "stripes", stripes),
     (EVALUATORS, "same-class", SameClass),
 )
-METRIC = Metric("same_class", "Same class", panel="same class (%)", label="trained", progress="same class {:.1f} %")
+METRIC = Metric("same_class", "Same class", panel="same class [%]", label="trained", progress="same class {:.1f} %")
 
 
 @pytest.fixture(autouse=True)
@@ -140,7 +140,7 @@ def test_all_four_train_and_evaluate_from_the_command_line(tmp_path, capsys, plo
     assert main(["evaluate", "knn", "--run", str(run), "--knn-k", "5"]) == 0
     assert main(["report", str(run), "--out", str(tmp_path / "page")]) == 0
     page = (tmp_path / "page" / "index.html").read_text()
-    assert "same class (%)" in page
+    assert "same class [%]" in page
     assert "<span>nnclr</span>" in page
     assert command_of(read_config(run))[:2] == ["selfsup-xbn", "nnclr"]
     assert main(["nnclr", *TINY, "--dry-run"]) == 0

@@ -15,24 +15,28 @@ from selfsup_xbn.methods.base import method_class
 from selfsup_xbn.models.backbones import LITE0
 from selfsup_xbn.models.encoder import random_encoder
 from selfsup_xbn.models.pretrained import initial_encoder
-from selfsup_xbn.training.preflight import check_config, check_memory, check_sizes
+from selfsup_xbn.training.preflight import check_config, check_images, check_memory, check_sizes
 from selfsup_xbn.utils.device import device_of
 
 DOWNLOADED = {"cifar10": 50_000, "cifar100": 50_000}
 """Number of training images of the data sets that are downloaded on first use."""
 
 
-def cost_lines(config: Config) -> list[str]:
+def cost_lines(config: Config, *, decode: bool = False) -> list[str]:
     """Return lines with the number of images, steps and parameters, and the size of the queue.
 
+    Args:
+        config: Configuration of the run.
+        decode: Whether to decode every image of a folder or of a list.
+
     Raises:
-        UserError: The configuration is invalid, as in ``train``.
+        UserError: The configuration is invalid, as in ``train``, or an image is broken.
     """
     device = device_of(config.device)
     check_config(config, download=False)
     name, _, path = config.data.partition(":")
     size, channels, images, classes = config.image_size or 32, 3, DOWNLOADED.get(name), 2
-    parts, notes, labels = list[str](), tuple[str, ...](), None
+    parts, notes, data = list[str](), tuple[str, ...](), None
     if name in DOWNLOADED and (place := place_without_files(name, path, root=config.data_root)):
         parts = [f"{'data':<19}{name} is not in {place}: the run downloads it"]
     if images is None or parse_share(config.validation, "--validation"):
@@ -40,15 +44,16 @@ def cost_lines(config: Config) -> list[str]:
         size, channels, images = data.image_size, data.channels, len(data.train)
         classes, notes = 1 + int(data.train.labels.max()), data.notes
         parts += [*notes, *part_lines(data, config.evaluator)]
-        labels = data.train.labels
     images = min(images, config.limit_train or images)
     check_sizes(config, images, notes)
     check_memory(config, images, device)
-    if labels is not None:
-        sampler_of(config, labels)  # raises if the batch size does not fit the classes
+    if data is not None:
+        sampler_of(config, data.train.labels)  # raises if the batch size does not fit the classes
     with torch.device("meta"):
         method = method_class(config).from_config(config, random_encoder(config, channels, size), images)
     method.try_loss(classes)
+    if decode and data is not None:
+        check_images(data, config.workers)
     steps = images // config.batch_size
     epochs = _count(config.epochs, "epoch") + f" after {config.head_epochs} of the head" * bool(config.head_epochs)
     trained = sum(parameter.numel() for parameter in method.encoder.parameters())

@@ -153,12 +153,12 @@ EVALUATORS = Registry(
     {
         "knn": Entry(
             "selfsup_xbn.evaluation.evaluators:KnnEvaluator",
-            "weighted k-NN accuracy of an encoder, compared with raw pixels and the initial encoder",
+            "weighted k-NN accuracy of an encoder, compared with raw pixels and the untrained encoder",
             ("knn_k", "knn_temperature"),
         ),
         "retrieval": Entry(
             "selfsup_xbn.evaluation.evaluators:RetrievalEvaluator",
-            "Recall@K, R-precision and MAP@R of an encoder, compared with raw pixels and the initial encoder",
+            "Recall@K, R-precision and MAP@R of an encoder, compared with raw pixels and the untrained encoder",
             ("recall_ks",),
         ),
     },

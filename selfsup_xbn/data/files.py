@@ -23,6 +23,7 @@ from torchvision.transforms import functional as TF
 from selfsup_xbn.data.base import ImageData, Split
 from selfsup_xbn.data.images import read_image, to_bytes
 from selfsup_xbn.data.sampler import seed_for
+from selfsup_xbn.data.workers import failures
 from selfsup_xbn.errors import UserError
 
 MAX_ASPECT_RATIO = 16
@@ -35,6 +36,21 @@ Pixels = TypeVar("Pixels", Image.Image, Tensor)
 def _read(split: Split, sample: int) -> Image.Image:
     assert split.paths is not None
     return read_image(split.paths[sample], None if split.boxes is None else split.boxes[sample].tolist())
+
+
+def broken_files(data: ImageData, workers: int) -> dict[str, str]:
+    """Decode all images that are read from files, and return the message of the error by the path of each broken file.
+
+    Args:
+        data: The data set. Images in memory were decoded when it was loaded.
+        workers: The number of processes that read files.
+    """
+    broken: dict[str, str] = {}
+    for split in (data.train, data.validation, data.test, data.gallery):
+        if split is not None and split.paths is not None:
+            messages = failures(partial(_read, split), len(split), workers)
+            broken |= {split.paths[sample]: message for sample, message in messages.items()}
+    return broken
 
 
 class RandomFile:

@@ -142,6 +142,26 @@ def image_sizes(paths: Sequence[str], workers: int) -> Int64[Tensor, "N 2"]:
     return torch.cat([sizes for _, sizes in _chunks(_Size(paths), len(paths), CHUNK, workers, "checking")])
 
 
+def failures(function: Callable[[int], object], count: int, workers: int) -> dict[int, str]:
+    """Return the message of the error for each of 0 to ``count`` - 1 for which a function raises a ``UserError``.
+
+    Args:
+        function: A picklable function that reads the file with a number.
+        count: The number of files.
+        workers: The number of worker processes.
+
+    Example:
+        >>> from selfsup_xbn.data.images import read_image
+        >>> failures(lambda number: read_image("no.png"), 1, 0)
+        {0: 'no.png: not a readable image (No such file or directory); repair or remove the file'}
+    """
+    if not count:
+        return {}
+    chunks = _chunks(_Failure(function), count, CHUNK, workers, "decoding")
+    messages = [message for _, messages in chunks for message in messages]
+    return {number: message for number, message in enumerate(messages) if message}
+
+
 class _OtherSizeError(UserError):
     """An image whose size differs from the first one. A ``UserError``, so that the worker returns it."""
 
@@ -157,6 +177,18 @@ class _Decode:
         return image
 
 
+class _Failure:
+    def __init__(self, function: Callable[[int], object]) -> None:
+        self.function = function
+
+    def __call__(self, number: int) -> str:
+        try:
+            self.function(number)
+        except UserError as error:
+            return str(error)
+        return ""
+
+
 class _Size:
     def __init__(self, paths: Sequence[str]) -> None:
         self.paths = paths
@@ -167,13 +199,13 @@ class _Size:
 
 
 def _chunks(
-    function: Callable[[int], Tensor], count: int, chunk: int, workers: int, verb: str
-) -> Iterator[tuple[int, Tensor]]:
-    """Yield the first number and the stacked results of each chunk of 0 to count - 1, with a bar on a terminal."""
+    function: Callable[[int], Any], count: int, chunk: int, workers: int, verb: str
+) -> Iterator[tuple[int, Any]]:
+    """Yield the first number and the collated results of each chunk of 0 to count - 1, with a bar on a terminal."""
     starts = range(0, count, chunk)
     batches = [range(start, min(start + chunk, count)) for start in starts]
     results = ParallelReader(function, min(workers, len(batches) - 1))(batches)
     with tqdm(total=count, desc=f"{verb} images", unit=" files", disable=not sys.stderr.isatty(), leave=False) as bar:
-        for start, tensor in zip(starts, results, strict=True):
-            yield start, tensor
-            bar.update(len(tensor))
+        for start, result in zip(starts, results, strict=True):
+            yield start, result
+            bar.update(len(result))

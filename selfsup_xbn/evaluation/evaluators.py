@@ -59,7 +59,7 @@ class Evaluator(Protocol):
 
 
 def baselines(evaluator: Evaluator, untrained: Encoder) -> dict[str, float]:
-    """Return the metrics of raw pixels and of an initial encoder, as ``NAME_raw_pixels`` and ``NAME_untrained``.
+    """Return the metrics of raw pixels and of an untrained encoder, as ``NAME_raw_pixels`` and ``NAME_untrained``.
 
     Args:
         evaluator: The evaluator.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-BASELINES = {"raw pixels": "_raw_pixels", "initial encoder": "_untrained", "trained encoder": ""}
-"""Rows of a results table, with the suffix of the metrics' names in the record. The initial encoder has the
+BASELINES = {"raw pixels": "_raw_pixels", "untrained encoder": "_untrained", "trained encoder": ""}
+"""Rows of a results table, with the suffix of the metrics' names in the record. The untrained encoder has the
 weights with which a run begins: random ones, or those of ``--weights`` with a random head."""
 
 
@@ -19,7 +19,7 @@ class Metric:
     Attributes:
         name: The key in ``metrics.jsonl``.
         title: The title of the column in a results table, or "" for no column. A metric with a title is in percent. It
-            is also measured for raw pixels and for the initial encoder, as ``NAME_raw_pixels`` and
+            is also measured for raw pixels and for the untrained encoder, as ``NAME_raw_pixels`` and
             ``NAME_untrained``.
         panel: The title of the plot, or "" for no plot. Metrics with the same panel share a plot.
         label: The label of the curve in the plot.
@@ -33,9 +33,9 @@ class Metric:
     progress: str = ""
 
 
-KNN, RECALL, DRIFT = "k-NN top-1 (%)", "Recall@1 (%)", "feature drift (Eq. 5)"
+KNN, RECALL, DRIFT = "k-NN top-1 [%]", "Recall@1 [%]", "feature drift (Eq. 5)"
 RESIDUAL = "drift residual: rows against images today"
-GAP = "distance of queue and batch means (batch std; best: 0)"
+GAP = "gap of the means [batch std; best: 0]"
 
 METRICS = [
     Metric("loss", panel="loss", label="loss", progress="loss {:.3f}"),
@@ -87,8 +87,8 @@ def panels() -> dict[str, dict[str, str]]:
         compared = [metric for metric in METRICS if metric.panel == panel and metric.title]
         labels |= {metric.name: metric.label for metric in compared}
         for metric in compared:
-            initial = "initial" if metric.label == "trained" else f"{metric.label}, initial"
-            labels[f"{metric.name}_untrained"] = initial
+            untrained = "untrained" if metric.label == "trained" else f"{metric.label}, untrained"
+            labels[f"{metric.name}_untrained"] = untrained
         labels |= {f"{metric.name}_raw_pixels": "raw pixels" for metric in compared[:1]}
         labels |= {metric.name: metric.label for metric in METRICS if metric.panel == panel and not metric.title}
     return curves

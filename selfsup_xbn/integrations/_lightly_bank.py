@@ -5,7 +5,9 @@ Axis legend: B batch, N rows of the bank, D dimensions.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+import warnings
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -33,7 +35,8 @@ class MemoryBankModule(nn.Module):
             ranks are equal if their initial rows are: use the same seed, or wrap the module in
             DistributedDataParallel.
         feature_dim_first: whether negatives are returned as [D, N] instead of [N, D].
-        adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``.
+        adaptation: ``"xbm"``, ``"xbn"``, ``"axbn"`` or an instance such as ``AXBN(r=1.0)``. None stands for ``"xbn"``.
+            Without a bank nothing is adapted, and an adaptation other than ``"xbm"`` leads to a warning.
         normalize: whether negatives are returned with unit norm.
         dtype: dtype of the rows. ``.double()``, ``.half()`` and autocast do not change it.
 
@@ -52,7 +55,7 @@ class MemoryBankModule(nn.Module):
         size: int | Sequence[int],
         gather_distributed: bool = False,
         feature_dim_first: bool = True,
-        adaptation: str | Adaptation = "xbn",
+        adaptation: str | Adaptation | None = None,
         *,
         normalize: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -62,10 +65,16 @@ class MemoryBankModule(nn.Module):
         self.gather_distributed, self.feature_dim_first = gather_distributed, feature_dim_first
         self.queue: FeatureQueue | None = None
         rows, dim = self.size if self.size[0] > 0 else (1, 1)
-        queue = FeatureQueue(rows, dim, adaptation, dtype=dtype)  # checks its arguments, also where there is no bank
+        # Checks its arguments, also where there is no bank.
+        queue = FeatureQueue(rows, dim, "xbn" if adaptation is None else adaptation, dtype=dtype)
         if self.size[0] > 0:
             self.queue = queue
             self.queue.enqueue(F.normalize(torch.randn(self.size).float(), dim=-1))
+        elif adaptation is not None and queue.adaptation.moves_queue:
+            warnings.warn(
+                f"adaptation={adaptation!r} has no effect without a memory bank: give its size (num_features, dim)",
+                stacklevel=2,
+            )
 
     def forward(
         self, output: Float[Tensor, "B D"], labels: Tensor | None = None, update: bool = False
@@ -184,7 +193,10 @@ class NNMemoryBankModule(MemoryBankModule):
 
 def _bank_shape(size: int | Sequence[int]) -> tuple[int, ...]:
     """Return (0,) for no bank, otherwise (N, D)."""
-    shape = (size,) if isinstance(size, int) else tuple(size)
+    try:
+        shape = tuple(map(operator.index, size if isinstance(size, Iterable) else [size]))
+    except TypeError:
+        shape = ()
     if shape == (0,) or (len(shape) == 2 and min(shape) >= 0):
         return shape
-    raise UserError(f"expected memory_bank_size (num_features, dim) or 0, got {size}")
+    raise UserError(f"expected memory_bank_size (num_features, dim) or 0, got {size!r}")

@@ -80,7 +80,7 @@ class NTXentLoss(PeerLoss):
         temperature: float | Tensor = 0.5,
         memory_bank_size: int | Sequence[int] = 0,
         gather_distributed: bool = False,
-        adaptation: str | Adaptation = "xbn",
+        adaptation: str | Adaptation | None = None,
         *,
         dtype: torch.dtype = torch.float32,
         implementation: str = "auto",

@@ -46,7 +46,7 @@ from selfsup_xbn.losses.functional import check_temperature
 from selfsup_xbn.memory.adaptation import Adaptation
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.following import check_follows, features
-from selfsup_xbn.utils.checks import check_tensors
+from selfsup_xbn.utils.checks import check_tensors, whole_numbers
 from selfsup_xbn.utils.distributed import rank, world
 from selfsup_xbn.utils.labels import class_indices
 
@@ -73,9 +73,9 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         **kwargs: further arguments of PML's class, such as ``collect_stats``.
 
     Raises:
-        UserError: a size is below 1, the adaptation is unknown, the loss has a temperature that is not above 0 and
-            finite, or ``moment_gradient`` with an adaptation other than "xbn" or in a subclass with an
-            ``embedding_memory`` of its own.
+        UserError: a size is not a whole number of at least 1, the adaptation is unknown, the loss has a temperature
+            that is not above 0 and finite, or ``moment_gradient`` with an adaptation other than "xbn" or in a subclass
+            with an ``embedding_memory`` of its own.
         Exception: raised by PML for a loss that is not supported.
 
     Example:
@@ -109,8 +109,8 @@ class CrossBatchMemory(MemoryState, PeerMemory):
         if isinstance(temperature := getattr(loss, "temperature", None), int | float):
             check_temperature(temperature)
         self.loss, self.miner, self.implementation = loss, miner, implementation
-        self.embedding_size, self.memory_size = embedding_size, memory_size
-        self.queue = FeatureQueue(memory_size, embedding_size, adaptation, labels=True)
+        self.embedding_size, self.memory_size = whole_numbers(embedding_size=embedding_size, memory_size=memory_size)
+        self.queue = FeatureQueue(self.memory_size, self.embedding_size, adaptation, labels=True)
         self.moment_gradient = moment_gradient
         if moment_gradient:
             check_follows(self.queue)

@@ -11,6 +11,8 @@ Axis legend: B batch, D dimensions.
 from __future__ import annotations
 
 import copy
+import math
+from numbers import Real
 
 import torch
 from jaxtyping import Bool
@@ -19,6 +21,7 @@ from torch import Tensor, nn
 from selfsup_xbn.config.registry import ADAPTATIONS
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.moments import Moments
+from selfsup_xbn.utils.checks import whole_numbers
 
 
 class Adaptation(nn.Module):
@@ -101,8 +104,12 @@ class AXBN(Adaptation):
         self, q: float = 1.0, r: float = 0.01, p0: float = 1.0, gain_interval: int = 100, *, literal: bool = False
     ) -> None:
         super().__init__()
-        if min(q, r, p0) < 0 or q + r <= 0 or q + p0 <= 0:
-            raise UserError(f"expected variances q, r, p0 >= 0, q with r or p0 not both 0, got q={q}, r={r}, p0={p0}")
+        variances = all(isinstance(value, Real) and 0 <= value < math.inf for value in (q, r, p0))
+        if not variances or q + r <= 0 or q + p0 <= 0:
+            raise UserError(
+                f"expected finite variances q, r, p0 >= 0, q with r or p0 not both 0, got q={q!r}, r={r!r}, p0={p0!r}"
+            )
+        (gain_interval,) = whole_numbers(gain_interval=gain_interval)
         if gain_interval < 1:
             raise UserError(f"expected gain_interval of at least 1 step, got {gain_interval}")
         self.q, self.r, self.p0, self.gain_interval, self.literal = q, r, p0, gain_interval, literal
@@ -142,9 +149,13 @@ def make_adaptation(adaptation: str | Adaptation) -> Adaptation:
     """Return the adaptation of a name in ``ADAPTATIONS``, or a copy of the given instance.
 
     Raises:
-        UserError: no adaptation has that name.
+        UserError: no adaptation has that name, or the value is neither a name nor an instance.
     """
-    if not isinstance(adaptation, str):
+    if isinstance(adaptation, Adaptation):
         return copy.deepcopy(adaptation)
+    if not isinstance(adaptation, str):
+        raise UserError(
+            f"expected an adaptation: {', '.join(ADAPTATIONS)}, or an instance such as AXBN(r=1.0), got {adaptation!r}"
+        )
     kind: type[Adaptation] = ADAPTATIONS.find(adaptation)
     return kind()

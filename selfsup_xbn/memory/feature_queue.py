@@ -53,7 +53,8 @@ class FeatureQueue(FixedPrecision):
         implementation: "torch", "triton", or "auto": Triton kernels on a GPU for "xbm", "xbn" and "axbn".
 
     Raises:
-        UserError: size or dim is below 1, no adaptation has that name, or dtype is not floating point.
+        UserError: size or dim is not a whole number of at least 1, the adaptation is neither a name nor an instance, or
+            dtype is not floating point.
 
     Example:
         >>> queue, keys = FeatureQueue(4096, 128, "xbn"), F.normalize(torch.randn(64, 128), dim=1)
@@ -81,7 +82,7 @@ class FeatureQueue(FixedPrecision):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        check_sizes(size, dim, dtype)
+        size, dim = check_sizes(size, dim, dtype)
         self.size, self.dim = size, dim
         self.register_buffer("rows", torch.zeros(size, dim, dtype=dtype, device=device))
         self.register_buffer("labels", torch.zeros(size, dtype=torch.int64, device=device) if labels else None)

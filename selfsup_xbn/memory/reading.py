@@ -15,7 +15,7 @@ from torch import Tensor
 
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.memory.moments import PIECE, AffineMap
-from selfsup_xbn.utils.checks import check_tensors
+from selfsup_xbn.utils.checks import check_tensors, whole_numbers
 from selfsup_xbn.utils.labels import class_indices
 
 
@@ -33,16 +33,18 @@ class Block(NamedTuple):
         return Block(slots, rows[slots], *(None if values is None else values[slots] for values in (labels, filled)))
 
 
-def check_sizes(size: int, dim: int, dtype: torch.dtype) -> None:
-    """Check the arguments of a queue.
+def check_sizes(size: int, dim: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Check the arguments of a queue, and return size and dim as Python integers.
 
     Raises:
-        UserError: no rows, no dimensions, or a dtype that is not floating point.
+        UserError: a size that is not a whole number, no rows, no dimensions, or a dtype that is not floating point.
     """
+    size, dim = whole_numbers(size=size, dim=dim)
     if size < 1 or dim < 1:
         raise UserError(f"expected a queue of at least 1 row and 1 dimension, got size={size}, dim={dim}")
-    if not dtype.is_floating_point:
-        raise UserError(f"expected a floating point dtype for the queue's rows, got {dtype}")
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise UserError(f"expected a floating point dtype of torch for the queue's rows, got {dtype}")
+    return size, dim
 
 
 def check_batch(batch: Tensor, dim: int) -> None:

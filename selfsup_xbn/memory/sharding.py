@@ -17,7 +17,7 @@ from selfsup_xbn.memory.adaptation import Adaptation
 from selfsup_xbn.memory.device import can_refresh
 from selfsup_xbn.memory.feature_queue import FeatureQueue
 from selfsup_xbn.memory.moments import Moments, power_sums
-from selfsup_xbn.memory.reading import check_labels, check_update
+from selfsup_xbn.memory.reading import check_labels, check_sizes, check_update
 from selfsup_xbn.utils.distributed import all_sum, peers, rank, shard_slice, world
 
 
@@ -61,6 +61,7 @@ class ShardedQueue(FeatureQueue):
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ) -> None:
+        size, dim = check_sizes(size, dim, dtype)
         own = shard_slice(size)
         super().__init__(own.stop - own.start, dim, adaptation, labels=labels, dtype=dtype, device=device)
         self.total, self.first = size, own.start

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from selfsup_xbn.errors import printable
 from selfsup_xbn.evaluation.summary import columns
+from selfsup_xbn.report.colors import method_name, series_styles
 from selfsup_xbn.runs.results import Result, course, difference, value_text
 from selfsup_xbn.utils.atomic import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
     """Return a Markdown table in percent, with a row for each cell.
 
-    The columns are the metric, its difference to the first cell, and the metric of the initial encoder and of raw
+    The columns are the metric, its difference to the first cell, and the metric of the untrained encoder and of raw
     pixels.
 
     Args:
@@ -33,7 +37,7 @@ def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
     """
     reference = results[0]
     title = columns().get(metric, metric)
-    rows = [["", title, "difference", "initial", "raw pixels", "seeds"]]
+    rows = [["", title, "difference", "untrained", "raw pixels", "seeds"]]
     for result in results:
         values = [value_text(result, metric + suffix) for suffix in ("", "_untrained", "_raw_pixels")]
         change = "" if result is reference else _difference_text(result, reference, metric)
@@ -79,7 +83,8 @@ def averaged_over(results: Sequence[Result]) -> str:
 def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     """Plot a metric against the epoch: the mean of each cell as a curve, its standard deviation as a band.
 
-    A curve begins at epoch 0 with the initial encoder. Raw pixels are a line, if they are equal for all cells.
+    A curve begins at epoch 0 with the untrained encoder. Raw pixels are a line, if they are equal for all cells. Cells
+    with the same method have the same color, and differ in dashes and markers.
 
     Args:
         results: Cells of a comparison.
@@ -96,30 +101,42 @@ def draw_comparison(results: Sequence[Result], metric: str, path: Path) -> None:
     figure = Figure(figsize=(6, 4.6), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
-    for number, result in enumerate(results):
-        _band(axes, result, metric, f"C{number % 10}")
+    styles = series_styles([method_name(result["config"]) for result in results])
+    for result, style in zip(results, styles, strict=True):
+        _band(axes, result, metric, style)
     pixels = [result["mean"].get(f"{metric}_raw_pixels") for result in results]
     if len(set(pixels)) == 1 and pixels[0] is not None:
-        axes.axhline(pixels[0], color="gray", linestyle="--", linewidth=1, label="raw pixels")
+        axes.axhline(pixels[0], color="black", linestyle="--", linewidth=1, label="raw pixels")
     figure.suptitle(printable(_title([result["config"] for result in results])), parse_math=False)
-    begin = " (0: initial)" if any(f"{metric}_untrained" in result["mean"] for result in results) else ""
-    axes.set(xlabel=f"epoch{begin}", ylabel=f"{columns().get(metric, metric)} (%)")
+    begin = " (0: untrained)" if any(f"{metric}_untrained" in result["mean"] for result in results) else ""
+    axes.set(xlabel=f"epoch{begin}", ylabel=f"{columns().get(metric, metric)} [%]")
     axes.set_title(averaged_over(results), fontsize="medium")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", fontsize="small", ncols=3, frameon=False)
+    _add_legend(figure)
     with replacing(path, remedy="free disk space, and repeat the command") as file:
-        figure.savefig(file, dpi=110)
+        figure.savefig(file, dpi=110, bbox_inches="tight")
 
 
-def _band(axes: Any, result: Result, metric: str, color: str) -> None:
+def _add_legend(figure: Figure) -> None:
+    """Add a legend below the axes, with as many columns as fit (at most 3), and the height that its rows need."""
+    for ncols in (3, 2, 1):
+        legend = figure.legend(loc="outside lower center", fontsize="small", ncols=ncols, frameon=False, handlelength=3)
+        box = legend.get_window_extent()
+        if ncols == 1 or box.width <= figure.bbox.width:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + max(0.0, box.height / figure.dpi - 0.5))
+
+
+def _band(axes: Any, result: Result, metric: str, style: dict[str, str]) -> None:
     epochs, means, deviations = course(result, metric)
     if (untrained := result["mean"].get(f"{metric}_untrained")) is not None:
         epochs, means = [0, *epochs], [untrained, *means]
         deviations = [result["std"].get(f"{metric}_untrained") or 0.0, *deviations]
     low, high = ([m + sign * s for m, s in zip(means, deviations, strict=True)] for sign in (-1, 1))
-    axes.plot(epochs, means, color=color, marker=".", label=printable(result["label"]).replace("$", r"\$"))
-    axes.fill_between(epochs, low, high, color=color, alpha=0.2, linewidth=0)
+    axes.plot(epochs, means, **style, markersize=4, label=printable(result["label"]).replace("$", r"\$"))
+    axes.fill_between(epochs, low, high, color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _title(configs: Sequence[Mapping[str, Any]]) -> str:

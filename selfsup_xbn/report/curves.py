@@ -54,7 +54,7 @@ def curves_figure(config: Config, records: Records) -> Figure:
     figure.suptitle(printable(title), parse_math=False)
     for axes, (title, keys) in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
         for color, (key, label) in enumerate(keys.items()):
-            _curve(axes, points_of(records, key), label, f"C{color}")
+            _curve(axes, points_of(records, key), label, color)
         if config.head_epochs:
             axes.axvspan(0.5, config.head_epochs + 0.5, color="0.93", zorder=0)
         axes.set_title(title, fontsize="medium")
@@ -63,7 +63,14 @@ def curves_figure(config: Config, records: Records) -> Figure:
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         if len(axes.get_lines()) > 1:
-            axes.legend(fontsize="small", loc="upper center", bbox_to_anchor=(0.5, -0.15), ncols=2, frameon=False)
+            axes.legend(
+                fontsize="small",
+                loc="upper center",
+                bbox_to_anchor=(0.5, -0.15),
+                ncols=2,
+                frameon=False,
+                handlelength=3,
+            )
     return figure
 
 
@@ -94,12 +101,16 @@ def is_baseline(points: Points) -> bool:
     return len(points) == 1 and points[0][0] == 0
 
 
-def _curve(axes: Any, points: Points, label: str, color: str) -> None:
-    """Draw a curve, or a baseline as a dashed line over the whole width."""
+def _curve(axes: Any, points: Points, label: str, number: int) -> None:
+    """Draw a curve, or a baseline as a dashed line over the whole width.
+
+    Baselines lie above the curves. The dashes of equal baselines lie in each other's gaps.
+    """
+    style: dict[str, Any] = {"label": label, "color": f"C{number}"}
     if is_baseline(points):
-        axes.axhline(points[0][1], label=label, color=color, linestyle="--", linewidth=1)
+        axes.axhline(points[0][1], **style, linestyle=(3 * number, (3, 6)), zorder=3)
     elif points:
-        axes.plot(*zip(*points, strict=True), label=label, color=color, marker="." if len(points) < 40 else None)
+        axes.plot(*zip(*points, strict=True), **style, marker="." if len(points) < 40 else None)
 
 
 def result_lines(folder: Path) -> list[str]:

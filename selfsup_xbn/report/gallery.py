@@ -21,6 +21,10 @@ from selfsup_xbn.models.encoder import Encoder
 from selfsup_xbn.utils.atomic import replacing
 
 BLOCK = 1024
+CAPTION = (
+    "left column (blue): queries, hardest first; right: nearest images, nearest first\n"
+    "(green: same class, red: other class)"
+)
 TITLE = 20
 """Maximum number of characters of a class name above an image."""
 
@@ -30,9 +34,9 @@ def draw_gallery(
 ) -> Path:
     """Plot queries with their nearest images to ``retrieval.png`` in the run folder, and return its path.
 
-    Images of the class of the query have a green border, other images a red one. Half of the rows are the queries whose
-    nearest wrong image exceeds the nearest correct one the most in similarity. The other rows are spread evenly over
-    the remaining queries, so that the plot shows typical results as well as failures.
+    The query has a blue border. Images of its class have a green one, other images a red one. Half of the rows are the
+    queries whose nearest wrong image exceeds the nearest correct one the most in similarity. The other rows are spread
+    evenly over the remaining queries, so that the plot shows typical results as well as failures.
 
     Args:
         folder: Run folder.
@@ -52,10 +56,10 @@ def draw_gallery(
     columns = 1 + len(shown[0].nearest)
     figure = Figure(figsize=(1.5 * columns, 1.75 * len(shown)), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle("query and its nearest images (green: same class, red: other class)", fontsize="medium")
+    figure.suptitle(CAPTION, fontsize="medium")
     searched = data.gallery or data.test
     for axes, row in zip(figure.subplots(len(shown), columns, squeeze=False), shown, strict=True):
-        _thumbnail(axes[0], data.test, row.query, data, "black")
+        _thumbnail(axes[0], data.test, row.query, data, "tab:blue")
         for cell, index, right in zip(axes[1:], row.nearest, row.right, strict=True):
             _thumbnail(cell, searched, index, data, "tab:green" if right else "tab:red")
     path = folder / "retrieval.png"

@@ -261,7 +261,7 @@ def _measured(runs: list[RunEntry]) -> list[str]:
 
 
 def _results(runs: list[RunEntry], name: str) -> list[Row]:
-    """Return the rows of a metric in the results table: raw pixels, initial and trained encoder of each run."""
+    """Return the rows of a metric in the results table: raw pixels, untrained and trained encoder of each run."""
     columns = [[comparison_rows(latest(records), [name]) for records in run.records] for run in runs]
     rows = [Row(row, [_mean_text([seed[row][0] for seed in column]) for column in columns]) for row in columns[0][0]]
     return [row for row in rows if set(row.values) != {NO_VALUE}]

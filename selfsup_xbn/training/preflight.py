@@ -12,12 +12,16 @@ import torch
 
 from selfsup_xbn.config.modes import SuperviseConfig
 from selfsup_xbn.config.schema import Config, queue_rows
-from selfsup_xbn.data import check_spec
+from selfsup_xbn.data import ImageData, check_spec
+from selfsup_xbn.data.files import broken_files
 from selfsup_xbn.errors import UserError
 from selfsup_xbn.methods.base import Method, adaptation_from_config
 from selfsup_xbn.methods.metric_learning import make_loss
 from selfsup_xbn.models.pretrained import check_weights
 from selfsup_xbn.utils.distributed import world
+
+SHOWN = 50
+"""Maximum number of broken images in the message of an error."""
 
 
 def check_config(config: Config, *, download: bool = True) -> None:
@@ -59,6 +63,24 @@ def check_sizes(config: Config, images: int, notes: Sequence[str] = ()) -> None:
         _check_sizes(config, images)
     except UserError as error:
         raise UserError(f"{error} ({'; '.join(notes)})") if notes else error from None
+
+
+def check_images(data: ImageData, workers: int) -> None:
+    """Decode every image of a folder or of a list, which takes as long as reading them in an epoch.
+
+    Args:
+        data: Data set.
+        workers: Number of processes that read files.
+
+    Raises:
+        UserError: Images cannot be decoded. The message has the path of each, of at most ``SHOWN`` images.
+    """
+    broken = broken_files(data, workers) if data.name.startswith(("folder:", "list:")) else {}
+    if len(broken) == 1:
+        raise UserError(next(iter(broken.values())))
+    if broken:
+        shown = ", ".join(list(broken)[:SHOWN]) + f" and {len(broken) - SHOWN} more" * (len(broken) > SHOWN)
+        raise UserError(f"{len(broken)} images cannot be decoded; repair or remove the files: {shown}")
 
 
 def _check_sizes(config: Config, images: int) -> None:

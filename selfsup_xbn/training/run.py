@@ -268,7 +268,7 @@ class Run:
         return better
 
     def baselines(self) -> dict[str, float]:
-        """Return the metrics of raw pixels and of the initial encoder, in percent."""
+        """Return the metrics of raw pixels and of the untrained encoder, in percent."""
         return baselines(self.evaluator, self.method.encoder) | self._validate()
 
     def _validate(self) -> dict[str, float]:

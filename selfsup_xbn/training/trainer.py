@@ -98,7 +98,7 @@ def _train(
     parts = [*run.data.notes, *part_lines(run.data, config.evaluator)]
     show(filter(None, [*parts, *run.weight_lines, *notes, *run.method.notes()]))
     if not state and len(run.data.test):
-        show(["evaluating raw pixels and the encoder before training ..."])
+        show(["evaluating raw pixels and the untrained encoder ..."])
     baselines = {} if state else run.baselines()  # an evaluation that fails must fail before files are replaced
     distributed.wait_for_all()  # until all processes have read the folder
     signals = stack.enter_context(stop_signals())

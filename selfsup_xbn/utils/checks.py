@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 from torch import Tensor
+
+from selfsup_xbn.errors import UserError
 
 
 def check_tensors(**values: object) -> None:
@@ -22,3 +27,26 @@ def check_tensors(**values: object) -> None:
     for name, value in values.items():
         if not (value is None or isinstance(value, Tensor)):
             raise TypeError(f"expected a tensor as {name}, got a {type(value).__name__}")
+
+
+def whole_numbers(**values: Any) -> list[int]:
+    """Return values as Python integers. Integers of NumPy and integer tensors of one element count as whole numbers.
+
+    Args:
+        values: Values by the name that the message gives them.
+
+    Raises:
+        UserError: A value is not a whole number.
+
+    Example:
+        >>> whole_numbers(size=64, dim=8.0)
+        Traceback (most recent call last):
+        selfsup_xbn.errors.UserError: expected a whole number as dim, got 8.0
+    """
+    numbers = []
+    for name, value in values.items():
+        try:
+            numbers.append(operator.index(value))
+        except TypeError:
+            raise UserError(f"expected a whole number as {name}, got {value!r}") from None
+    return numbers

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from selfsup_xbn.data import images
+from selfsup_xbn.data import images, load_data
+from selfsup_xbn.data.files import broken_files
 from selfsup_xbn.data.images import read_image
 from selfsup_xbn.errors import UserError
 
@@ -95,3 +96,21 @@ def test_images_with_too_many_pixels_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10)
     with pytest.raises(UserError, match=r"image.png: the image is too large"):
         read_image(path)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_all_broken_files_of_a_data_set_are_found(tmp_path, workers, monkeypatch):
+    monkeypatch.setattr("selfsup_xbn.data.workers.CHUNK", 4)
+    root, sizes = tmp_path, iter(range(20, 100))
+    for name in ("train/a", "train/b", "test/c"):
+        (root / name).mkdir(parents=True)
+        for number in range(5):
+            pixels = np.random.default_rng(number).integers(0, 255, (next(sizes), 30, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / name / f"{number}.png")
+    assert broken_files(load_data(f"folder:{root}", workers=0), workers) == {}
+    broken = [root / name for name in ("train/b/1.png", "train/b/4.png", "test/c/0.png")]
+    for path in broken:
+        path.write_bytes(path.read_bytes()[:1000])
+    messages = broken_files(load_data(f"folder:{root}", workers=0), workers)
+    assert list(messages) == [str(path) for path in broken]
+    assert all("the image cannot be decoded" in message for message in messages.values())

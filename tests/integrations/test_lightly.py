@@ -35,6 +35,7 @@ def literal(q, k, rows, temperature):
 
 @pytest.mark.parametrize("adaptation", ADAPTATIONS)
 @pytest.mark.parametrize("size", [(7, 3), (0, 3), 0])
+@pytest.mark.filterwarnings("ignore:adaptation=")
 def test_new_bank_and_generator_equal_lightlys_bit_for_bit(adaptation, size):
     ours, draw = seeded(MemoryBankModule, size, adaptation=adaptation), torch.rand(3)
     peer, peer_draw = seeded(PeerBank, size), torch.rand(3)
@@ -269,10 +270,16 @@ def test_a_gpu_has_the_cpus_numbers_without_waiting():
 
 
 @pytest.mark.parametrize("make", [MemoryBankModule, lambda size: NTXentLoss(0.1, size)])
-@pytest.mark.parametrize("size", [-1, 4096, (8, -1), (8,), (8, 2, 2)])
-def test_a_size_that_is_none_is_named(make, size):
+@pytest.mark.parametrize("size", [-1, 4096, (8, -1), (8,), (8, 2, 2), 0.0, (8.0, 2), ("8", 2), "82", None])
+def test_a_size_that_is_none_is_named(make, size, unchecked):
     with pytest.raises(UserError, match=r"\(num_features, dim\)"):
         make(size)
+
+
+@pytest.mark.parametrize("size", [(np.int64(8), np.int64(2)), [8, 2], np.array([8, 2]), torch.Size([8, 2])])
+def test_sizes_may_be_any_integers(size, unchecked):
+    assert MemoryBankModule(size).bank.shape == (8, 2)
+    assert MemoryBankModule(size[0] * 0).queue is None
 
 
 def test_other_faults_are_named():

@@ -1,5 +1,7 @@
 """The drop-ins for lightly in programs that touch what they are made of, and under lightly's other losses."""
 
+import warnings
+
 import lightly.loss
 import lightly.models.modules.memory_bank
 import pytest
@@ -12,7 +14,7 @@ from lightly.loss.regularizer import CO2Regularizer
 from lightly.models.modules import NNMemoryBankModule as PeerNearest
 from torch import nn
 
-from selfsup_xbn import MemoryBankModule, NNMemoryBankModule, NTXentLoss
+from selfsup_xbn import AXBN, XBN, MemoryBankModule, NNMemoryBankModule, NTXentLoss
 from selfsup_xbn.errors import UserError
 
 PeerLoss = lightly.loss.NTXentLoss
@@ -53,6 +55,25 @@ def test_arguments_are_checked_without_a_bank_too():
             make(adaptation="nonsense")
         with pytest.raises(UserError, match="floating point dtype"):
             make(dtype=torch.int32)
+
+
+@pytest.mark.parametrize("make", [NTXentLoss, lambda **options: MemoryBankModule(0, **options)])
+def test_an_adaptation_without_a_bank_is_warned_of(make):
+    for adaptation in ("xbn", "axbn", AXBN(r=2.0)):
+        with pytest.warns(UserWarning, match=r"adaptation=.* has no effect without a memory bank"):
+            make(adaptation=adaptation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make()
+        make(adaptation="xbm")
+
+
+def test_the_adaptation_of_a_bank_is_xbn_by_default():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for bank in (NTXentLoss(0.1, (32, DIM)).memory_bank, MemoryBankModule((32, DIM))):
+            assert type(bank.queue.adaptation) is XBN
+        assert type(NTXentLoss(0.1, (32, DIM), adaptation="axbn").memory_bank.queue.adaptation) is AXBN
 
 
 def test_second_derivatives_are_refused_or_are_lightlys():

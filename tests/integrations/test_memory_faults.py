@@ -3,6 +3,7 @@
 import copy
 import types
 
+import numpy as np
 import pytest
 import pytorch_metric_learning.losses
 import torch
@@ -374,3 +375,14 @@ def test_input_that_does_not_fit_is_named_before_anything_moves(loss):
         with pytest.raises(ValueError, match="labels"):
             memory.add_to_memory(z.detach(), labels, 8)
     assert all(torch.equal(value, before[name]) for name, value in memory.state_dict().items())
+
+
+@pytest.mark.usefixtures("unchecked")
+def test_sizes_that_are_no_whole_numbers_are_refused_by_name():
+    for sizes, message in (
+        ((8.0, 4), "expected a whole number as embedding_size, got 8.0"),
+        ((8, "4"), "expected a whole number as memory_size, got '4'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            CrossBatchMemory(peer.ContrastiveLoss(), *sizes)
+    assert type(CrossBatchMemory(peer.ContrastiveLoss(), np.int64(8), np.int64(4)).memory_size) is int

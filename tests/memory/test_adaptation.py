@@ -113,8 +113,12 @@ def test_names_and_instances():
 
 
 @pytest.mark.parametrize(
-    "kwargs", [{"q": -1.0}, {"r": -1.0}, {"q": 0.0, "r": 0.0}, {"q": 0.0, "p0": 0.0}, {"gain_interval": 0}]
+    "kwargs",
+    [
+        *({"q": -1.0}, {"r": -1.0}, {"q": 0.0, "r": 0.0}, {"q": 0.0, "p0": 0.0}, {"gain_interval": 0}),
+        *({"r": np.nan}, {"q": "1"}, {"p0": None}, {"p0": np.inf}, {"gain_interval": 1.5}),
+    ],
 )
-def test_constants_that_make_no_filter_are_refused(kwargs):
+def test_constants_that_make_no_filter_are_refused(kwargs, unchecked):
     with pytest.raises(UserError, match="expected"):
         AXBN(**kwargs)

@@ -15,6 +15,7 @@ from reference import ReferenceQueue
 
 from selfsup_xbn import AXBN, XBN, FeatureQueue
 from selfsup_xbn.errors import UserError
+from selfsup_xbn.memory.sharding import ShardedQueue
 
 
 @pytest.mark.parametrize(
@@ -419,11 +420,24 @@ def test_an_adaptation_given_to_two_queues_is_not_shared():
         (lambda: FeatureQueue(3, 0), "dim=0"),
         (lambda: FeatureQueue(3, 3, "xbm2"), "did you mean xbm"),
         (lambda: FeatureQueue(3, 3, dtype=torch.int64), "int64"),
+        (lambda: FeatureQueue(3, 3, dtype=int), "floating point dtype .* got <class 'int'>"),
+        (lambda: FeatureQueue(64.0, 8), "expected a whole number as size, got 64.0"),
+        (lambda: FeatureQueue("64", 8), "expected a whole number as size, got '64'"),
+        (lambda: FeatureQueue(64, None), "expected a whole number as dim, got None"),
+        (lambda: ShardedQueue(64.0, 8), "expected a whole number as size, got 64.0"),
+        (lambda: FeatureQueue(64, 8, None), "expected an adaptation: xbm, xbn, axbn, or an instance .* got None"),
+        (lambda: FeatureQueue(64, 8, XBN), "or an instance such as .* got <class"),
     ],
 )
-def test_bad_settings_are_named(make, message):
+def test_bad_settings_are_named(make, message, unchecked):
     with pytest.raises(UserError, match=message):
         make()
+
+
+def test_sizes_may_be_integers_of_numpy(unchecked):
+    queue = FeatureQueue(np.int64(5), np.int32(3))
+    assert [type(number) for number in (queue.size, queue.dim)] == [int, int]
+    assert queue.rows.shape == (5, 3)
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,14 @@
-"""A gallery's rows are those of a full sort in float64."""
+"""A gallery's rows are those of a full sort in float64, and its picture says what it shows."""
 
 import pytest
 import torch
+from matplotlib.colors import to_hex
+from matplotlib.figure import Figure
 
-from selfsup_xbn.data import ImageData, Split
-from selfsup_xbn.report.gallery import nearest_images
+from selfsup_xbn.data import ImageData, Split, load_data
+from selfsup_xbn.evaluation.evaluators import RetrievalEvaluator
+from selfsup_xbn.models.encoder import build_encoder
+from selfsup_xbn.report.gallery import draw_gallery, nearest_images
 
 
 def split(labels):
@@ -30,3 +34,22 @@ def test_gallery_rows_equal_a_full_sort_hardest_first(with_gallery):
     for row in rows:
         assert row.nearest == sorted(range(len(bank)), key=lambda other: -cosine[row.query, other])[:3]
         assert row.right == [bool(bank_labels[other] == labels[row.query]) for other in row.nearest]
+
+
+def test_the_picture_marks_the_queries_and_says_their_order(monkeypatch, tmp_path):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **_: figures.append(figure))
+    data = load_data("digits")
+    draw_gallery(tmp_path, RetrievalEvaluator(data), build_encoder("convnet4", 16, channels=1, image_size=8), rows=4)
+    (figure,) = figures
+    figure.draw_without_rendering()
+    assert "left column (blue): queries, hardest first" in figure.get_suptitle()
+    columns = 6
+    assert len(figure.axes) == 4 * columns
+    for number, axes in enumerate(figure.axes):
+        edges = {to_hex(side.get_edgecolor()) for side in axes.spines.values()}
+        named = {to_hex(color) for color in (["tab:green", "tab:red"] if number % columns else ["tab:blue"])}
+        assert edges <= named
+    caption = figure._suptitle.get_window_extent()
+    assert caption.x0 >= 0
+    assert caption.x1 <= figure.bbox.x1

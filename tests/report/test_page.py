@@ -112,8 +112,8 @@ def test_each_run_has_a_curve_and_shared_baselines_one_line(page):
     titles = [re.search("<figcaption>(.*?)</figcaption>", figure)[1] for figure in figures]
     drawn = dict(zip(titles, (re.findall(r'<g class="(\w+)">', figure) for figure in figures), strict=True))
     assert Counter(drawn["loss"]) == {"run0": 1, "run1": 1, "run2": 1}
-    assert Counter(drawn["k-NN top-1 (%)"]) == {"run0": 2, "run1": 2, "all": 3}
-    assert Counter(drawn["Recall@1 (%)"]) == {"run2": 5}  # trained, untrained (both: embedding, backbone), pixels
+    assert Counter(drawn["k-NN top-1 [%]"]) == {"run0": 2, "run1": 2, "all": 3}
+    assert Counter(drawn["Recall@1 [%]"]) == {"run2": 5}  # trained, untrained (both: embedding, backbone), pixels
     assert Counter(drawn["Kalman gain"]) == {"run1": 1}
 
 

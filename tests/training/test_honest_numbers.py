@@ -35,7 +35,7 @@ def test_baseline_of_a_run_starts_from_its_initial_weights(run, capsys):
     assert main(["evaluate", "retrieval", "--run", str(run)]) == 0
     rows = {line[:20].strip(): line.split()[-5:] for line in capsys.readouterr().out.splitlines()}
     columns = ("recall@1", "recall@1_backbone", "recall@10")
-    for name, record, suffix in (("initial encoder", before, "_untrained"), ("trained encoder", last, "")):
+    for name, record, suffix in (("untrained encoder", before, "_untrained"), ("trained encoder", last, "")):
         assert rows[name][:3] == [f"{record[column + suffix]:.2f}" for column in columns]
 
 
@@ -43,7 +43,7 @@ def test_trained_encoder_is_evaluated_alone(run, capsys):
     assert main(["evaluate", "retrieval", "--run", str(run), "--only", "trained", "--limit-test", "200"]) == 0
     printed = capsys.readouterr().out
     assert "trained encoder" in printed
-    assert "initial encoder" not in printed
+    assert "untrained encoder" not in printed
     assert "raw pixels" not in printed
     assert "test images        3" in printed  # whole classes of 174 to 183 images
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from selfsup_xbn.cli import main
 from selfsup_xbn.config.modes import PretrainConfig, SuperviseConfig
@@ -111,3 +112,25 @@ def test_a_queue_that_is_empty_at_the_first_loss_is_noted(enqueue, tmp_path, cap
     assert main([*SMALL, "--enqueue", enqueue, "--out", str(tmp_path)]) == 0
     assert ("the queue is empty at the first step" in capsys.readouterr().out) == (enqueue == "after_loss")
     assert "the queue is empty" not in limits.empty_queue_note(SuperviseConfig())
+
+
+@pytest.mark.parametrize("kind", ["folder", "list"])
+def test_a_dry_run_finds_truncated_images(tmp_path, capsys, kind):
+    paths = [tmp_path / f"{number}.png" for number in range(64)]
+    for number, path in enumerate(paths):
+        pixels = torch.randint(256, (20 + number, 20, 3), dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(path)
+    (tmp_path / "list.csv").write_text("path\n" + "\n".join(path.name for path in paths))
+    spec = f"folder:{tmp_path}" if kind == "folder" else f"list:{tmp_path}/list.csv"
+    options = ["--backbone", "convnet4", "--batch-size", "8", "--queue-size", "16", "--workers", "0"]
+    command = ["pretrain", "--data", spec, *options, "--dry-run"]
+    assert main(command) == 0
+    capsys.readouterr()
+    paths[7].write_bytes(paths[7].read_bytes()[:600])
+    assert f"{paths[7]}: the image cannot be decoded" in refused(capsys, command)
+    for path in paths[2:62]:
+        path.write_bytes(path.read_bytes()[:600])
+    message = refused(capsys, command)
+    assert message.startswith("error: 60 images cannot be decoded; repair or remove the files: ")
+    assert sum(f"{path}" in message for path in paths) == limits.SHOWN
+    assert message.strip().endswith("and 10 more")

@@ -43,7 +43,7 @@ def test_resumed_run_equals_uninterrupted_run(tmp_path, memory, unchecked):
 def test_run_ends_with_retrieval_metrics_and_a_gallery(tmp_path, capsys, pictures):
     assert main([*SMALL, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for text in ("Recall@1", "R-precision", "MAP@R", "raw pixels", "initial encoder", "trained encoder"):
+    for text in ("Recall@1", "R-precision", "MAP@R", "raw pixels", "untrained encoder", "trained encoder"):
         assert text in printed
     records = read_metrics(tmp_path)
     assert {"recall@1_raw_pixels", "recall@5_untrained", "map@r_untrained"} <= records[0].keys()

@@ -149,7 +149,7 @@ def test_run_ends_with_a_table_and_a_picture(tmp_path, capsys, pictures):
     assert main(["pretrain", *SMALL, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     last = read_metrics(tmp_path)[-1]
-    for text in ("raw pixels", "initial encoder", "trained encoder", f"{last['knn_top1']:.2f}", str(tmp_path)):
+    for text in ("raw pixels", "untrained encoder", "trained encoder", f"{last['knn_top1']:.2f}", str(tmp_path)):
         assert text in printed
     assert Image.open(tmp_path / "curves.png").size[0] > 300
 
