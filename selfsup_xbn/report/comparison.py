@@ -33,7 +33,7 @@ def comparison_lines(results: Sequence[Result], metric: str) -> list[str]:
         >>> seeds = {"0": {"recall@1": 50.0}, "1": {"recall@1": 54.0}}
         >>> cell = {"label": "XBN", "seeds": seeds, "mean": {"recall@1": 52.0}, "std": {"recall@1": 2.83}}
         >>> print(comparison_lines([cell], "recall@1")[2])
-        | XBN | 52.00 ± 2.83 |            | -       | -          | 2     |
+        | XBN | 52.00 ± 2.83 |            | -         | -          | 2     |
     """
     reference = results[0]
     title = columns().get(metric, metric)
