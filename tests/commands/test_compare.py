@@ -91,6 +91,7 @@ def test_cells_are_trained_resumed_and_compared(tmp_path, capfd):
     assert all((folder / FINISHED).stat().st_mtime_ns == time for folder, time in finished.items())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("forked")
 def test_warnings_of_runs_are_named_after_the_table(tmp_path, capfd):
     """Both runs of the only process warn, of k-NN with more neighbors than images; a repeated command says so again."""

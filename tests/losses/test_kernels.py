@@ -149,6 +149,7 @@ def assert_equals_the_matrix(z, labels, queue, **options):
     return loss, grad
 
 
+@pytest.mark.slow
 def test_sup_con_in_blocks_of_anchors_equals_the_matrix(monkeypatch):
     from selfsup_xbn.losses import sup_con_kernels
 
@@ -160,7 +161,7 @@ def test_sup_con_in_blocks_of_anchors_equals_the_matrix(monkeypatch):
     assert_equals_the_matrix(z, classes_of(150), queue, self_indices=own)
 
 
-@pytest.mark.parametrize("tolerance", ["highest", "high"], indirect=True)
+@pytest.mark.parametrize("tolerance", ["highest", pytest.param("high", marks=SLOW)], indirect=True)
 def test_programs_of_several_tiles_equal_the_matrix(monkeypatch, tolerance):
     from selfsup_xbn.losses import kernels, sup_con_kernels
 
@@ -179,6 +180,7 @@ def test_programs_of_several_tiles_equal_the_matrix(monkeypatch, tolerance):
     assert error(torch.autograd.grad(loss, q)[0], torch.autograd.grad(expected, q64)[0]) < tolerance
 
 
+@pytest.mark.slow
 def test_sums_of_more_parts_than_are_loaded_at_a_time(monkeypatch):
     from selfsup_xbn.losses import sup_con_kernels
 
@@ -187,6 +189,7 @@ def test_sums_of_more_parts_than_are_loaded_at_a_time(monkeypatch):
     assert_equals_the_matrix(z, classes_of(20), queue)
 
 
+@pytest.mark.slow
 def test_anchors_without_negatives_and_with_one_pair_are_not_averaged():
     queue, z = filled(classes=1)
     loss, grad = assert_equals_the_matrix(z, classes_of(20, 1), queue)
@@ -202,6 +205,7 @@ def test_anchors_without_negatives_and_with_one_pair_are_not_averaged():
     assert loss == sup_con(z[:1], labels[:1], queue, self_indices=own[:1], **options) > 0
 
 
+@pytest.mark.slow
 def test_rows_and_anchors_of_zeros():
     queue, z = filled()
     queue.rows[3], z[4] = 0, 0
@@ -209,6 +213,7 @@ def test_rows_and_anchors_of_zeros():
     assert not grad[4].any()
 
 
+@pytest.mark.slow
 def test_views_and_labels_of_64_bits():
     queue, z = filled(first=2**32)
     z, labels = z.T.contiguous().T, (classes_of(40) + 2**32)[::2]
@@ -221,6 +226,7 @@ def test_views_and_labels_of_64_bits():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of the interpreter
+@pytest.mark.slow
 @pytest.mark.parametrize("filling", ["empty", "full"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_value_that_is_not_finite_reaches_the_loss_of_an_anchor_without_pairs(value, filling):

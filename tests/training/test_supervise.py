@@ -59,6 +59,7 @@ def test_run_ends_with_retrieval_metrics_and_a_gallery(tmp_path, capsys, picture
     assert f"{best['recall@1']:.2f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_head_stage_leaves_the_backbone_alone(tmp_path, plots):
     torch.manual_seed(0)
     options = [*SMALL, "--head-epochs", "2", "--epochs", "1", "--lr", "0", "--weight-decay", "0"]
@@ -71,6 +72,7 @@ def test_head_stage_leaves_the_backbone_alone(tmp_path, plots):
     assert [record["lr"] for record in read_metrics(tmp_path)[1:]] == [0.001, 0.001, 0.0]
 
 
+@pytest.mark.slow
 def test_every_data_set_serves_every_mode(tmp_path, capsys):
     data = ["--data", "digits-disjoint", "--limit-train", "128"]
     sizes = ["--batch-size", "64", "--queue-size", "64", "--epochs", "1", "--out", str(tmp_path)]

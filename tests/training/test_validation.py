@@ -65,6 +65,7 @@ def test_other_values_of_k_are_shown_and_the_best_model_is_chosen_all_the_same(t
     assert f"{last['recall@3']:.2f}" in out
 
 
+@pytest.mark.slow
 def test_pretraining_keeps_the_best_model_if_there_are_validation_images(tmp_path, monkeypatch, capsys):
     photos = image_folder(tmp_path / "photos", images=4)
     shutil.copytree(photos / "test", photos / "val")

@@ -204,6 +204,7 @@ def test_error_of_any_process_is_printed_once(tmp_path):
     assert "".join(ended.err) == "error: cannot read cat.png\n"
 
 
+@pytest.mark.slow
 def test_processes_that_differ_are_refused(tmp_path):
     run = ["--out", str(tmp_path / "run")]
 
