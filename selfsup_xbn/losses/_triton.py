@@ -50,6 +50,28 @@ def _decoded(rows, scale, shift, first, inside, d, BM: tl.constexpr, D: tl.const
 
 @triton.jit
 @no_type_check
+def _own_range(own, b, bm, M, E: tl.constexpr):
+    """Return the lowest and the highest own slot of anchors b, or M and -1 for none."""
+    lowest, highest = M + 0, -1
+    for e in tl.static_range(E):
+        slot = tl.load(own + b * E + e, mask=bm, other=-1).to(tl.int32)
+        lowest = tl.minimum(lowest, tl.min(tl.where(slot < 0, M, slot), 0))
+        highest = tl.maximum(highest, tl.max(slot, 0))
+    return lowest, highest
+
+
+@triton.jit
+@no_type_check
+def _without_own(logits, own, b, bm, m, E: tl.constexpr):
+    """Return the logits of anchors b and rows m, -1e30 for the own slots of an anchor."""
+    for e in tl.static_range(E):
+        slot = tl.load(own + b * E + e, mask=bm, other=-1).to(tl.int32)
+        logits = tl.where(slot[:, None] == m[None, :], -1e30, logits)
+    return logits
+
+
+@triton.jit
+@no_type_check
 def scan(
     anchors, rows, scale, shift, written, own, peaks, totals, weighted, B, M, part, factor, D: tl.constexpr, DP:
     tl.constexpr, E: tl.constexpr, BB: tl.constexpr, BM: tl.constexpr, DV: tl.constexpr, EXACT: tl.constexpr
@@ -67,11 +89,7 @@ def scan(
     both = bm[:, None] & (v < D)[None, :]
     sums = tl.zeros([BB, DV], tl.float32)
     if E > 0:
-        lowest, highest = M + 0, -1
-        for e in tl.static_range(E):
-            slot = tl.load(own + b * E + e, mask=bm, other=-1).to(tl.int32)
-            lowest = tl.minimum(lowest, tl.min(tl.where(slot < 0, M, slot), 0))
-            highest = tl.maximum(highest, tl.max(slot, 0))
+        lowest, highest = _own_range(own, b, bm, M, E)
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, tl.minimum(M, tl.load(written))).to(tl.int32)
     for first in range(start, stop, BM):
@@ -86,9 +104,7 @@ def scan(
         logits = tl.where(mm[None, :], logits, -1e30)
         if E > 0:  # noqa: SIM102
             if (first + BM > lowest) & (first <= highest):
-                for e in tl.static_range(E):
-                    slot = tl.load(own + b * E + e, mask=bm, other=-1).to(tl.int32)
-                    logits = tl.where(slot[:, None] == m[None, :], -1e30, logits)
+                logits = _without_own(logits, own, b, bm, m, E)
         largest = tl.maximum(peak, tl.max(logits, 1))
         p = tl.exp2(logits - largest[:, None] + 10.0)  # up to 1024: small ones stay normal in float16
         shrink = tl.exp2(peak - largest)

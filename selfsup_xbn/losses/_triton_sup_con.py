@@ -11,7 +11,7 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from selfsup_xbn.losses._triton import _decoded, _halves, _through_unit, _times, _unit_vector
+from selfsup_xbn.losses._triton import _decoded, _halves, _own_range, _through_unit, _times, _unit_vector, _without_own
 
 
 @triton.jit
@@ -33,11 +33,7 @@ def compare(
     positive_logit = tl.zeros([BB], tl.float32)
     positive_count, negative_count = tl.zeros([BB], tl.int32), tl.zeros([BB], tl.int32)
     if E > 0:
-        lowest, highest = M + 0, -1
-        for e in tl.static_range(E):
-            slot = tl.load(own + b * E + e, mask=bm, other=-1).to(tl.int32)
-            lowest = tl.minimum(lowest, tl.min(tl.where(slot < 0, M, slot), 0))
-            highest = tl.maximum(highest, tl.max(slot, 0))
+        lowest, highest = _own_range(own, b, bm, M, E)
     start = tl.program_id(1) * part
     stop = tl.minimum(start + part, tl.minimum(M, tl.load(written))).to(tl.int32)
     for first in range(start, stop, BM):
@@ -61,9 +57,7 @@ def compare(
         logit = tl.where(mm[None, :], logit, -1e30)
         if E > 0:  # noqa: SIM102
             if (first + BM > lowest) & (first <= highest):
-                for e in tl.static_range(E):
-                    slot = tl.load(own + b * E + e, mask=bm, other=-1).to(tl.int32)
-                    logit = tl.where(slot[:, None] == m[None, :], -1e30, logit)
+                logit = _without_own(logit, own, b, bm, m, E)
         same = y[:, None] == tl.load(row_labels + m, mask=mm, other=0)[None, :]
         present = logit != -1e30
         positive = present & same & ((logit >= below) == 0)  # true for NaN, which must reach the loss
