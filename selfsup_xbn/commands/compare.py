@@ -58,8 +58,6 @@ def check(cells: Cells, out: Path) -> None:
     Raises:
         UserError: A cell does not fit, ``out`` is a file, or it cannot be created. The message names the cell.
     """
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file: choose another --out")
     check_creatable(out)
     for label, config in cells.items():
         try:

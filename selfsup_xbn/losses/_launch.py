@@ -1,6 +1,6 @@
 """What the launches of both losses share: sizes, and the tensors that they read and write.
 
-Axis legend: B anchors, D dimensions, E own rows of an anchor.
+Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor.
 """
 
 from __future__ import annotations
@@ -32,6 +32,17 @@ def queue_of(pairs: Pairs) -> FeatureQueue:
 def padded(dim: int) -> int:
     """Return the power of two that a tile has for the dimensions."""
     return max(16, triton.next_power_of_2(dim))
+
+
+def is_exact() -> bool:
+    """Return whether products have the precision of float32."""
+    return torch.get_float32_matmul_precision() == "highest"
+
+
+def split(M: int, rows: int, parts: int) -> tuple[int, int]:
+    """Return the number of parts of a queue of M rows, at most ``parts``, and the length of a part in whole tiles."""
+    part = triton.cdiv(triton.cdiv(M, max(1, parts)), rows) * rows
+    return triton.cdiv(M, part), part
 
 
 def parts_at_a_time(parts: int, dim: int) -> int:

@@ -50,6 +50,14 @@ def _decoded(rows, scale, shift, first, inside, d, BM: tl.constexpr, D: tl.const
 
 @triton.jit
 @no_type_check
+def _bounds(s, part, M, written):
+    """Return the first row of part s of the queue, and the end of its written rows."""
+    start = s * part
+    return start, tl.minimum(start + part, tl.minimum(M, tl.load(written))).to(tl.int32)
+
+
+@triton.jit
+@no_type_check
 def _own_range(own, b, bm, M, E: tl.constexpr):
     """Return the lowest and the highest own slot of anchors b, or M and -1 for none."""
     lowest, highest = M + 0, -1
@@ -90,8 +98,7 @@ def scan(
     sums = tl.zeros([BB, DV], tl.float32)
     if E > 0:
         lowest, highest = _own_range(own, b, bm, M, E)
-    start = tl.program_id(1) * part
-    stop = tl.minimum(start + part, tl.minimum(M, tl.load(written))).to(tl.int32)
+    start, stop = _bounds(tl.program_id(1), part, M, written)
     for first in range(start, stop, BM):
         m = first + tl.arange(0, BM)
         mm = m < stop

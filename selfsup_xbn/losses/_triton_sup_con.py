@@ -1,4 +1,4 @@
-"""The Triton kernels of SupCon in ``kernels.py``.
+"""The Triton kernels of SupCon in ``sup_con_kernels.py``.
 
 Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor, S parts of the queue. Sizes with a P are
 padded: MP to a multiple of 16, the others to a power of two. Logits are to base two.
@@ -11,7 +11,16 @@ from typing import no_type_check
 import triton
 import triton.language as tl
 
-from selfsup_xbn.losses._triton import _decoded, _halves, _own_range, _through_unit, _times, _unit_vector, _without_own
+from selfsup_xbn.losses._triton import (
+    _bounds,
+    _decoded,
+    _halves,
+    _own_range,
+    _through_unit,
+    _times,
+    _unit_vector,
+    _without_own,
+)
 
 
 @triton.jit
@@ -34,8 +43,7 @@ def compare(
     positive_count, negative_count = tl.zeros([BB], tl.int32), tl.zeros([BB], tl.int32)
     if E > 0:
         lowest, highest = _own_range(own, b, bm, M, E)
-    start = tl.program_id(1) * part
-    stop = tl.minimum(start + part, tl.minimum(M, tl.load(written))).to(tl.int32)
+    start, stop = _bounds(tl.program_id(1), part, M, written)
     for first in range(start, stop, BM):
         m = first + tl.arange(0, BM)
         mm = m < stop
@@ -118,8 +126,7 @@ def weigh(
     log_sum = tl.load(log_sums + b, mask=bm, other=0.0) - 15.0
     share = 32768.0 / tl.maximum(tl.load(positives + b, mask=bm, other=1), 1).to(tl.float32)
     total = tl.zeros([BB, DV], tl.float32)
-    start = tl.program_id(2) * part
-    stop = tl.minimum(start + part, tl.minimum(M, tl.load(written))).to(tl.int32)
+    start, stop = _bounds(tl.program_id(2), part, M, written)
     for first in tl.range(start, stop, BM, num_stages=STAGES):
         m = first + tl.arange(0, BM)
         mm = m < stop

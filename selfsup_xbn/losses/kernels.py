@@ -24,7 +24,18 @@ import triton
 from jaxtyping import Float
 from torch import Tensor
 
-from selfsup_xbn.losses._launch import LOG2E, own_rows, padded, parts_at_a_time, processors, queue_of, rows_per_anchor
+from selfsup_xbn.losses._launch import (
+    LOG2E,
+    empty,
+    is_exact,
+    own_rows,
+    padded,
+    parts_at_a_time,
+    processors,
+    queue_of,
+    rows_per_anchor,
+    split,
+)
 from selfsup_xbn.losses._triton import finish_info_nce, scan
 from selfsup_xbn.losses.blockwise import refuse_second_derivative
 from selfsup_xbn.losses.pairs import Pairs
@@ -84,7 +95,7 @@ class _InfoNCE(torch.autograd.Function):
     def forward(ctx: Any, q: Tensor, k: Tensor, pairs: Pairs) -> Tensor:
         q, k = q.contiguous(), k.contiguous()
         (B, D), sums = q.shape, _scan(q, pairs)
-        losses, grad_q, grad_k = (q.new_empty(shape, dtype=torch.float32) for shape in ((B,), (B, D), (B, D)))
+        losses, grad_q, grad_k = (empty(q, *shape) for shape in ((B,), (B, D), (B, D)))
         finish_info_nce[(B,)](
             q,
             k,
@@ -117,12 +128,11 @@ def _scan(anchors: Float[Tensor, "B D"], pairs: Pairs) -> _Sums:
     """Run the first kernel of InfoNCE."""
     queue, own = queue_of(pairs), own_rows(pairs)
     B, D = anchors.shape
-    exact = torch.get_float32_matmul_precision() == "highest"
+    exact = is_exact()
     tiles = Tiles.of(B, queue.size, padded(D), anchors.device, exact)
-    part = triton.cdiv(triton.cdiv(queue.size, tiles.parts), tiles.rows) * tiles.rows
-    S = triton.cdiv(queue.size, part)
+    S, part = split(queue.size, tiles.rows, tiles.parts)
     sizes = [S * B * D, S * B, S * B]
-    weighted, peaks, totals = anchors.new_empty(sum(sizes), dtype=torch.float32).split(sizes)
+    weighted, peaks, totals = empty(anchors, sum(sizes)).split(sizes)
     scan[triton.cdiv(B, tiles.anchors), S, padded(D) // tiles.values](
         anchors,
         queue.rows,

@@ -5,13 +5,13 @@ registers beside the products. The first pass writes the logits, and adds up the
 the rows with the weights that the gradient has. ``LOGITS`` bounds the memory: larger batches are taken in blocks of
 anchors.
 
-Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor. Sizes with a P are padded: MP to a multiple
-of 16, the others to a power of two.
+Axis legend: B anchors, M queue rows, D dimensions, E own rows of an anchor, S and S2 parts of the queue in
+the two passes. Sizes with a P are padded: MP to a multiple of 16, the others to a power of two.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -21,12 +21,14 @@ from torch import Tensor
 from selfsup_xbn.losses._launch import (
     LOG2E,
     empty,
+    is_exact,
     own_rows,
     padded,
     parts_at_a_time,
     processors,
     queue_of,
     rows_per_anchor,
+    split,
 )
 from selfsup_xbn.losses._triton_sup_con import average, combine, compare, finish_sup_con, weigh
 from selfsup_xbn.losses.blockwise import refuse_second_derivative
@@ -34,21 +36,6 @@ from selfsup_xbn.losses.pairs import Pairs
 
 LOGITS = 2**24
 """How many logits are kept at a time, but for the least block of 64 anchors."""
-
-
-class Pass(NamedTuple):
-    """Sizes of a pass: of a tile of rows, of the dimensions at a time, and how many parts of which length."""
-
-    rows: int
-    dims: int
-    parts: int
-    part: int
-
-    @staticmethod
-    def of(M: int, rows: int, dims: int, programs: int) -> Pass:
-        """Return the sizes for about this number of programs."""
-        part = triton.cdiv(triton.cdiv(M, max(1, programs)), rows) * rows
-        return Pass(rows, dims, triton.cdiv(M, part), part)
 
 
 def sup_con(
@@ -99,16 +86,16 @@ def _two_passes(
 ) -> None:
     """Write the losses of a block of anchors, their numbers of pairs, and their gradients."""
     queue = queue_of(pairs)
-    (B, D), M, exact = z.shape, queue.size, torch.get_float32_matmul_precision() == "highest"
+    (B, D), M = z.shape, queue.size
     DP, MP, BB = padded(D), triton.cdiv(M, 16) * 16, max(16, min(triton.next_power_of_2(B), 64))
     blocks, programs = triton.cdiv(B, BB), 2 * processors(z.device)
-    first = Pass.of(M, 128 if 64 * programs <= M else 64, min(DP, 32), programs // blocks)
-    slices = triton.cdiv(D, 128)
-    second = Pass.of(M, 32, min(DP, 128), programs // (blocks * slices))
+    rows, slices = 128 if 64 * programs <= M else 64, triton.cdiv(D, 128)
+    S, part = split(M, rows, programs // blocks)
+    S2, part2 = split(M, 32, programs // (blocks * slices))
     logits, lengths, log_sums = empty(z, B, MP), empty(z, M), empty(z, B)
-    by_part = empty(z, 3, B, first.parts)
-    pairs_by_part = torch.empty((2, B, first.parts), dtype=torch.int32, device=z.device)
-    compare[blocks, first.parts](
+    by_part = empty(z, 3, B, S)
+    pairs_by_part = torch.empty((2, B, S), dtype=torch.int32, device=z.device)
+    compare[blocks, S](
         z,
         queue.rows,
         queue.scale,
@@ -124,17 +111,17 @@ def _two_passes(
         B,
         M,
         MP,
-        first.parts,
-        first.part,
+        S,
+        part,
         LOG2E / pairs.temperature,
         max(min(pairs.below * LOG2E, 1e29), -1e29),
         max(min(pairs.above * LOG2E, 1e29), -1e29),
         D=D,
         E=rows_per_anchor(own, B),
         BB=BB,
-        BM=first.rows,
-        DK=first.dims,
-        EXACT=exact,
+        BM=rows,
+        DK=min(DP, 32),
+        EXACT=is_exact(),
         STAGES=3,
     )
     combine[(B,)](
@@ -144,11 +131,11 @@ def _two_passes(
         log_sums,
         positives,
         negatives,
-        first.parts,
-        SP=triton.next_power_of_2(first.parts),
+        S,
+        SP=triton.next_power_of_2(S),
     )
-    sums = empty(z, second.parts, B, D)
-    weigh[slices, blocks, second.parts](
+    sums = empty(z, S2, B, D)
+    weigh[slices, blocks, S2](
         queue.rows,
         queue.scale,
         queue.shift,
@@ -163,14 +150,12 @@ def _two_passes(
         B,
         M,
         MP,
-        second.part,
+        part2,
         D=D,
         BB=BB,
-        BM=second.rows,
-        DV=second.dims,
-        EXACT=exact,
+        BM=32,
+        DV=min(DP, 128),
+        EXACT=is_exact(),
         STAGES=3,
     )
-    finish_sup_con[(B,)](
-        z, sums, losses, grad, B, second.parts, 1 / pairs.temperature, D=D, DP=DP, BS=parts_at_a_time(second.parts, D)
-    )
+    finish_sup_con[(B,)](z, sums, losses, grad, B, S2, 1 / pairs.temperature, D=D, DP=DP, BS=parts_at_a_time(S2, D))

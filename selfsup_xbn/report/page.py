@@ -138,8 +138,6 @@ def write_report(
 
 
 def _check_out(path: Path) -> None:
-    if path.parent.exists() and not path.parent.is_dir():
-        raise UserError(f"{path.parent} is a file: choose another --out")
     check_creatable(path.parent)
     if path.exists() and GENERATOR not in read_bytes(path).decode(errors="replace")[:1000]:
         raise UserError(f"{path} is not a page of this program: choose another --out")

@@ -161,8 +161,6 @@ def check_folder(folder: Path, config: Config, *, resume: bool, overwrite: bool)
     """
     if config.tensorboard:
         require_package("tensorboard", "--tensorboard", "tensorboard")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --out")
     atomic.check_creatable(folder)
     if overwrite:
         return

@@ -91,9 +91,11 @@ def check_creatable(folder: Path) -> None:
         folder: Folder that may exist.
 
     Raises:
-        UserError: The system refuses it.
+        UserError: The path is not a directory, or the system refuses it.
     """
     with writing(folder, "choose another --out"):
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder} is a file: choose another --out")
         missing = [path for path in (folder, *folder.parents) if not path.exists()]
         with TemporaryDirectory(dir=(folder, *folder.parents)[len(missing)]) as inside:
             for path in missing[:1]:
